@@ -1,0 +1,272 @@
+# The worker's image. Every address, version and commit is a build argument with its true default; what is built:
+#
+#   system ── webui ───────────────────┬── (the image)     /opt/webui     Python 3.10, torch, A1111 at its pin
+#     │         ├── tokenizer ─────────┤                   /opt/huggingface
+#     │         └── smoke-webui ───────┤                   proof that A1111 can start; the image waits for it
+#     ├── worker ─────────────────┬────┤                   /opt/worker    the worker's environment
+#     │         └── smoke-worker ─┼────┤
+#     ├── checkpoint ─────────────┘    ├                   /models        only with BAKE_CHECKPOINT=1
+#     └── files ───────────────────────┘                   /opt/worker/app, last: a change of handler.py is one small layer
+#
+# `--target sandbox` is the worker's environment without a WebUI, for docker-compose.yml's sandbox.
+
+# torch's wheels bring CUDA with them: a CUDA base would only repeat 2 GB of it.
+ARG BASE_IMAGE=ubuntu:22.04
+
+# ---- what everything below stands on ----
+FROM ${BASE_IMAGE} AS system
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ARG PYTHON=python3.10
+# libgl1, libglib2.0-0: OpenCV; libgoogle-perftools4: tcmalloc for the WebUI; git: A1111 imports GitPython, which wants it
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
+rm -f /etc/apt/apt.conf.d/docker-clean
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -q
+apt-get install -qy --no-install-recommends ca-certificates git libgl1 libglib2.0-0 libgoogle-perftools4 "$PYTHON"
+END
+
+# ---- uv, for the build alone ----
+FROM system AS tools
+ARG PYPI_INDEX_URL=https://pypi.org/simple
+ARG UV_VERSION=0.13.8
+# hadolint ignore=DL3008,DL3013
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -q
+apt-get install -qy --no-install-recommends python3-pip
+python3 -m pip install -q --no-cache-dir --index-url "$PYPI_INDEX_URL" --target /uv "uv==$UV_VERSION"
+END
+
+# ---- the WebUI ----
+FROM system AS webui
+ARG PYTHON=python3.10
+ARG PYPI_INDEX_URL=https://pypi.org/simple
+# The cu128 builds run on sm_75 to sm_120. Empty: PyPI's builds of 2.7.0, which are cu126 and lack sm_120.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
+# An empty version leaves its package out.
+ARG TORCH_VERSION=2.7.0
+ARG TORCHVISION_VERSION=0.22.0
+ARG XFORMERS_VERSION=0.0.30
+# A1111's own pins, installed first so that torch does not bring newer ones that would have to be replaced.
+ARG NUMPY_VERSION=1.26.2
+ARG PILLOW_VERSION=9.5.0
+# The last setuptools with the pkg_resources that CLIP needs, to be built and to be run, is below 81; A1111 pins this one.
+ARG SETUPTOOLS_VERSION=69.5.1
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
+export VIRTUAL_ENV=/opt/webui UV_DEFAULT_INDEX="$PYPI_INDEX_URL"
+/uv/bin/uv venv -q --no-python-downloads --python "$PYTHON" /opt/webui
+/uv/bin/uv pip install "setuptools==$SETUPTOOLS_VERSION" wheel "numpy==$NUMPY_VERSION" "pillow==$PILLOW_VERSION"
+if [ -n "$TORCH_VERSION" ]; then
+  /uv/bin/uv pip install ${TORCH_INDEX_URL:+--index "$TORCH_INDEX_URL"} "torch==$TORCH_VERSION" \
+    ${TORCHVISION_VERSION:+"torchvision==$TORCHVISION_VERSION"} ${XFORMERS_VERSION:+"xformers==$XFORMERS_VERSION"}
+fi
+END
+
+ARG WEBUI_REPO=https://github.com/AUTOMATIC1111/stable-diffusion-webui.git
+# v1.10.1; v1.9.3 is 1c0a0c4c26f78c32095ebc7f8af82f5c04fca8c0
+ARG WEBUI_COMMIT=82a973c04367123ae98bd9abdf80d9eda9b910e2
+ARG ASSETS_REPO=https://github.com/AUTOMATIC1111/stable-diffusion-webui-assets.git
+ARG ASSETS_COMMIT=6f7db241d2f8ba7457bac5ca9753331f0c266917
+# A copy by a maintainer of A1111: Stability-AI's own is gone since December 2025.
+ARG STABLE_DIFFUSION_REPO=https://github.com/w-e-w/stablediffusion.git
+ARG STABLE_DIFFUSION_COMMIT=cf1d67a6fd5ea1aa600c4df58e5b47da45f6bdbf
+ARG STABLE_DIFFUSION_XL_REPO=https://github.com/Stability-AI/generative-models.git
+ARG STABLE_DIFFUSION_XL_COMMIT=45c443b316737a4ab6e40413d7794a7f5657c19f
+ARG K_DIFFUSION_REPO=https://github.com/crowsonkb/k-diffusion.git
+ARG K_DIFFUSION_COMMIT=ab527a9a6d347f364e3d185ba6d714e22d80cb3c
+ARG BLIP_REPO=https://github.com/salesforce/BLIP.git
+ARG BLIP_COMMIT=48211a1594f1321b00f14c9f7a5b4813144b2fb9
+# A1111 looks for the helpers under exactly these names.
+RUN <<'END'
+export GIT_TERMINAL_PROMPT=0 # or git waits for a password for ever where a repository is gone
+checkout() {
+  git init -q "$1"
+  git -C "$1" fetch -q --depth 1 "$2" "$3" || { echo "cannot fetch $3 of $2" >&2; exit 1; }
+  git -C "$1" -c advice.detachedHead=false checkout -q FETCH_HEAD
+  rm -rf "$1/.git"
+}
+app=/opt/webui/app
+checkout "$app" "$WEBUI_REPO" "$WEBUI_COMMIT"
+checkout "$app/repositories/stable-diffusion-webui-assets" "$ASSETS_REPO" "$ASSETS_COMMIT"
+checkout "$app/repositories/stable-diffusion-stability-ai" "$STABLE_DIFFUSION_REPO" "$STABLE_DIFFUSION_COMMIT"
+checkout "$app/repositories/generative-models" "$STABLE_DIFFUSION_XL_REPO" "$STABLE_DIFFUSION_XL_COMMIT"
+checkout "$app/repositories/k-diffusion" "$K_DIFFUSION_REPO" "$K_DIFFUSION_COMMIT"
+checkout "$app/repositories/BLIP" "$BLIP_REPO" "$BLIP_COMMIT"
+END
+
+ARG CLIP_PACKAGE=git+https://github.com/openai/CLIP.git@d50d76daa670286dd6cacf3bcd80b5e4823fc8e1
+RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
+export VIRTUAL_ENV=/opt/webui UV_DEFAULT_INDEX="$PYPI_INDEX_URL" GIT_TERMINAL_PROMPT=0
+echo "setuptools==$SETUPTOOLS_VERSION" >/tmp/constraints.txt
+/uv/bin/uv pip install --build-constraints /tmp/constraints.txt --constraints /tmp/constraints.txt \
+  -r /opt/webui/app/requirements_versions.txt "clip @ $CLIP_PACKAGE"
+rm /tmp/constraints.txt
+# Compiled here, or every fresh container would do it again. Some files of the helpers are not meant for this Python.
+/opt/webui/bin/python -m compileall -q -j 0 /opt/webui/app >/dev/null || true
+END
+
+# ---- what A1111 would fetch from the Hugging Face hub at the first load ----
+FROM webui AS tokenizer
+# hadolint ignore=DL3064
+ARG BAKE_TOKENIZER=1
+COPY image/tokenizer.py /image/
+RUN <<'END'
+mkdir -p /opt/huggingface
+if [ "$BAKE_TOKENIZER" = 1 ]; then
+  HF_HOME=/opt/huggingface /opt/webui/bin/python /image/tokenizer.py
+fi
+find /opt/huggingface -exec touch -h -d @0 {} +
+END
+
+# ---- the worker's environment: apart from the WebUI's, whose fastapi is too old for the runpod SDK ----
+FROM system AS worker
+ARG PYTHON=python3.10
+ARG PYPI_INDEX_URL=https://pypi.org/simple
+COPY requirements.txt /tmp/
+RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
+export VIRTUAL_ENV=/opt/worker UV_DEFAULT_INDEX="$PYPI_INDEX_URL" UV_LINK_MODE=copy
+/uv/bin/uv venv -q --no-python-downloads --python "$PYTHON" /opt/worker
+/uv/bin/uv pip install --compile-bytecode -r /tmp/requirements.txt
+END
+
+# ---- the worker itself, compiled; folders and all with fixed times: the same files give the same layer on any builder ----
+FROM system AS files
+ARG PYTHON=python3.10
+COPY handler.py model_manager.py start.sh image/healthcheck.py /files/opt/worker/app/
+COPY a1111_worker /files/opt/worker/app/a1111_worker
+RUN <<'END'
+"$PYTHON" -m compileall -q --invalidation-mode unchecked-hash -s /files -p / /files
+chmod -R u=rwX,go=rX /files
+chmod 755 /files/opt/worker/app/start.sh
+find /files -exec touch -h -d @0 {} +
+END
+
+# ---- the checkpoint, where it is wanted in the image; the key for it is a build secret and enters no layer ----
+FROM system AS checkpoint
+ARG BAKE_CHECKPOINT=0
+ARG CHECKPOINT_URL=
+ARG CHECKPOINT_FILE=
+ARG CHECKPOINT_NAME=
+ARG CHECKPOINT_SHA256=
+# Where it comes from, during the build alone; empty is CivitAI.
+ARG CIVITAI_URL=
+ARG MODEL_HOSTS=
+ARG STORAGE_HOSTS=
+RUN --mount=type=cache,id=checkpoint,target=/cache \
+    --mount=type=bind,from=worker,source=/opt/worker,target=/opt/worker \
+    --mount=type=bind,from=files,source=/files/opt/worker/app/a1111_worker,target=/worker/a1111_worker \
+    --mount=type=bind,from=files,source=/files/opt/worker/app/model_manager.py,target=/worker/model_manager.py \
+    --mount=type=secret,id=civitai_api_key <<'END'
+mkdir -p /baked/models/checkpoints /known/models/checkpoints
+if [ "$BAKE_CHECKPOINT" = 1 ]; then
+  CIVITAI_API_KEY="$(cat /run/secrets/civitai_api_key 2>/dev/null || true)" MODELS_DIR=/cache/models \
+    /opt/worker/bin/python /worker/model_manager.py prefetch checkpoint
+  default="$(PYTHONPATH=/worker /opt/worker/bin/python -c 'from a1111_worker.catalog import CHECKPOINT_FILE; print(CHECKPOINT_FILE)')"
+  file="${CHECKPOINT_FILE:-$default}"
+  cp "/cache/models/checkpoints/$file" /baked/models/checkpoints
+  cp "/cache/models/checkpoints/$file.json" /known/models/checkpoints
+fi
+# Fixed times, or a builder without this cache would make, and push, another layer of the same 6.5 GB. What is known of
+# the file says when it was fetched, and is a layer of its own.
+find /baked /known -exec touch -h -d @0 {} +
+END
+
+# ---- does it work? Both tests are part of the build; SMOKE_TEST=0 skips them ----
+FROM webui AS smoke-webui
+ARG SMOKE_TEST=1
+# hadolint ignore=DL3064
+ARG BAKE_TOKENIZER=1
+ARG TORCH_VERSION=2.7.0
+ARG TORCHVISION_VERSION=0.22.0
+ARG XFORMERS_VERSION=0.0.30
+COPY image/smoke.py image/tokenizer.py /image/
+WORKDIR /opt/webui/app
+RUN --mount=type=bind,from=tokenizer,source=/opt/huggingface,target=/opt/huggingface,rw <<'END'
+mkdir -p /passed/opt/smoke
+if [ "$SMOKE_TEST" = 1 ]; then
+  HF_HUB_OFFLINE=1 HF_HOME=/opt/huggingface /opt/webui/bin/python /image/smoke.py webui >/passed/opt/smoke/webui
+  cat /passed/opt/smoke/webui
+fi
+find /passed -exec touch -d @0 {} +
+END
+
+FROM system AS smoke-worker
+ARG SMOKE_TEST=1
+COPY image/smoke.py /image/
+RUN --mount=type=bind,from=worker,source=/opt/worker,target=/opt/worker \
+    --mount=type=bind,from=files,source=/files/opt/worker/app,target=/files <<'END'
+mkdir -p /passed/opt/smoke
+if [ "$SMOKE_TEST" = 1 ]; then
+  bash -n /files/start.sh
+  /opt/worker/bin/python /image/smoke.py worker /files >/passed/opt/smoke/worker
+  cat /passed/opt/smoke/worker
+fi
+find /passed -exec touch -d @0 {} +
+END
+
+# ---- the worker against the sandbox, without a WebUI or a GPU: docker compose --profile sandbox up ----
+FROM system AS sandbox
+ARG PYPI_INDEX_URL=https://pypi.org/simple
+RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv \
+    --mount=type=bind,from=worker,source=/opt/worker,target=/worker <<'END'
+cp -a /worker /opt/worker
+UV_LINK_MODE=copy /uv/bin/uv pip install --python /opt/worker/bin/python --default-index "$PYPI_INDEX_URL" Pillow
+END
+
+WORKDIR /checkout
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+CMD ["/opt/worker/bin/python", "-m", "sandbox", "--folder", "/tmp/sandbox", "--", \
+     "/opt/worker/bin/python", "handler.py", "--rp_serve_api", "--rp_api_host", "0.0.0.0"]
+
+# ---- the image ----
+FROM webui AS image
+COPY --link --from=tokenizer /opt/huggingface /opt/huggingface
+COPY --link --from=worker /opt/worker /opt/worker
+COPY --link --from=checkpoint /baked/ /
+COPY --link --from=checkpoint /known/ /
+COPY --link --from=smoke-webui /passed/ /
+COPY --link --from=smoke-worker /passed/ /
+COPY --link --from=files /files/ /
+
+# The checkpoint that was baked is the one that is asked for; empty means the default.
+ARG CHECKPOINT_URL=
+ARG CHECKPOINT_FILE=
+ARG CHECKPOINT_NAME=
+ARG CHECKPOINT_SHA256=
+# RUNPOD_DEBUG_LEVEL: the SDK's default logs prompts and results; WARNING would crash its import.
+# RUNPOD_MIN_DISK_PERCENT: the SDK ends a worker with less than 10 % of / free; a full container disk is the worker's to tell.
+ENV WEBUI_DIR=/opt/webui/app \
+    WEBUI_PYTHON=/opt/webui/bin/python \
+    WORKER_DIR=/opt/worker/app \
+    WORKER_PYTHON=/opt/worker/bin/python \
+    WEBUI_STATE_FILE=/tmp/webui.state \
+    WORKER_STATE_FILE=/tmp/worker.state.json \
+    CHECKPOINT_URL=${CHECKPOINT_URL} \
+    CHECKPOINT_FILE=${CHECKPOINT_FILE} \
+    CHECKPOINT_NAME=${CHECKPOINT_NAME} \
+    CHECKPOINT_SHA256=${CHECKPOINT_SHA256} \
+    HF_HOME=/opt/huggingface \
+    HF_HUB_OFFLINE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PYTHONUNBUFFERED=1 \
+    RUNPOD_DEBUG_LEVEL=INFO \
+    RUNPOD_MIN_DISK_PERCENT=1
+
+ARG VERSION=0.1.0
+ARG REVISION=
+LABEL org.opencontainers.image.title="a1111-worker" \
+      org.opencontainers.image.description="A RunPod serverless worker for the Automatic1111 Stable Diffusion WebUI" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+WORKDIR /opt/worker/app
+# The SDK's local API, where it is asked to listen on more than 127.0.0.1. The WebUI never leaves the container.
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=420s --retries=3 \
+    CMD ["/opt/worker/bin/python", "-IS", "/opt/worker/app/healthcheck.py"]
+ENTRYPOINT ["/opt/worker/app/start.sh"]

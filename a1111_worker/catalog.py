@@ -1,0 +1,47 @@
+"""The models this worker knows by name. Their file names belong to these CivitAI versions alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KnownLora:
+    """A LoRA of the catalog; `scale` is what a job gets that names none."""
+
+    title: str
+    version_id: int
+    scale: float
+    file: str
+
+    @property
+    def stem(self) -> str:
+        return self.file.removesuffix(".safetensors")
+
+
+LORAS = (
+    KnownLora("Detail Tweaker XL", 135867, 1.5, "detail_tweaker_xl.safetensors"),
+    KnownLora("Hand Detail FLUX & XL", 294259, 1.0, "hand_detail_flux_xl.safetensors"),
+    KnownLora("Boring Reality primaryV3.0", 348625, 0.3, "boring_reality_v3.safetensors"),
+    KnownLora("Boring Reality primaryV4.0", 348837, 0.4, "boring_reality_v4.safetensors"),
+    KnownLora("epiCRealismXL-KiSS Enhancer", 1051156, 1.0, "epicrealism_xl_kiss.safetensors"),
+    KnownLora("Dramatic Lighting Slider", 1242203, 1.0, "dramatic_lighting_slider.safetensors"),
+    KnownLora("Pony Realism Slider", 1253021, 3.0, "pony_realism_slider.safetensors"),
+    KnownLora("Amateur style - slider (Pony)", 1594293, 1.0, "amateur_style_slider.safetensors"),
+    KnownLora("Real Skin Slider", 1681921, 1.0, "real_skin_slider.safetensors"),
+)
+
+CHECKPOINT_URL = "https://civitai.com/api/download/models/1590699?type=Model&format=SafeTensor&size=pruned&fp=fp16"
+CHECKPOINT_FILE = "jib_mix_illustrious_realistic_v2.safetensors"
+CHECKPOINT_NAME = "Jib Mix Illustrious Realistic"
+
+
+def lora_of_version(version_id: int) -> KnownLora | None:
+    """The catalog's LoRA of a CivitAI version, if it is one."""
+    return next((lora for lora in LORAS if lora.version_id == version_id), None)
+
+
+def lora_named(name: str) -> KnownLora | None:
+    """The catalog's LoRA that a bare name means: its title or its file's stem, in any case."""
+    wanted = name.strip().removesuffix(".safetensors").casefold()
+    return next((lora for lora in LORAS if wanted in (lora.title.casefold(), lora.stem.casefold())), None)

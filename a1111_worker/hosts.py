@@ -1,0 +1,364 @@
+"""Which hosts may be reached: every URL and every address is checked, and the address checked is the one connected to.
+
+A `HostPolicy` is a list of origins, compared whole (scheme, host, port). Beside them nothing is reached, whatever a
+job, a redirect or a name server says:
+
+- https only, except for an origin that is listed as `http://127.0.0.1:PORT` or `http://localhost:PORT`;
+- a host name leads to public addresses only. A private, loopback or link-local address is reached only where it is
+  itself the listed origin's host (`https://10.0.0.7`, `http://127.0.0.1:8081`), or its host is `localhost`;
+- proxies, netrc, cookies and automatic redirects are off.
+
+It comes in two forms: `open_session` for answers of ordinary size, `open_connection` for the download engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urljoin
+
+import certifi
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+from a1111_worker import __version__
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest, Response
+
+USER_AGENT = f"a1111-worker/{__version__}"
+
+# Where CivitAI's signed links lead: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain
+# in front of Backblaze, and Backblaze itself, whose links name cluster 004.
+_R2 = "5ac0637cfd0766c97916cefa3764fbdf.r2.cloudflarestorage.com"
+STORAGE_HOSTS = (
+    f"https://civitai-delivery-worker-prod.{_R2}",
+    f"https://civitai-delivery-worker-prod-2023-05-01.{_R2}",
+    f"https://civitai-delivery-worker-prod-2023-10-01.{_R2}",
+    f"https://civitai-prod.{_R2}",
+    f"https://civitai-prod-settled.{_R2}",
+    "https://b2.civitai.com",
+    "https://s3.us-west-004.backblazeb2.com",
+    "https://f004.backblazeb2.com",
+)
+
+_PORTS = {"http": 80, "https": 443}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_KEPT = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
+
+# Deliberately narrower than RFC 3986: what two parsers might read differently (credentials, backslashes, spaces,
+# percent escapes in a host) is no URL here.
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<rest>[/?#][\x21-\x5b\x5d-\x7e]*)?",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[0-9]{1,5})?", re.IGNORECASE)
+
+
+class HostRefused(Exception):
+    """A URL or an address that may not be reached; the sentence names no more of a URL than its origin."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}" + ("" if self.port == _PORTS[self.scheme] else f":{self.port}")
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "[::1]")
+
+
+def origin_of(url: str) -> Origin:
+    """A URL's origin; HostRefused where it is not plainly an http(s) URL, or carries credentials."""
+    found = _URL.fullmatch(url)
+    if not found:
+        raise HostRefused("not a plain https URL (no credentials, no spaces, no escapes in the host)")
+    scheme, host, port = found["scheme"].lower(), found["host"].lower(), int(found["port"] or 0)
+    if port > 65535:
+        raise HostRefused("not a plain https URL (its port is no port)")
+    return Origin(scheme, host, port or _PORTS[scheme])
+
+
+def parse_origin(entry: str) -> Origin:
+    """An origin as a setting writes it: `https://host[:port]`, `host[:port]`, `http://127.0.0.1:PORT`, `*.host`.
+
+    Raises HostRefused for anything else, http to another host than this machine's own included.
+    """
+    text = entry.strip().rstrip("/")
+    if _NAME.fullmatch(text):
+        text = f"https://{text}"
+    star = text.startswith("https://*.")
+    origin = origin_of(text.replace("*.", "", 1) if star else text)
+    if text.count("/") != 2 or "?" in text or "#" in text:
+        raise HostRefused(f"{origin} is followed by a path; an origin is scheme, host and port")
+    if origin.scheme == "http" and not origin.is_loopback:
+        raise HostRefused(f"{origin} is not https (http is for 127.0.0.1 and localhost alone)")
+    return Origin(origin.scheme, f"*.{origin.host}", origin.port) if star else origin
+
+
+class HostPolicy:
+    """The origins that may be reached, and how."""
+
+    def __init__(self, origins: Iterable[str | Origin], *, ca_file: str | None = None) -> None:
+        listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in origins]
+        self._origins = frozenset(origin for origin in listed if not origin.host.startswith("*."))
+        self._suffixes = tuple((origin.host[1:], origin.port) for origin in listed if origin.host.startswith("*."))
+        self._ca_file = ca_file
+
+    def check(self, url: str) -> Origin:
+        """The origin of a URL that may be asked for; HostRefused for any other URL."""
+        origin = origin_of(url)
+        if not self.allows(origin):
+            raise HostRefused(f"{origin} is not among the hosts that may be reached")
+        return origin
+
+    def allows(self, origin: Origin) -> bool:
+        return origin in self._origins or (
+            origin.scheme == "https"
+            and any(origin.port == port and origin.host.endswith(suffix) for suffix, port in self._suffixes)
+        )
+
+    def connect(
+        self,
+        scheme: str,
+        host: str,
+        port: int,
+        timeout: float | None,
+        on_socket: Callable[[socket.socket], None] | None = None,
+    ) -> socket.socket:
+        """A TCP connection to an origin, made to an address that was checked.
+
+        `on_socket` is given every socket before it connects, so that another thread can shut it down.
+        OSError where nobody answers, HostRefused where the name leads to no address that may be reached.
+        """
+        origin = Origin(scheme, f"[{host}]" if ":" in host else host.lower(), port)
+        if not self.allows(origin):
+            raise HostRefused(f"{origin} is not among the hosts that may be reached")
+        last: OSError | None = None
+        for family, kind, protocol, address in self._addresses(origin):
+            connection = socket.socket(family, kind, protocol)
+            try:
+                if on_socket:
+                    on_socket(connection)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.settimeout(timeout)
+                connection.connect(address)
+                return connection
+            except OSError as error:
+                connection.close()
+                last = error
+        raise last or OSError(f"{origin} has no address")
+
+    def tls(self) -> ssl.SSLContext:
+        return _tls(self._ca_file or certifi.where())
+
+    @property
+    def ca_file(self) -> str | None:
+        return self._ca_file
+
+    def _addresses(self, origin: Origin) -> Sequence[tuple[int, int, int, Any]]:
+        found = socket.getaddrinfo(origin.host.strip("[]"), origin.port, 0, socket.SOCK_STREAM)
+        usable = [
+            (family, kind, protocol, address)
+            for family, kind, protocol, _, address in found
+            if may_connect(origin, str(address[0]))
+        ]
+        if found and not usable:
+            raise HostRefused(f"{origin} leads to an address that is not public")
+        return usable
+
+
+def may_connect(origin: Origin, address: str) -> bool:
+    """Whether an address that an origin's host resolved to may be connected to."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if origin.host == "localhost":
+        return ip.is_loopback
+    with contextlib.suppress(ValueError):
+        return ip == ipaddress.ip_address(origin.host.strip("[]"))  # an address that was listed as such
+    return all(part.is_global and not part.is_multicast for part in _embedded(ip))
+
+
+def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[Any]:
+    """An address, and the IPv4 addresses that an IPv6 one may stand for (mapped, 6to4, Teredo, NAT64)."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped:
+            yield ip.ipv4_mapped
+            return
+        if ip.sixtofour:
+            yield ip.sixtofour
+        if ip.teredo:
+            yield from ip.teredo
+        if ip in _NAT64:
+            yield ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    yield ip
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+@functools.cache
+def _tls(ca_file: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca_file)
+
+
+# --- for answers of ordinary size
+
+
+def open_session(policy: HostPolicy, *, connections: int = 4) -> requests.Session:
+    """A session that reaches only what the policy allows, sends nothing of the environment's and follows nothing.
+
+    A request to anywhere else raises HostRefused. An `Authorization` header is sent only with the request it was
+    given to.
+    """
+    session = _Session()
+    session.trust_env = False
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    session.headers.clear()
+    session.headers.update({"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"})
+    if policy.ca_file:
+        session.verify = policy.ca_file
+    adapter = _Adapter(policy, connections)
+    session.adapters.clear()
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
+def follow(
+    session: requests.Session,
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout: float | tuple[float, float] = (10.0, 30.0),
+    max_hops: int = 5,
+) -> Response:
+    """GET, following redirects by hand: each hop is checked, and `Authorization` never reaches another origin.
+
+    The answer is streamed: the caller reads and closes it. HostRefused for a hop that may not be made, a circle, or
+    more hops than `max_hops`.
+    """
+    sent = dict(headers or {})
+    first = origin_of(url)
+    route = Route(url, max_hops)
+    while True:
+        if origin_of(route.url) != first:
+            sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
+        answer = session.get(route.url, headers=sent, timeout=timeout, stream=True)
+        if not route.turns(answer.status_code, answer.headers.get("Location")):
+            return answer
+        answer.close()
+
+
+class Route:
+    """Where redirects lead from a URL: at most `max_hops`, and never to the same place twice."""
+
+    def __init__(self, url: str, max_hops: int = 5) -> None:
+        self.url = url
+        self._max_hops = max_hops
+        self._seen = {url}
+
+    def turns(self, status: int, location: str | None) -> bool:
+        """Take in an answer: whether it leads on, to the new `url`. HostRefused for a circle or too many hops."""
+        if status not in _REDIRECTS or not location:
+            return False
+        # A header is Latin-1 to http.client; what is neither ASCII nor escaped is escaped, nothing else is changed.
+        try:
+            self.url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=_KEPT))
+        except ValueError as error:
+            raise HostRefused(f"a redirect of {origin_of(self.url)} leads to what is no URL") from error
+        if self.url in self._seen:
+            raise HostRefused(f"the redirects of {origin_of(self.url)} go in a circle")
+        if len(self._seen) > self._max_hops:
+            raise HostRefused(f"more than {self._max_hops} redirects, the last one to {origin_of(self.url)}")
+        self._seen.add(self.url)
+        return True
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: Response) -> None:  # never followed by itself
+        return None
+
+
+class _Adapter(HTTPAdapter):
+    """requests over connections that the policy makes."""
+
+    def __init__(self, policy: HostPolicy, connections: int) -> None:
+        self._policy = policy
+        super().__init__(pool_maxsize=connections)
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
+        super().init_poolmanager(connections, maxsize, block, **options)
+        self.poolmanager.pool_classes_by_scheme = _pools(self._policy)
+
+    def send(self, request: PreparedRequest, *args: Any, **options: Any) -> Response:
+        self._policy.check(request.url or "")
+        return super().send(request, *args, **options)
+
+
+def _pools(policy: HostPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    def connect(connection: urllib3.connection.HTTPConnection, scheme: str) -> socket.socket:
+        try:
+            timeout = connection.timeout if isinstance(connection.timeout, (int, float)) else None
+            return policy.connect(scheme, connection.host, connection.port or _PORTS[scheme], timeout)
+        except socket.gaierror as error:
+            raise NameResolutionError(connection.host, connection, error) from error
+        except TimeoutError as error:
+            raise ConnectTimeoutError(connection, f"{connection.host} did not answer in time") from error
+        except OSError as error:
+            raise NewConnectionError(connection, f"no connection to {connection.host}: {error}") from error
+
+    class CheckedHTTP(urllib3.connection.HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return connect(self, "http")
+
+    class CheckedHTTPS(urllib3.connection.HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return connect(self, "https")
+
+    class HTTPPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = CheckedHTTP
+
+    class HTTPSPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = CheckedHTTPS
+
+    return {"http": HTTPPool, "https": HTTPSPool}
+
+
+# --- for the download engine
+
+
+def open_connection(
+    policy: HostPolicy, origin: Origin, *, timeout: float, on_socket: Callable[[socket.socket], None]
+) -> http.client.HTTPConnection:
+    """A connection of the standard library (its answers can be read into one's own buffer), not yet connected."""
+
+    def connect(address: tuple[str, int], timeout: float, source: object = None) -> socket.socket:
+        return policy.connect(origin.scheme, origin.host, origin.port, timeout, on_socket)
+
+    connection: http.client.HTTPConnection
+    if origin.scheme == "https":
+        connection = http.client.HTTPSConnection(
+            origin.host.strip("[]"), origin.port, timeout=timeout, context=policy.tls()
+        )
+    else:
+        connection = http.client.HTTPConnection(origin.host.strip("[]"), origin.port, timeout=timeout)
+    # The one hook that http.client has between a name and its address (an attribute "for ease of testing").
+    connection._create_connection = connect  # type: ignore[attr-defined]
+    return connection

@@ -1,0 +1,1 @@
+"""What the docs say about speed, measured."""

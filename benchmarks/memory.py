@@ -1,0 +1,126 @@
+"""What large results leave behind in the worker's memory: 50 jobs of 20 MB through the real SDK.
+
+    python -m benchmarks.memory [--quick] [--json FILE]
+
+The worker is a process of its own, so are the WebUI and, in this one, the queue. What is compared is the resident size
+(VmRSS) of the idle worker: after the second job and after the last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.report import Row, run
+from sandbox.models import sdxl_checkpoint
+from sandbox.runpod import COMPLETED, RunPod
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS, QUICK_JOBS = 50, 8
+IMAGE_BYTES = 14_800_000  # 19.7 MB as base64: just below what RunPod takes of /runsync
+ALLOWED = 1.5
+MB = 1_000_000
+
+
+def measure(quick: bool) -> list[Row]:
+    folder = Path(tempfile.mkdtemp(prefix="memory-"))
+    try:
+        return rows(folder, QUICK_JOBS if quick else JOBS)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rows(folder: Path, jobs: int) -> list[Row]:
+    checkpoints = folder / "models" / "checkpoints"
+    sdxl_checkpoint(checkpoints / "bench.safetensors", 1, 3_000_000)
+    webui_models = folder / "webui"
+    for name in ("Stable-diffusion", "Lora", "VAE"):
+        (webui_models / name).mkdir(parents=True)
+    webui = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "sandbox.webui", "--models-dir", str(webui_models)),
+            *("--image-bytes", str(IMAGE_BYTES)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert webui.stdout is not None
+    with RunPod(long_poll=1.0) as queue, (folder / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "handler.py"],
+            cwd=ROOT,
+            env=queue.worker_env(
+                WEBUI_URL=webui.stdout.readline().strip(),
+                MODELS_DIR=str(folder / "models"),
+                WEBUI_MODELS_DIR=str(webui_models),
+                MODEL_SOURCES="",
+                CHECKPOINT_FILE="bench.safetensors",
+                CHECKPOINT_URL="https://civitai.com/api/download/models/1",
+                JOBS_IN_FLIGHT="2",
+            ),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            queue.wait_for_worker(timeout=60)
+            before = resident(worker.pid)
+            run_jobs(queue, 2)
+            second = settled(worker.pid)
+            run_jobs(queue, jobs - 2)
+            last, peak = settled(worker.pid), resident(worker.pid, "VmHWM")
+        finally:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+            webui.terminate()
+            webui.wait()
+            webui.stdout.close()
+    ratio = last / second
+    return [
+        Row(
+            f"resident size of the idle worker after {jobs} jobs of 20 MB, against after the second",
+            f"{ratio:.2f} × ({last / MB:.0f} MB, {second / MB:.0f} MB)",
+            f"≤ {ALLOWED} ×",
+            ratio <= ALLOWED,
+        ),
+        Row("… before the first job, and at most on the way", f"{before / MB:.0f} MB, {peak / MB:.0f} MB"),
+    ]
+
+
+def run_jobs(queue: RunPod, count: int) -> None:
+    """All queued at once, and their results forgotten here as soon as they are there."""
+    job = {"prompt": "a lighthouse", "steps": 1, "width": 64, "height": 64}
+    for job_id in [queue.submit({**job, "seed": number}, sync=True) for number in range(count)]:
+        status = queue.wait(job_id, timeout=120)
+        if status["status"] != COMPLETED:
+            raise RuntimeError(f"a job of the bench failed: {status}"[:500])
+        done = queue.jobs[job_id]
+        if done.answer_bytes < 0.95 * 20 * MB:
+            raise RuntimeError(f"the result is {done.answer_bytes} bytes, and was to be 20 MB")
+        done.output = done.answer = None
+
+
+def settled(pid: int) -> int:
+    """Resident size once the last answer has left: the least of a second's looks."""
+    looks = []
+    for _ in range(10):
+        time.sleep(0.1)
+        looks.append(resident(pid))
+    return min(looks)
+
+
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """Bytes, from /proc."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")) * 1024
+
+
+if __name__ == "__main__":
+    run("Memory", measure)

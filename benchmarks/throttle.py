@@ -1,0 +1,156 @@
+"""A server in a process of its own, for benches: files with ranges, and a line as bad as one wants.
+
+    python -m benchmarks.throttle FOLDER [--rate BYTES_A_SECOND] [--latency SECONDS] [--reset-every BYTES]
+
+It prints its port, answers `GET /<name>`, and `GET /-/counts` with what it did: {"bytes", "requests", "connections"}.
+Each connection has its own rate; latency passes before a connection is answered for the first time and before every
+answer; after every so many bytes of all connections together the one that sends is reset. Without a rate it is
+sendfile and nothing else, so that the client is what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SLICE = 256 * 1024  # sent at once by a throttled connection
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Throttle:
+    """Where a running server listens."""
+
+    url: str
+
+    def link(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def counts(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"{self.url}/-/counts", timeout=10) as answer:
+            counts: dict[str, int] = json.load(answer)
+            return counts
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, *, rate: float | None = None, latency: float = 0.0, reset_every: int | None = None
+) -> Iterator[Throttle]:
+    """A server process while the block runs."""
+    command = [sys.executable, "-m", "benchmarks.throttle", str(folder), "--latency", str(latency)]
+    if rate:
+        command += ["--rate", str(rate)]
+    if reset_every:
+        command += ["--reset-every", str(reset_every)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    try:
+        assert process.stdout
+        yield Throttle(f"http://127.0.0.1:{int(process.stdout.readline())}")
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+class _Server:
+    def __init__(self, folder: Path, rate: float | None, latency: float, reset_every: int | None) -> None:
+        self._folder = folder
+        self._rate = rate
+        self._latency = latency
+        self._reset_every = reset_every
+        self._lock = threading.Lock()
+        self._until_reset = reset_every or 0
+        self.counts = {"bytes": 0, "requests": 0, "connections": 0}
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+
+    def run(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._count("connections", 1)
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as reader:
+            time.sleep(self._latency)
+            while request := reader.readline():
+                headers = {}
+                while (line := reader.readline().strip()) != b"":
+                    name, _, value = line.partition(b":")
+                    headers[name.strip().lower().decode()] = value.strip().decode()
+                self._answer(connection, request.split()[1].decode(), headers)
+
+    def _answer(self, connection: socket.socket, path: str, headers: dict[str, str]) -> None:
+        if path == "/-/counts":
+            body = json.dumps(self.counts).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            return
+        self._count("requests", 1)
+        with (self._folder / path.lstrip("/").partition("?")[0]).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
+            start = int(found[1]) if found else 0
+            end = min(size, int(found[2]) + 1) if found and found[2] else size
+            status = f"206 Partial Content\r\nContent-Range: bytes {start}-{end - 1}/{size}" if found else "200 OK"
+            head = (
+                f'HTTP/1.1 {status}\r\nContent-Length: {end - start}\r\nETag: "{size}"\r\nAccept-Ranges: bytes\r\n\r\n'
+            )
+            time.sleep(self._latency)
+            connection.sendall(head.encode())
+            self._send(connection, file.fileno(), start, end)
+
+    def _send(self, connection: socket.socket, file: int, at: int, end: int) -> None:
+        began, first = time.monotonic(), at
+        while at < end:
+            count = os.sendfile(connection.fileno(), file, at, min(end - at, _SLICE if self._rate else 1 << 22))
+            at += count
+            if self._count("bytes", count):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                raise ConnectionResetError
+            if self._rate:
+                ahead = (at - first) / self._rate - (time.monotonic() - began)
+                if ahead > 0:
+                    time.sleep(ahead)
+
+    def _count(self, what: str, count: int) -> bool:
+        """Count it; whether the connection is due to be reset."""
+        with self._lock:
+            self.counts[what] += count
+            if what != "bytes" or not self._reset_every:
+                return False
+            self._until_reset -= count
+            if self._until_reset > 0:
+                return False
+            self._until_reset = self._reset_every
+            return True
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throttle", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rate", type=float, help="bytes a second of each connection")
+    parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--reset-every", type=int)
+    given = parser.parse_args(arguments)
+    server = _Server(given.folder, given.rate, given.latency, given.reset_every)
+    print(server.listener.getsockname()[1], flush=True)
+    server.run()
+
+
+if __name__ == "__main__":
+    main()

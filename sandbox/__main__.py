@@ -1,0 +1,221 @@
+"""Everything the worker talks to, on loopback.
+
+    python -m sandbox                   starts it, prints where it listens and what to export, until Ctrl-C
+    python -m sandbox -- COMMAND …      starts it, runs COMMAND pointed at it, ends with COMMAND's status
+
+Files are made once, under `.sandbox/civitai`, and reused; `.sandbox/models` is the worker's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from a1111_worker.catalog import CHECKPOINT_NAME, LORAS
+from sandbox.civitai import CivitAI
+from sandbox.models import sdxl_checkpoint, sdxl_lora
+from sandbox.runpod import RunPod
+from sandbox.webui import WebUI
+
+KEY = "sandbox"
+CHECKPOINT_VERSION = 1590699
+_RUNPOD_SETTINGS = ("RUNPOD_DEBUG_LEVEL", "RUNPOD_LOG_LEVEL", "RUNPOD_INIT_TIMEOUT")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What stands behind a version here."""
+
+    file: str
+    base_model: str
+    megabytes: float
+    model_id: int | None = None
+    file_id: int | None = None
+    trained_words: tuple[str, ...] = ()
+
+
+_SAMPLES = {
+    135867: _Sample("add-detail-xl.safetensors", "SDXL 1.0", 6, model_id=122359, file_id=99264),
+    294259: _Sample("hand detail FLUX & XL.safetensors", "SDXL 1.0", 4),
+    348625: _Sample("boringRealism_primaryV3.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
+    348837: _Sample("boringRealism_primaryV4.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
+    1051156: _Sample("epiCRealismXL-KiSS_Enhancer_Lora.safetensors", "SDXL 1.0", 5),
+    1242203: _Sample("Dramatic Lighting Slider.safetensors", "Pony", 2, model_id=1105685),
+    1253021: _Sample("Pony Realism Slider.safetensors", "Pony", 2),
+    1594293: _Sample("amateur style slider.safetensors", "Pony", 2),
+    1681921: _Sample("RealSkin_xxXL_v1.safetensors", "Illustrious", 3, model_id=1486921),
+}
+
+
+class Sandbox:
+    """The servers together, and what a worker must be told to use them."""
+
+    def __init__(self, folder: Path, *, port: int = 0, version: str = "1.10.1", step_seconds: float = 0.05) -> None:
+        """`port` is the first of four; 0 takes free ones."""
+        ports = [port + number if port else 0 for number in range(4)]
+        self.folder = folder.absolute()
+        self.webui = WebUI(
+            self.folder / "webui-models",
+            version=version,
+            port=ports[0],
+            step_seconds=step_seconds,
+            switch_seconds=1.0,
+        )
+        self.civitai = CivitAI(key=KEY, port=ports[1], storage_port=ports[2])
+        self.runpod = RunPod(port=ports[3], long_poll=10.0)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        stock(self.civitai, self.folder / "civitai")
+        for name in ("Stable-diffusion", "Lora", "VAE"):
+            (self.folder / "webui-models" / name).mkdir(parents=True, exist_ok=True)
+        with self.civitai, self.webui, self.runpod:
+            yield
+
+    def environment(self) -> dict[str, str]:
+        """What points a worker at these servers."""
+        origins = f"{self.civitai.url},{self.civitai.storage.url}"
+        return {
+            "WEBUI_URL": self.webui.url,
+            "CIVITAI_URL": self.civitai.url,
+            "CIVITAI_API_KEY": KEY,
+            "MODEL_HOSTS": origins,
+            "STORAGE_HOSTS": origins,
+            "MODELS_DIR": str(self.folder / "models"),
+            "WEBUI_MODELS_DIR": str(self.folder / "webui-models"),
+            "MODEL_SOURCES": "",
+        }
+
+    def queue_environment(self) -> dict[str, str]:
+        """What makes the SDK take jobs from the queue here."""
+        return {name: value for name, value in self.runpod.worker_env().items() if name.startswith("RUNPOD_")}
+
+
+def stock(civitai: CivitAI, folder: Path) -> None:
+    """Serve the checkpoint and the catalog's LoRAs, small and made once."""
+    checkpoint = _made(folder / "jibMixIllustrious_v20.safetensors", sdxl_checkpoint, CHECKPOINT_VERSION, 32)
+    civitai.add(
+        CHECKPOINT_VERSION,
+        checkpoint,
+        name=CHECKPOINT_NAME,
+        version_name="v2.0",
+        base_model="Illustrious",
+        model_type="Checkpoint",
+        size="pruned",
+        fp="fp16",
+    )
+    for lora in LORAS:
+        sample = _SAMPLES[lora.version_id]
+        civitai.add(
+            lora.version_id,
+            _made(folder / sample.file, sdxl_lora, lora.version_id, sample.megabytes),
+            name=lora.title,
+            base_model=sample.base_model,
+            model_id=sample.model_id,
+            file_id=sample.file_id,
+            trained_words=sample.trained_words,
+        )
+
+
+def _made(path: Path, make: Callable[[Path, int, int], Path], seed: int, megabytes: float) -> Path:
+    """The file, written if it is not there yet. It appears whole: an interrupted start leaves nothing to trip over."""
+    size = int(megabytes * 1e6)
+    if not path.exists() or path.stat().st_size != size:
+        part = path.with_name(f".{os.getpid()}") / path.name  # its name is in the metadata of a LoRA
+        make(part, seed, size).replace(path)
+        part.parent.rmdir()
+    return path
+
+
+def run(sandbox: Sandbox, command: Sequence[str]) -> int:
+    """Run a command against the sandbox; signals go on to it. Its status, 128 + n where a signal n ended it."""
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    try:  # a session of its own: Ctrl-C on a terminal reaches it once, through us
+        child = subprocess.Popen(  # noqa: S603 — the developer's own command
+            command, env=_without_runpod(os.environ) | sandbox.environment(), start_new_session=True
+        )
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    for signalled in early:
+        child.send_signal(signalled)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _without_runpod(environ: Mapping[str, str]) -> dict[str, str]:
+    """Off RunPod, whatever this machine is: the SDK runs its local test or its local API then."""
+    return {
+        name: value for name, value in environ.items() if not name.startswith("RUNPOD_") or name in _RUNPOD_SETTINGS
+    }
+
+
+def _curl(command: Sequence[str]) -> str:
+    port = next((after for word, after in itertools.pairwise(command) if word == "--rp_api_port"), "8000")
+    return f"curl -s http://127.0.0.1:{port}/runsync -H 'Content-Type: application/json' -d @test_input.json"
+
+
+def _say_where(sandbox: Sandbox) -> None:
+    print(f"WebUI    {sandbox.webui.url}")
+    print(f"CivitAI  {sandbox.civitai.url} (files on {sandbox.civitai.storage.url})")
+    print(f"RunPod   {sandbox.runpod.url}/v2/{sandbox.runpod.endpoint}/run")
+    print("\n# a worker that uses them:")
+    for name, value in sandbox.environment().items():
+        print(f"export {name}={shlex.quote(value)}")
+    print("\n# and one that takes its jobs from this queue:")
+    for name, value in sandbox.queue_environment().items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    ours, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path(".sandbox"), help="where files are kept (.sandbox)")
+    parser.add_argument("--port", type=int, help="the first of four ports (with a command: free ones; else 3100)")
+    parser.add_argument("--webui-version", choices=("1.9.3", "1.10.1"), default="1.10.1")
+    parser.add_argument("--step-seconds", type=float, default=0.05, help="how long a sampling step takes (0.05)")
+    options = parser.parse_args(ours)
+    port = options.port if options.port is not None else 0 if command else 3100
+    try:
+        sandbox = Sandbox(options.folder, port=port, version=options.webui_version, step_seconds=options.step_seconds)
+    except OSError as error:
+        print(f"ports {port} to {port + 3}: {error.strerror} (--port takes others)", file=sys.stderr)
+        return 1
+    with sandbox.running():
+        if command:
+            if "--rp_serve_api" in command:
+                print(f"Try, from another terminal:\n  {_curl(command)}\n", flush=True)
+            return run(sandbox, command)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _say_where(sandbox)
+            signal.pause()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

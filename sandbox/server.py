@@ -1,0 +1,229 @@
+"""A real HTTP/1.1 server in threads on loopback; what every server of the sandbox is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import IO, Any
+from urllib.parse import parse_qsl, urlsplit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request as it arrived. Header names are lower case."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Exchange:
+    """A request and the means to answer it, well or badly."""
+
+    def __init__(self, handler: BaseHTTPRequestHandler, asked: Asked) -> None:
+        self._handler = handler
+        self.asked = asked
+
+    @property
+    def client_address(self) -> tuple[str, int]:
+        """Where the request came from: one address for each connection."""
+        host, port = self._handler.client_address
+        return str(host), int(port)
+
+    def send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        """Answer with a body and its true length (unless `headers` says another)."""
+        given = {name.lower(): value for name, value in (headers or {}).items()}
+        given.setdefault("content-length", str(len(body)))
+        self.begin(status, given)
+        if self.asked.method != "HEAD":
+            self.write(body)
+
+    def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        body = json.dumps(value, separators=(",", ":")).encode()
+        self.send(status, body, {"content-type": "application/json", **(headers or {})})
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """The answer's head alone; whoever calls this writes the body."""
+        self._handler.send_response(status)
+        for name, value in headers.items():
+            self._handler.send_header(name, value)
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            self._handler.send_header("connection", "close")
+            self._handler.close_connection = True
+        self._handler.end_headers()
+
+    def write(self, data: bytes) -> None:
+        self._handler.wfile.write(data)
+
+    def flush(self) -> None:
+        self._handler.wfile.flush()
+
+    def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """So many bytes of a file as body, by the kernel's hand."""
+        self._handler.wfile.flush()
+        while count:
+            sent = os.sendfile(self._handler.connection.fileno(), file.fileno(), offset, count)
+            if not sent:
+                raise ConnectionError("the file is shorter than it was")
+            offset += sent
+            count -= sent
+
+    @property
+    def client(self) -> int:
+        """Which connection this is: the client's port."""
+        return int(self._handler.client_address[1])
+
+    def gone(self, seconds: float = 0.0) -> bool:
+        """Whether the client has left, waiting at most so long for it to do so."""
+        connection, end = self._handler.connection, time.monotonic() + seconds
+        while True:
+            left = max(0.0, end - time.monotonic())
+            readable, _, _ = select.select([connection], [], [], left)  # a stopping server shuts it down: readable
+            if not readable:
+                return False
+            if not connection.recv(1, socket.MSG_PEEK):
+                return True
+            if not left:
+                return False
+            time.sleep(min(left, 0.05))  # the next request already: the client is there
+
+    def hold(self, seconds: float | None = None) -> bool:
+        """Say nothing more: until the time is up (then True), the client has left or the server stops."""
+        self._handler.wfile.flush()
+        return not self.gone(365 * 86_400.0 if seconds is None else seconds)
+
+    def cut(self) -> None:
+        """End the connection politely (FIN), whatever was promised."""
+        self._handler.close_connection = True
+
+    def reset(self) -> None:
+        """End the connection rudely (RST); what was written before arrives first."""
+        self._handler.wfile.flush()
+        unsent = bytearray(4)
+        for _ in range(200):  # at most a second: a client that does not read is reset all the same
+            fcntl.ioctl(self._handler.connection, termios.TIOCOUTQ, unsent)
+            if not any(unsent):
+                break
+            time.sleep(0.005)
+        self._handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._handler.close_connection = True
+        self._handler.connection.close()
+
+
+class Server:
+    """Answers with `answer`, remembers what it was asked in `asked`; what is in `before` sees a request first, and says
+    whether it has answered it. A context manager, or `start` and `stop`."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.asked: list[Asked] = []
+        self.before: list[Callable[[Exchange], bool]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = 64 * 1024
+
+            def setup(self) -> None:
+                super().setup()
+                outer._connections.add(self.connection)
+
+            def finish(self) -> None:
+                outer._connections.discard(self.connection)
+                with contextlib.suppress(OSError):
+                    super().finish()
+
+            def handle_one_request(self) -> None:
+                try:
+                    super().handle_one_request()
+                except (ConnectionError, TimeoutError, ValueError):  # the client left, or the answer was reset
+                    self.close_connection = True
+
+            def handle_expect_100(self) -> bool:
+                super().handle_expect_100()
+                self.wfile.flush()  # the client waits for it
+                return True
+
+            def do_GET(self) -> None:
+                outer._serve(self)
+
+            do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class HTTPServer(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not outer._stopping:
+                    super().handle_error(request, client_address)
+
+        self._stopping = False
+        self._connections: set[socket.socket] = set()
+        self._http = HTTPServer(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True, name=self.name)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def answer(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        if self._thread.is_alive():
+            self._http.shutdown()
+            self._thread.join()
+        self._http.server_close()
+        for connection in list(self._connections):  # a stopped server drops its clients, as a killed process does
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Any:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        length = int(handler.headers.get("content-length") or 0)
+        url = urlsplit(handler.path)
+        asked = Asked(
+            method=handler.command,
+            path=url.path,
+            query=dict(parse_qsl(url.query, keep_blank_values=True)),
+            headers={name.lower(): value for name, value in handler.headers.items()},
+            body=handler.rfile.read(length) if length else b"",
+        )
+        self.asked.append(asked)
+        exchange = Exchange(handler, asked)
+        if any(act(exchange) for act in list(self.before)):
+            return
+        self.answer(exchange)

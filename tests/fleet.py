@@ -1,0 +1,132 @@
+"""Several workers' model managers on one folder, fed by the sandbox's CivitAI."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from a1111_worker.civitai import CivitAI as Client
+from a1111_worker.civitai import Waits
+from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.download import Downloader
+from a1111_worker.hosts import HostPolicy
+from a1111_worker.library import CheckpointSpec
+from a1111_worker.manager import ModelManager
+from a1111_worker.segments import Tuning
+from sandbox.civitai import CivitAI
+from sandbox.models import sdxl_checkpoint, sdxl_lora
+from sandbox.server import Exchange
+
+KEY = "the-key"
+CHECKPOINT, DETAIL = 1590699, 135867
+WAITS = Waits(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
+TUNING = Tuning(
+    stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
+)
+
+
+def lora(version_id: int, **more: Any) -> ModelRef:
+    return ModelRef(ModelKind.LORA, version_id=version_id, **more)
+
+
+def named(name: str, **more: Any) -> ModelRef:
+    return ModelRef(ModelKind.LORA, name=name, **more)
+
+
+class Site(CivitAI):
+    """CivitAI where something may happen just before a link is given."""
+
+    before_a_link: Callable[[], None] | None = None
+
+    def answer(self, exchange: Exchange) -> None:
+        if self.before_a_link is not None and exchange.asked.path.startswith("/api/download/"):
+            self.before_a_link()
+        super().answer(exchange)
+
+
+class Fleet:
+    """The servers, the files they serve, the shared folder. `start` makes a worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = folder / "models"
+        self.civitai = Site(key=KEY)
+        self._workers = contextlib.ExitStack()
+        self._started = 0
+
+    def serve(self, version_id: int, path: Path | None = None, *, size: int | None = None, **about: Any) -> Path:
+        """Have CivitAI offer a LoRA; its seed is its id."""
+        path = path or sdxl_lora(self.folder / "served" / f"{version_id}.safetensors", version_id, size)
+        self.civitai.add(version_id, path, **{"name": f"Model {version_id}", **about})
+        return path
+
+    def serve_checkpoint(self, *, size: int = 3_000_000, **about: Any) -> Path:
+        path = sdxl_checkpoint(self.folder / "served" / "checkpoint.safetensors", 1, size)
+        about = {"name": "Jib Mix", "base_model": "Illustrious", "model_type": "Checkpoint", **about}
+        self.civitai.add(CHECKPOINT, path, **about)
+        return path
+
+    def start(self, **how: Any) -> ModelManager:
+        """A worker of its own: another owner, another container."""
+        self._started += 1
+        how = {"name": str(self._started), **how}
+        return self._workers.enter_context(manager(self.folder, self.civitai.url, self.civitai.storage.url, **how))
+
+    @property
+    def loras(self) -> Path:
+        return self.models / "loras"
+
+    def put(self, name: str, seed: int, kind: Callable[..., Path] = sdxl_lora, **about: Any) -> Path:
+        """Put a file into the cache by hand."""
+        return kind(self.loras / name, seed, **about)
+
+    def asked(self) -> list[str]:
+        """Everything that the network was asked for."""
+        return [asked.path for asked in (*self.civitai.asked, *self.civitai.storage.asked)]
+
+    def models_there(self) -> list[str]:
+        return sorted(path.name for path in self.loras.glob("*.safetensors"))
+
+    def debris(self) -> list[str]:
+        """Whatever is left of work that is over: parts, leases, holds, drafts, trash, sidecars without a model."""
+        left = []
+        for path in self.models.rglob("*"):
+            model = path.name.removesuffix(".json").removesuffix(".uses")
+            passing = path.parent.name == ".urls" or path.name.startswith(".clock")
+            if path.is_file() and not passing and model not in self.names_in(path.parent):
+                left.append(str(path.relative_to(self.models)))
+        return sorted(left)
+
+    @staticmethod
+    def names_in(folder: Path) -> list[str]:
+        return [] if folder.name.startswith(".") else [path.name for path in folder.glob("*.safetensors")]
+
+    def __enter__(self) -> Fleet:
+        self.civitai.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.close()
+        self.civitai.stop()
+
+
+SPEC = CheckpointSpec(ModelRef(ModelKind.CHECKPOINT, version_id=CHECKPOINT), "jib_mix.safetensors", "Jib Mix v2")
+
+
+@contextlib.contextmanager
+def manager(folder: Path, api: str, storage: str, *, name: str, **how: Any) -> Iterator[ModelManager]:
+    policy = HostPolicy((api, storage))
+    how = {"heartbeat": 0.05, "stale_after": 30.0, "poll": 0.02, "checkpoint": SPEC, **how}
+    models = how.pop("models", folder / "models")
+    client = Client(policy=policy, urls=[api], key=KEY, waits=WAITS)
+    downloader = Downloader(policy, how.pop("tuning", TUNING))
+    container = folder / f"container{name}"
+    with ModelManager(models, container / "webui", client, downloader, local=container / "local", **how) as made:
+        yield made
+    client.close()
+
+
+def soon(seconds: float = 30.0) -> Deadline:
+    return Deadline(seconds)

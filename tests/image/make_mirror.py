@@ -1,0 +1,120 @@
+"""Repositories of our own in place of those that the Dockerfile fetches from GitHub, for a build without it.
+
+    python tests/image/make_mirror.py FOLDER
+
+makes FOLDER/OWNER/NAME.git for each, with one branch, `main`: A1111's is the sandbox's WebUI behind A1111's flags
+(launch.py beside this file), CLIP is a package that, as the true one, needs pkg_resources to be built and to be run
+(CLIP.zip too), the helpers are empty packages where A1111 looks for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parent.parent
+
+REQUIREMENTS = """\
+setuptools==69.5.1
+GitPython==3.1.32
+Pillow==9.5.0
+diskcache==5.6.3
+numpy==1.26.2
+torch
+"""
+
+PATHS = """\
+import sys
+from pathlib import Path
+
+repositories = Path(__file__).parent.parent / "repositories"
+for folder, module in (
+    ("stable-diffusion-stability-ai", "ldm"),
+    ("generative-models", "sgm"),
+    ("k-diffusion", "k_diffusion"),
+    ("BLIP", "models/blip.py"),
+):
+    assert (repositories / folder / module).exists(), f"no {module} in repositories/{folder}"
+    sys.path.insert(0, str(repositories / folder))
+"""
+
+CACHE = """\
+import os
+
+import diskcache
+
+from modules import paths
+
+caches = {}
+
+
+def cache(subsection):
+    if subsection not in caches:
+        caches[subsection] = diskcache.Cache(os.path.join(os.environ["SD_WEBUI_CACHE_DIR"], subsection))
+    return caches[subsection]
+"""
+
+CLIP_SETUP = """\
+import pkg_resources
+from setuptools import setup
+
+assert list(pkg_resources.parse_requirements("numpy"))
+setup(name="clip", version="1.0", packages=["clip"])
+"""
+
+REPOSITORIES: dict[str, dict[str, str]] = {
+    "AUTOMATIC1111/stable-diffusion-webui": {
+        "requirements_versions.txt": REQUIREMENTS,
+        "CHANGELOG.md": "## 1.10.1\n",
+        "modules/__init__.py": "",
+        "modules/paths.py": PATHS,
+        "modules/cache.py": CACHE,
+    },
+    "AUTOMATIC1111/stable-diffusion-webui-assets": {"README.md": "a stand-in\n"},
+    "w-e-w/stablediffusion": {"ldm/__init__.py": ""},
+    "Stability-AI/generative-models": {"sgm/__init__.py": ""},
+    "crowsonkb/k-diffusion": {"k_diffusion/__init__.py": ""},
+    "salesforce/BLIP": {"models/blip.py": ""},
+    "openai/CLIP": {"setup.py": CLIP_SETUP, "clip/__init__.py": "import pkg_resources\n"},
+}
+
+
+def make(target: Path) -> None:
+    """Write every repository, anew."""
+    for name, files in REPOSITORIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder)
+            for path, text in files.items():
+                (tree / path).parent.mkdir(parents=True, exist_ok=True)
+                (tree / path).write_text(text, encoding="utf-8")
+            if name.endswith("/stable-diffusion-webui"):
+                shutil.copy(HERE / "launch.py", tree)
+                shutil.copytree(CHECKOUT / "sandbox", tree / "sandbox", ignore=shutil.ignore_patterns("__pycache__"))
+            commit(tree, target / f"{name}.git")
+            if name == "openai/CLIP":
+                shutil.make_archive(str(target / "CLIP"), "zip", tree)
+
+
+def commit(tree: Path, bare: Path) -> None:
+    """The tree as the one commit of a bare repository. Equal trees give equal commits."""
+    shutil.rmtree(bare, ignore_errors=True)
+    bare.mkdir(parents=True)
+    who = {f"GIT_{role}_{what}": "a1111-worker" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    when = {"GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z"}
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *arguments], check=True, cwd=tree, env={**os.environ, **who, **when})
+
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-q", "-m", "stand-in")
+    git("clone", "-q", "--bare", ".", str(bare.absolute()))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

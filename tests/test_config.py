@@ -1,0 +1,227 @@
+"""The environment, read once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from a1111_worker.config import SETTINGS, Config, default_models_dir, settle_sdk
+from a1111_worker.domain import BucketSettings
+from a1111_worker.errors import ConfigError
+
+
+def test_an_empty_environment_is_a_working_one() -> None:
+    config = Config.from_env({})
+
+    assert config.webui_url == "http://127.0.0.1:3000"
+    assert config.checkpoint_file == "jib_mix_illustrious_realistic_v2.safetensors"
+    assert config.boot_timeout == 400.0
+    assert config.civitai_urls == ("https://civitai.com", "https://civitai.red")
+    assert config.runpod is None
+
+
+def test_an_empty_value_means_the_default() -> None:
+    names = [setting.name for setting in SETTINGS if setting.name != "MODEL_SOURCES"]
+
+    config = Config.from_env(dict.fromkeys(names, ""))
+
+    assert config == Config.from_env({})
+
+
+# name, value: what must be refused
+BAD = [
+    ("WEBUI_URL", "127.0.0.1:3000"),  # no scheme
+    ("WEBUI_URL", "http://host/?x=1"),  # a query would end up in the middle of ours
+    ("BOOT_TIMEOUT", "soon"),
+    ("BOOT_TIMEOUT", "-1"),
+    ("JOB_TIMEOUT", "nan"),
+    ("GENERATION_TIMEOUT", "inf"),
+    ("MODEL_CACHE_LIMIT_GB", "0"),
+    ("CHECKPOINT_FILE", "../x.safetensors"),  # a path
+    ("CHECKPOINT_FILE", "x.ckpt"),  # not safetensors
+    ("CHECKPOINT_SHA256", "abc"),
+    ("CIVITAI_URL", "https://civitai.com/api"),  # an origin has no path
+    ("MODEL_HOSTS", "http://example.com"),  # not https
+    ("MODEL_HOSTS", "http://127.0.0.1"),  # a local origin names its port
+    ("STORAGE_HOSTS", "https://user@example.com"),
+    ("JOBS_IN_FLIGHT", "0"),
+    ("JOBS_IN_FLIGHT", "2.5"),
+    ("MAX_STEPS", "²"),  # a digit to Python, a number to nobody
+    ("WARMUP", "maybe"),
+    ("LOG_LEVEL", "LOUD"),
+    ("LOG_FORMAT", "xml"),
+    ("CIVITAI_API_KEY", "two words"),
+    ("BUCKET_ENDPOINT_URL", "https://account.r2.cloudflarestorage.com/results"),  # as R2's page shows it
+    ("BUCKET_ENDPOINT_URL", "s3.eu-central-1.amazonaws.com"),  # no scheme
+    ("BUCKET_NAME", "a/b"),
+    ("BUCKET_REGION", "eu central 1"),
+    ("BUCKET_PREFIX", "../up"),
+    ("BUCKET_PREFIX", "a//b"),
+    ("BUCKET_PREFIX", "a b"),
+    ("BUCKET_LINK_TTL", "0"),
+    ("BUCKET_LINK_TTL", "604801"),  # more than seven days is more than a signature may live
+    ("BUCKET_PUBLIC_URL", "https://cdn.example.com/?x=1"),
+    ("BUCKET_SECRET_ACCESS_KEY", "with spaces in it"),
+]
+
+BUCKET = {
+    "BUCKET_ENDPOINT_URL": "https://s3.eu-central-1.amazonaws.com/",
+    "BUCKET_ACCESS_KEY_ID": "the-id",
+    "BUCKET_SECRET_ACCESS_KEY": "the/secret+key",
+    "BUCKET_NAME": "results",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_stops_the_start_with_a_line_that_names_it(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({**(BUCKET if name.startswith("BUCKET_") else {}), name: value})
+
+    line = str(raised.value)
+    assert line.startswith(f"{name}=") and "takes" in line and "\n" not in line
+
+
+def test_a_bad_key_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({"CIVITAI_API_KEY": "secret with spaces"})
+
+    assert "secret" not in str(raised.value)
+
+
+def test_a_bad_secret_of_the_bucket_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({**BUCKET, "BUCKET_SECRET_ACCESS_KEY": "secret with spaces"})
+
+    assert "secret" not in str(raised.value)
+
+
+def test_a_bucket_has_sane_defaults() -> None:
+    bucket = Config.from_env(BUCKET).bucket
+
+    assert bucket == BucketSettings("https://s3.eu-central-1.amazonaws.com", "results", "the-id", "the/secret+key")
+    assert (bucket.region, bucket.prefix, bucket.link_seconds, bucket.public_url) == ("us-east-1", "", 86_400, None)
+
+
+def test_a_bucket_may_be_told_all() -> None:
+    bucket = Config.from_env(
+        {
+            **BUCKET,
+            "BUCKET_REGION": "eu-central-1",
+            "BUCKET_PREFIX": "/a1111/prod/",
+            "BUCKET_LINK_TTL": "604800",
+            "BUCKET_PUBLIC_URL": "https://cdn.example.com/pictures/",
+        }
+    ).bucket
+
+    assert bucket is not None
+    assert (bucket.region, bucket.prefix, bucket.link_seconds) == ("eu-central-1", "a1111/prod", 604_800)
+    assert bucket.public_url == "https://cdn.example.com/pictures"
+
+
+@pytest.mark.parametrize("missing", BUCKET)
+def test_half_a_bucket_stops_the_start_with_a_line_that_names_the_other_half(missing: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({name: value for name, value in BUCKET.items() if name != missing})
+
+    assert f"set without {missing}: " in str(raised.value)
+    assert "secret" not in str(raised.value).replace("BUCKET_SECRET_ACCESS_KEY", "") and "\n" not in str(raised.value)
+
+
+def test_a_prefix_alone_is_half_a_bucket() -> None:
+    with pytest.raises(ConfigError, match="BUCKET_PREFIX set without BUCKET_ENDPOINT_URL"):
+        Config.from_env({"BUCKET_PREFIX": "a"})
+
+
+def test_a_buckets_keys_are_not_in_its_repr() -> None:
+    config = Config.from_env(BUCKET)
+
+    assert "the-id" not in repr(config) and "the/secret" not in repr(config)
+
+
+def test_every_bad_value_has_its_line() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({"WARMUP": "maybe", "LOG_FORMAT": "xml"})
+
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_another_checkpoint_must_have_a_file_name_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="CHECKPOINT_FILE"):
+        Config.from_env({"CHECKPOINT_URL": "https://civitai.com/api/download/models/1"})
+
+
+def test_hosts_may_be_named_with_or_without_https() -> None:
+    config = Config.from_env({"MODEL_HOSTS": "cdn.example.com, https://b.example:8443 http://127.0.0.1:8081"})
+
+    assert config.model_hosts == ("https://cdn.example.com", "https://b.example:8443", "http://127.0.0.1:8081")
+
+
+def test_a_mirror_is_the_only_civitai_that_is_asked() -> None:
+    assert Config.from_env({"CIVITAI_URL": "http://127.0.0.1:9"}).civitai_urls == ("http://127.0.0.1:9",)
+
+
+def test_the_boot_ends_before_runpod_gives_up() -> None:
+    assert Config.from_env({"RUNPOD_INIT_TIMEOUT": "900"}).boot_timeout == 880.0
+
+
+def test_no_further_sources_can_be_asked_for() -> None:
+    assert Config.from_env({"MODEL_SOURCES": ""}).model_sources == ()
+    assert Config.from_env({}).model_sources == (Path("/models"),)
+
+
+def test_the_worker_id_is_filled_into_runpods_address_and_the_jobs_is_not() -> None:
+    config = Config.from_env(
+        {
+            "RUNPOD_WEBHOOK_GET_JOB": "https://x/job-take/$ID?gpu=1",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": "https://x/job-done/$RUNPOD_POD_ID/$ID?gpu=1",
+            "RUNPOD_POD_ID": "pod1",
+            "RUNPOD_AI_API_KEY": "key",
+        }
+    )
+
+    assert config.runpod is not None
+    assert config.runpod.output_url == "https://x/job-done/pod1/$ID?gpu=1"
+
+
+def test_the_cache_lies_on_the_network_volume_where_there_is_one(tmp_path: Path) -> None:
+    without = default_models_dir(tmp_path)
+    (tmp_path / "runpod-volume").mkdir()
+
+    assert without == tmp_path / "models"
+    assert default_models_dir(tmp_path) == tmp_path / "runpod-volume" / "models"
+
+
+def test_a_word_that_would_end_the_sdks_import_is_replaced() -> None:
+    environ = {"RUNPOD_DEBUG_LEVEL": "WARNING"}
+
+    settle_sdk(environ)
+
+    assert environ == {"RUNPOD_DEBUG_LEVEL": "INFO"}
+
+
+def test_the_sdk_logs_prompts_only_where_somebody_asked_for_it() -> None:
+    silent: dict[str, str] = {}
+    asked = {"RUNPOD_DEBUG_LEVEL": "DEBUG"}
+
+    settle_sdk(silent)
+    settle_sdk(asked)
+
+    assert (silent["RUNPOD_DEBUG_LEVEL"], asked["RUNPOD_DEBUG_LEVEL"]) == ("INFO", "DEBUG")
+
+
+def test_every_field_has_its_variable() -> None:
+    fields = {field.name for field in dataclasses.fields(Config)}
+    # Fields whose name is not the variable's in lower case.
+    renamed = {
+        "cache_limit_bytes": "MODEL_CACHE_LIMIT_GB",
+        "civitai_key": "CIVITAI_API_KEY",
+        "civitai_urls": "CIVITAI_URL",
+    }
+    renamed_in_bucket = {"BUCKET_LINK_SECONDS": "BUCKET_LINK_TTL"}
+    in_bucket = {f"BUCKET_{field.name.upper()}" for field in dataclasses.fields(BucketSettings)}
+    names = {setting.name for setting in SETTINGS if setting.reader == "worker"}
+
+    plain = {renamed.get(field, field.upper()) for field in fields - {"runpod", "bucket"}}
+    assert plain | {renamed_in_bucket.get(name, name) for name in in_bucket} == names

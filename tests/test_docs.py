@@ -1,0 +1,387 @@
+"""What the pages say, held against the code: lists are complete, links lead somewhere, examples are accepted."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from a1111_worker import errors
+from a1111_worker.answers import Delivered, answer_of
+from a1111_worker.catalog import LORAS
+from a1111_worker.civitai import POLICY
+from a1111_worker.config import SETTINGS
+from a1111_worker.domain import AppliedLora, Deadline, Generation, Model, ModelKind, OutputOptions, Run, Stage
+from a1111_worker.fields import MAX_LORAS, OUTPUT, OVERRIDABLE, FieldClass, Limits, fields
+from a1111_worker.registry import Record
+from a1111_worker.request import parse_request
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+README, ATLAS = ROOT / "README.md", DOCS / "project-atlas.md"
+API, CONTAINER = DOCS / "subsystems" / "api-gateway.md", DOCS / "subsystems" / "container-management.md"
+FLOW, RESOURCES = DOCS / "workflows" / "request-flow.md", DOCS / "subsystems" / "resource-management.md"
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+# -- reading a page
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading, down to the next one of its rank or above."""
+    text = page.read_text(encoding="utf-8")
+    # In a fenced block `# …` is a comment.
+    plain = re.sub(r"^```.*?^```$", lambda code: code[0].replace("#", " "), text, flags=re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^(#+) {re.escape(heading)}\n", plain, re.MULTILINE)
+    assert found, f"{name_of(page)} has no heading {heading!r}"
+    end = re.compile(rf"^#{{1,{len(found[1])}}} ", re.MULTILINE).search(plain, found.end())
+    return text[found.end() : end.start() if end else len(text)]
+
+
+def table(page: Path, heading: str, first_column: str) -> dict[str, tuple[str, ...]]:
+    """The table under a heading whose first column has this name: its rows by their first cell, without the ticks."""
+    lines = iter(section(page, heading).splitlines())
+    for line in lines:
+        if line.startswith(f"| {first_column} |"):
+            next(lines)
+            break
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        first, *others = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
+        rows[first.strip("`")] = tuple(others)
+    return rows
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def outside_of_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Where a link may lead in a page: its headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", outside_of_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# -- lists
+
+
+def test_every_setting_is_described_with_its_default() -> None:
+    told = table(CONTAINER, "Settings", "name")
+
+    assert {name: cells[0] for name, cells in told.items()} == {
+        setting.name: f"`{setting.default}`" if _is_literal(setting.default) else setting.default
+        for setting in SETTINGS
+    }
+    assert all(cells[1] for cells in told.values())
+
+
+def _is_literal(default: str) -> bool:
+    return " " not in default and default != "none"
+
+
+def test_the_readme_shows_six_settings_with_the_same_defaults() -> None:
+    told = table(README, "Settings", "name")
+    defaults = {name: cells[0].replace("`", "") for name, cells in table(CONTAINER, "Settings", "name").items()}
+
+    assert len(told) == 6
+    assert {name: cells[0].replace("`", "") for name, cells in told.items()} == {name: defaults[name] for name in told}
+
+
+def error_classes() -> dict[str, type[errors.WorkerError]]:
+    """Every class that has a code of its own."""
+    return {
+        one.code: one
+        for _, one in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(one, errors.WorkerError) and "code" in vars(one) and one is not errors.WorkerError
+    }
+
+
+def test_every_error_code_is_described_with_what_it_means_for_the_caller() -> None:
+    told = table(API, "Errors", "code")
+
+    assert set(told) == set(error_classes())
+    for code, (when, retryable, refresh) in told.items():
+        assert when
+        assert retryable == ("yes" if error_classes()[code].retryable else "no"), code
+        assert refresh.split(";")[0] == ("yes" if error_classes()[code].refresh_worker else "no"), code
+
+
+def test_the_readme_says_what_to_do_about_every_error_code() -> None:
+    told = table(README, "Troubleshooting", "code")
+
+    assert set(told) == set(error_classes())
+    assert all(cells[0] for cells in told.values())
+
+
+HEADINGS = {
+    FieldClass.OURS: "Ours: understood by the worker",
+    FieldClass.CHECKED: "Checked: against the WebUI's live lists",
+    FieldClass.PASSED: "Passed: checked for type and range, and handed on as they are",
+}
+
+
+@pytest.mark.parametrize("kind", HEADINGS, ids=lambda kind: kind.value)
+def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldClass) -> None:
+    told = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
+
+    expected = {n: (field.value.type, field.value.takes) for n, field in fields(Limits()).items() if field.kind is kind}
+    assert told == expected
+
+
+def test_every_refused_field_is_described_with_the_reason() -> None:
+    told = table(API, "Refused: by name, with the reason", "field")
+
+    assert told == {
+        name: (field.reason, ", ".join(f"`{json.dumps(one)}`" for one in field.harmless))
+        for name, field in fields(Limits()).items()
+        if field.kind is FieldClass.REFUSED
+    }
+
+
+def test_every_setting_a_job_may_override_is_described() -> None:
+    told = table(API, "Settings a job may override", "setting")
+
+    assert told == {
+        name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE.items()
+    }
+
+
+def test_every_output_option_is_described_with_its_default() -> None:
+    told = table(API, "Output options", "key")
+    defaults = {name: getattr(OutputOptions(), name) for name in OUTPUT if name != "quality"}
+
+    assert {name: cells[0] for name, cells in told.items()} == {name: value.takes for name, value in OUTPUT.items()}
+    for name, default in defaults.items():
+        assert told[name][1] == f"`{json.dumps(default)}`".replace('"', "")
+
+
+def test_the_catalog_is_described_as_it_is() -> None:
+    told = table(API, "LoRAs", "name")
+
+    assert told == {lora.stem: (lora.title, str(lora.version_id), str(lora.scale)) for lora in LORAS}
+    assert f"at most {MAX_LORAS}" in section(API, "LoRAs")
+
+
+def test_every_field_of_the_worker_block_is_described() -> None:
+    model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
+    generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
+    answer = answer_of(generation, Delivered(), Run(Deadline()).timings())
+
+    described = " ".join(table(API, "The answer", "field"))
+
+    for name, value in answer["worker"].items():
+        assert re.search(rf"(^|[ `]){name}\b", described), name
+        inner = value[0] if isinstance(value, list) and value else value
+        for key in inner if isinstance(inner, dict) and name != "timings" else ():
+            assert re.search(rf"\b{name}\S*\.{key}\b|`\.{key}\b", described), f"{name}.{key}"
+    assert all(f"`{stage.value}`" in section(API, "The answer") for stage in Stage)
+
+
+def test_every_stage_is_described_with_what_status_shows() -> None:
+    assert set(table(FLOW, "Progress", "stage")) == {stage.value for stage in Stage}
+    assert {"parse", "names", *(stage.value for stage in Stage)} == set(table(FLOW, "Stages", "stage"))
+
+
+def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
+    told = table(RESOURCES, "CivitAI's answers", "answer")
+
+    assert {answer: cells[0] for answer, cells in told.items()} == {
+        refusal.value: f"`{rule.error.code}`" for refusal, rule in POLICY.items()
+    }
+    assert {answer for answer, cells in told.items() if cells[1]} == {
+        refusal.value for refusal, rule in POLICY.items() if rule.elsewhere or rule.again
+    }
+
+
+def test_the_sidecar_that_is_shown_has_the_keys_that_are_written() -> None:
+    (shown,) = blocks(RESOURCES, "json")
+    record = Record(ModelKind.LORA, "a", "a.safetensors", "0" * 64, 1)
+
+    written = json.loads(record.to_json())
+
+    assert set(json.loads(shown)) == set(written)
+    keys = re.findall(r"`(\w+)`", "".join(f"`{row}`" for row in table(RESOURCES, "What is known of a model", "key")))
+    assert set(keys) == set(written)
+
+
+def test_every_setting_that_start_sh_reads_is_described() -> None:
+    script = (ROOT / "start.sh").read_text(encoding="utf-8")
+    read = dict(re.findall(r'^ +(?:export )?([A-Z_]+)="\$\{\1:?-([^}$(]*)', script, re.MULTILINE))
+
+    shared = {setting.name for setting in SETTINGS}
+    own = table(DOCS / "modules" / "startup-script.md", "Settings", "name")
+    named = {name: default for row, cells in own.items() for name, default in _pairs(row, cells[0])}
+
+    assert named == {name: default for name, default in read.items() if name not in shared}
+
+
+def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
+    return zip(re.findall(r"[A-Z_]+", names), re.findall(r"[\w/.]+", defaults), strict=True)
+
+
+def image_arguments() -> dict[str, str]:
+    given = re.findall(r"^ARG (\w+)=(.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(given)
+
+
+def test_every_argument_of_the_image_is_described_with_its_default() -> None:
+    told = {name: cells[0] for name, cells in table(CONTAINER, "Image arguments", "argument").items()}
+
+    assert set(told) == set(image_arguments())
+    for name, default in image_arguments().items():
+        # An address or a commit has its one home in the Dockerfile.
+        if "://" in default or re.fullmatch(r"[0-9a-f]{40}", default):
+            assert told[name] and default not in told[name]
+        else:
+            assert told[name] == (f"`{default}`" if default else "empty"), name
+
+
+def test_the_layers_are_those_that_the_imports_are_held_against() -> None:
+    from tests.test_architecture import LAYERS
+
+    (drawn,) = re.findall(r"^```text\n(handler\n.*?)^```$", ATLAS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+    assert [set(line.split()) for line in drawn.splitlines()] == [*reversed(LAYERS)]
+
+
+def test_every_module_has_its_line_in_the_atlas() -> None:
+    told = table(ATLAS, "The worker", "module")
+
+    assert set(told) == {path.stem for path in (ROOT / "a1111_worker").glob("*.py") if path.stem != "__init__"}
+
+
+# -- commands, files, links
+
+
+@every_page
+def test_every_make_target_that_is_named_exists(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+    named = set(re.findall(r"(?:`|^|\$ )make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert named <= targets
+
+
+@every_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", outside_of_code(page)):
+        if urlsplit(link).scheme:
+            assert link.startswith("https://"), link
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_every_file_that_is_named_by_its_path_is_there(page: Path) -> None:
+    named = re.findall(
+        r"`((?:a1111_worker|tests|sandbox|benchmarks|docs|image|\.runpod|\.ci)/[\w./-]*)`", page.read_text()
+    )
+
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@every_page
+def test_every_fenced_block_is_closed_and_every_diagram_is_one(page: Path) -> None:
+    fences = re.findall(r"^\s*(```\S*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert [fence == "```" for fence in fences] == [number % 2 == 1 for number in range(len(fences))]
+    for diagram in blocks(page, "mermaid"):
+        first = diagram.split()[0]
+        assert first in ("flowchart", "sequenceDiagram", "stateDiagram-v2")
+        ends = sum(line.strip() == "end" for line in diagram.splitlines())
+        begins = re.findall(r"^\s*(?:subgraph|loop|opt|alt|par|rect|critical)\b", diagram, re.MULTILINE)
+        assert ends == len(begins), diagram
+
+
+def test_the_index_lists_every_page() -> None:
+    index = DOCS / "README.md"
+
+    linked = {
+        (DOCS / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)\)", index.read_text(encoding="utf-8"))
+    }
+
+    assert linked == {page for page in DOCS.rglob("*.md") if page != index}
+
+
+FOREIGN = (
+    r"/work\b",  # where it was written
+    r"/tmp/(?!webui-models|webui\.state|worker\.state\.json)",
+    r"\bfact sheet|\bissue \d|\bsession\b",
+    r"pypi\.org|download\.pytorch\.org|ghcr\.io|docker\.io|registry\.npmjs",  # their home is the Dockerfile
+    r"\bTODO\b|\bFIXME\b|\bXXX\b",
+)
+
+
+@every_page
+def test_nothing_of_the_place_it_was_written_at_is_in_a_page(page: Path) -> None:
+    found = [match for pattern in FOREIGN for match in re.findall(pattern, page.read_text(encoding="utf-8"))]
+
+    assert found == []
+
+
+# -- examples
+
+
+def jobs() -> Iterator[tuple[str, dict[str, object]]]:
+    for page in PAGES:
+        for number, block in enumerate(blocks(page, "json")):
+            if block.lstrip().startswith('{"input"') or block.lstrip().startswith('{\n  "input"'):
+                yield f"{name_of(page)}-{number}", json.loads(block)
+
+
+@pytest.mark.parametrize(("where", "job"), [*jobs()])
+def test_every_example_of_a_job_is_accepted(where: str, job: dict[str, object]) -> None:
+    assert parse_request(job["input"], Limits()).body["prompt"]
+
+
+def test_the_readmes_example_is_what_the_demo_runs() -> None:
+    shown = json.loads(blocks(README, "json")[0])
+
+    assert shown == json.loads((ROOT / "test_input.json").read_text(encoding="utf-8"))
+
+
+def test_the_readmes_answer_has_the_worker_block_that_leaves() -> None:
+    shown = json.loads(blocks(README, "json")[1])["worker"]
+    model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
+    generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
+
+    leaves = answer_of(generation, Delivered(), Run(Deadline()).timings())["worker"]
+
+    assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in leaves.items()}
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, dict):
+        return list(value)
+    if isinstance(value, list):
+        return [_shape(one) for one in value if isinstance(one, dict)]
+    return type(value).__name__
+
+
+def test_the_changelog_begins_with_the_version_that_the_worker_has() -> None:
+    from a1111_worker import __version__
+
+    released = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert released[0] == __version__

@@ -1,0 +1,91 @@
+"""The examples of docs/subsystems/api-gateway.md, run as they stand there, against the real worker behind the sandbox's
+queue. Only RunPod's address is another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox.runpod import RunPod
+from tests.test_docs import API, ROOT, blocks
+from tests.test_runpod import Endpoint
+from tests.world import world
+
+RUNPOD = "https://api.runpod.ai/v2"
+KEY = "a-callers-key"
+PNG, WEBP = b"\x89PNG", b"RIFF"
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
+    folder = tmp_path_factory.mktemp("examples")
+    with world(folder, boot=False) as it, RunPod(long_poll=0.5, client_key=KEY) as queue:
+        its = Endpoint(it, queue, folder / "worker.log")
+        its.start()
+        try:
+            yield queue
+        finally:
+            its.kill()
+
+
+def example(language: str) -> str:
+    (found,) = blocks(API, language)
+    return found
+
+
+def run(command: list[str], queue: RunPod, folder: Path) -> str:
+    """Run an example as its caller would; what it printed."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={
+            **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+            "HOME": str(folder),
+            "RUNPOD_API_KEY": KEY,
+            "RUNPOD_ENDPOINT_ID": queue.endpoint,
+            "RUNPOD_ENDPOINT_BASE_URL": f"{queue.url}/v2",  # the Python client's own setting
+        },
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_example_for_curl(queue: RunPod, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "test_input.json", tmp_path)
+    script = example("sh").replace(RUNPOD, f"{queue.url}/v2")
+
+    run(["bash", "-euo", "pipefail", "-c", script], queue, tmp_path)
+
+    answers = [json.loads((tmp_path / name).read_text()) for name in ("answer.json", "status.json", "cancelled.json")]
+    assert [answer["status"] for answer in answers] == ["COMPLETED", "COMPLETED", "CANCELLED"]
+    assert answers[0]["output"]["worker"]["loras"][0]["loaded"] is True
+
+
+def test_the_example_for_python(queue: RunPod, tmp_path: Path) -> None:
+    said = run([sys.executable, "-c", example("python")], queue, tmp_path)
+
+    assert (tmp_path / "1.png").read_bytes().startswith(PNG)
+    assert re.search(r"^\[\d+\] \[\]$", said, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the JavaScript example takes Node.js, which is not installed")
+def test_the_example_for_javascript(queue: RunPod, tmp_path: Path) -> None:
+    script = tmp_path / "example.mjs"
+    script.write_text(example("js").replace(RUNPOD, f"{queue.url}/v2"))
+
+    said = run(["node", str(script)], queue, tmp_path)
+
+    assert (tmp_path / "1.webp").read_bytes().startswith(WEBP)
+    assert re.search(r"^\[ \d+ \]$", said, re.MULTILINE)

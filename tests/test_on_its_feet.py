@@ -1,0 +1,321 @@
+"""What can happen to a WebUI, and what it costs: the job that was running, never another.
+
+The WebUI is the sandbox's; a real process whose pid stands in the state file lives and dies with it, as under start.sh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from a1111_worker.errors import WebUINotReady
+from a1111_worker.supervisor import Ownership, Supervisor
+from sandbox.server import Exchange
+from sandbox.webui import Canned, Fault
+from tests.world import QUICK, World, world
+
+LOWVRAM = Canned(
+    500,
+    {"error": "AttributeError", "detail": "", "body": "", "errors": "'NoneType' object has no attribute 'lowvram'"},
+)
+
+
+class Keeper:
+    """Keeps the sandbox's WebUI alive as start.sh does; `restarted` counts."""
+
+    def __init__(self, it: World, state: Path) -> None:
+        self._it = it
+        self._state = state
+        self._stopped = False
+        self.restarted = 0
+        self._down = threading.Event()
+        self.may_restart = threading.Event()
+        self.may_restart.set()
+        self._process = self._spawn()
+        self._thread = threading.Thread(target=self._keep)
+        self._thread.start()
+
+    def kill(self) -> None:
+        """The WebUI dies, at once and altogether."""
+        self._down.clear()
+        self._process.kill()
+        self._down.wait(20)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.may_restart.set()
+        self._process.kill()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._stopped:
+            self._process.wait()
+            self._it.webui.crash()
+            self._down.set()
+            self.may_restart.wait(20)
+            if self._is_over():
+                return
+            self._process = self._spawn()
+            self.restarted += 1
+            self._it.webui.restart()
+
+    def _is_over(self) -> bool:
+        return self._stopped
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        self._state.write_text(str(process.pid))
+        return process
+
+
+@contextlib.contextmanager
+def kept(folder: Path, *, boot: bool = True, **settings: str) -> Iterator[tuple[World, Keeper]]:
+    state = folder / "webui.state"
+    with world(folder, boot=False, WEBUI_STATE_FILE=str(state), **settings) as it:
+        keeper = Keeper(it, state)
+        try:
+            if boot:
+                it.boot()
+            yield it, keeper
+        finally:
+            keeper.stop()
+
+
+def when_asked(it: World, path: str, do: Callable[[], None]) -> None:
+    """Do something, once, when the WebUI is asked for `path` the next time, before it answers."""
+    done = threading.Lock()
+
+    def watching(exchange: Exchange) -> bool:
+        if exchange.asked.path == path and done.acquire(blocking=False):
+            do()
+        return False
+
+    it.webui.before.append(watching)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when it is so; the test's own timeout ends one that never is."""
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.01)
+
+
+def test_one_that_dies_idle_costs_no_job(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.ask()
+
+        keeper.kill()
+        answer = it.ask()
+
+        assert "error" not in answer
+        assert keeper.restarted == 1
+
+
+def test_one_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.webui.step_seconds = 0.05
+        when_asked(it, "/sdapi/v1/progress", keeper.kill)
+
+        lost = it.ask(steps=100)
+        it.webui.step_seconds = 0.0
+        after = it.ask()
+
+        assert (lost["code"], lost["retryable"], lost.get("refresh_worker")) == ("WEBUI_LOST", True, None)
+        assert "error" not in after
+
+
+def test_one_that_dies_while_it_switches_costs_no_job(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        keeper.kill()
+        it.worker.readiness.is_proven = False  # as after a job that lost it
+        when_asked(it, "/sdapi/v1/sd-models", keeper.kill)  # dies again while it is being made ready
+
+        answer = it.ask()
+
+        assert "error" not in answer
+        assert keeper.restarted == 2
+
+
+def test_one_that_dies_during_boot_is_waited_for(tmp_path: Path) -> None:
+    with kept(tmp_path, boot=False) as (it, keeper):
+        when_asked(it, "/sdapi/v1/samplers", keeper.kill)
+
+        it.boot()
+
+        assert "error" not in it.ask()
+        assert keeper.restarted == 1
+
+
+def test_one_that_start_sh_gives_up_on_ends_the_job_and_the_worker(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        keeper.may_restart.clear()
+        keeper.kill()
+        wait_for(lambda: Supervisor(tmp_path / "webui.state").ownership is Ownership.RESTARTING)
+        (tmp_path / "webui.state").write_text("failed")
+
+        answer = it.ask()
+
+        assert (answer["code"], answer["refresh_worker"]) == ("WEBUI_NOT_READY", True)
+
+
+def test_one_that_hangs_in_a_job_is_killed_and_the_next_job_succeeds(tmp_path: Path) -> None:
+    with kept(tmp_path, GENERATION_TIMEOUT="0.3") as (it, keeper):
+        it.webui.fail_next = [Fault.HANG]
+
+        lost, after = it.ask(), it.ask()
+
+        assert (lost["code"], lost["retryable"], lost.get("refresh_worker")) == ("WEBUI_LOST", True, None)
+        assert "error" not in after
+        assert keeper.restarted == 1
+
+
+def silence(it: World) -> None:
+    """From now on this life of the WebUI answers nothing."""
+    process = it.webui.process
+
+    def silent(exchange: Exchange) -> bool:
+        if it.webui.process is not process:
+            return False
+        exchange.hold(20)
+        return True
+
+    it.webui.before.append(silent)
+
+
+def test_one_that_hangs_while_idle_costs_no_job(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        silence(it)
+
+        is_up = it.worker.readiness.look_after()
+        answer = it.ask()
+
+        assert not is_up
+        assert "error" not in answer
+        assert keeper.restarted == 1
+
+
+def test_one_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        silence(it)
+
+        lost, after = it.ask(), it.ask()
+
+        assert lost["code"] == "WEBUI_LOST"
+        assert "error" not in after
+        assert keeper.restarted == 1
+
+
+def test_out_of_memory_frees_the_gpu_and_touches_nothing_else(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+        before = len(it.webui.asked)
+
+        lost, after = it.ask(), it.ask()
+
+        assert (lost["code"], lost["retryable"], lost.get("refresh_worker")) == ("OUT_OF_MEMORY", False, None)
+        assert "batch_size" in lost["hint"]
+        assert "error" not in after
+        assert keeper.restarted == 0
+        assert it.requests_since(before) == [
+            "/sdapi/v1/txt2img",
+            "/sdapi/v1/unload-checkpoint",
+            "/sdapi/v1/reload-checkpoint",
+            "/sdapi/v1/txt2img",
+        ]
+
+
+# how many good jobs lie between two out-of-memories, and whether the worker is fit after the second
+@pytest.mark.parametrize(("between", "fit"), [(0, False), (2, False), (3, True)])
+def test_the_second_out_of_memory_within_three_jobs_ends_the_worker(tmp_path: Path, between: int, fit: bool) -> None:
+    with world(tmp_path) as it:
+        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+        it.ask()
+        for _ in range(between):
+            it.ask()
+        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+
+        again = it.ask()
+
+        assert again.get("refresh_worker", False) is not fit
+
+
+def test_a_poisoned_one_is_restarted_and_the_job_notices_nothing(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        it.webui.fail_next = [LOWVRAM]
+
+        answer = it.ask()
+
+        assert "error" not in answer
+        assert keeper.restarted == 1
+
+
+def test_a_poisoned_one_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        it.webui.fail_next = [LOWVRAM]
+
+        answer = it.ask()
+
+        assert (answer["code"], answer["refresh_worker"]) == ("CHECKPOINT_NOT_LOADED", True)
+
+
+def test_a_switch_that_failed_is_healed_by_a_restart(tmp_path: Path) -> None:
+    with kept(tmp_path, boot=False) as (it, keeper):
+        it.webui.misshapen_models = {"jib_mix_illustrious_realistic_v2"}
+        first = it.webui.process
+
+        def healed(exchange: Exchange) -> bool:
+            if it.webui.process is not first:
+                it.webui.misshapen_models.clear()
+            return False
+
+        it.webui.before.append(healed)
+
+        it.boot()
+
+        assert "error" not in it.ask()
+        assert keeper.restarted == 1
+
+
+def test_another_checkpoint_in_an_answer_is_switched_back_by_the_next_job(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        it.webui.fail_next = [Fault.OTHER_CHECKPOINT]
+
+        lost, after = it.ask(), it.ask()
+
+        assert (lost["code"], lost["retryable"]) == ("CHECKPOINT_NOT_LOADED", True)
+        assert "error" not in after
+
+
+def test_a_job_that_ends_during_a_switch_leaves_it_to_the_next(tmp_path: Path) -> None:
+    with world(tmp_path, JOB_TIMEOUT="1.5") as it:
+        it.webui.restart()
+        it.webui.switch_seconds = 3.0
+        it.worker.readiness.is_proven = False  # as after a job that lost it
+
+        ended = it.ask()
+        wait_for(lambda: not it.worker.readiness.is_switching)
+        after = it.ask()
+
+        assert ended["code"] == "JOB_TIMEOUT"
+        assert "error" not in after
+        switches = [
+            asked for asked in it.webui.asked if asked.method == "POST" and b"sd_model_checkpoint" in asked.body
+        ]
+        assert len(switches) == 2  # the boot's, and the one that both jobs waited for
+
+
+def test_a_boot_whose_webui_never_comes_says_so(tmp_path: Path) -> None:
+    with kept(tmp_path, boot=False, WEBUI_READY_TIMEOUT="0.3") as (it, keeper):
+        keeper.may_restart.clear()
+        keeper.kill()
+
+        with pytest.raises(WebUINotReady, match="did not answer within"):
+            it.boot()

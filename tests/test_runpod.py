@@ -1,0 +1,271 @@
+"""The worker under the real SDK: a subprocess that takes its jobs from the sandbox's queue."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.runpod import RunPod
+from tests.world import DETAIL, SMALL, World, world
+
+ROOT = Path(__file__).parent.parent
+
+
+class Endpoint:
+    """A RunPod endpoint with one worker: the real handler.py, started as the image starts it."""
+
+    def __init__(self, it: World, queue: RunPod, log: Path) -> None:
+        self.world = it
+        self.queue = queue
+        self._log = log
+        origins = f"{it.civitai.url},{it.civitai.storage.url}"
+        self._environ = queue.worker_env(
+            WEBUI_URL=it.webui.url,
+            CIVITAI_URL=it.civitai.url,
+            CIVITAI_API_KEY="the-key",
+            STORAGE_HOSTS=origins,
+            MODEL_HOSTS=origins,
+            MODELS_DIR=str(it.models_dir),
+            WEBUI_MODELS_DIR=str(it.webui_models),
+            MODEL_SOURCES="",
+            WARMUP="0",
+        )
+
+    def start(self, **settings: str) -> None:
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "handler.py"],
+                cwd=ROOT,
+                env={**self._environ, **settings},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self) -> int:
+        """TERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def run(self, sync: bool = False, **given: Any) -> dict[str, Any]:
+        """What /status says of a job in the end."""
+        job_id = self.queue.submit({"prompt": "a lighthouse", **SMALL, **given}, sync=sync)
+        return self.queue.wait(job_id, timeout=30)
+
+
+@contextlib.contextmanager
+def endpoint(folder: Path, **settings: str) -> Iterator[Endpoint]:
+    with world(folder, boot=False) as it, RunPod(long_poll=0.5) as queue:
+        its = Endpoint(it, queue, folder / "worker.log")
+        its.start(**settings)
+        try:
+            yield its
+        finally:
+            its.kill()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    with endpoint(tmp_path_factory.mktemp("live")) as it:
+        yield it
+
+
+def test_a_job_ends_completed_with_its_picture_and_proof(live: Endpoint) -> None:
+    status = live.run(loras=[{"version_id": DETAIL}])
+
+    assert status["status"] == "COMPLETED", status
+    assert len(status["output"]["images"]) == 1
+    assert status["output"]["worker"]["loras"][0]["loaded"] is True
+
+
+def test_a_failed_job_ends_failed_with_all_its_keys(live: Endpoint) -> None:
+    status = live.run(steps=0)
+
+    assert status["status"] == "FAILED"
+    assert status["error"].startswith("INVALID_REQUEST: steps: must be")
+    assert status["output"]["code"] == "INVALID_REQUEST"
+    assert status["output"]["retryable"] is False
+
+
+def test_a_result_of_five_megabytes_arrives(live: Endpoint) -> None:
+    live.world.webui.image_bytes = 4_000_000
+
+    status = live.run()
+    live.world.webui.image_bytes = None
+
+    assert status["status"] == "COMPLETED"
+    assert len(json.dumps(status["output"])) > 5_000_000
+
+
+def test_two_jobs_in_a_row_are_both_done(live: Endpoint) -> None:
+    first = live.queue.submit({"prompt": "one", **SMALL})
+    second = live.queue.submit({"prompt": "two", **SMALL})
+
+    done = [live.queue.wait(job, timeout=30)["status"] for job in (first, second)]
+
+    assert done == ["COMPLETED", "COMPLETED"]
+
+
+def test_progress_is_shown_in_order_and_never_after_the_answer(live: Endpoint) -> None:
+    live.world.webui.step_seconds = 0.05
+
+    job = live.queue.submit({"prompt": "slow", **SMALL, "steps": 60})
+    live.queue.wait(job, timeout=30)
+    live.world.webui.step_seconds = 0.0
+
+    looks = live.queue.jobs[job].progress
+    percents = [look["percent"] for look in looks if look["stage"] == "generate"]
+    assert percents and percents == sorted(percents)
+    assert live.queue.late_progress == []
+
+
+def test_a_cancelled_job_is_interrupted_and_the_next_one_is_whole(live: Endpoint) -> None:
+    live.world.webui.step_seconds = 0.05
+    cancelled = live.queue.submit({"prompt": "slow", **SMALL, "steps": 150})
+    live.queue.wait(cancelled, timeout=30, until=lambda job: bool(job.progress))
+
+    live.queue.cancel(cancelled)
+    after = live.run(steps=2)
+    live.world.webui.step_seconds = 0.0
+
+    assert after["status"] == "COMPLETED"
+    assert live.queue.status(cancelled)["status"] == "CANCELLED"
+    assert live.queue.late_results == []
+    assert "/sdapi/v1/interrupt" in [asked.path for asked in live.world.webui.asked]
+
+
+def test_nothing_of_a_prompt_is_in_the_log(live: Endpoint) -> None:
+    live.run(prompt="a very private lighthouse")
+
+    assert "private" not in live.log()
+
+
+def test_stopped_by_term_an_idle_worker_ends_with_0_and_holds_nothing(tmp_path: Path) -> None:
+    with endpoint(tmp_path) as it:
+        it.run()
+
+        assert it.stop() == 0
+        assert [path for path in it.world.models_dir.rglob(".holds/*") if path.is_file()] == []
+
+
+def test_stopped_by_term_the_running_job_is_finished_first(tmp_path: Path) -> None:
+    with endpoint(tmp_path) as it:
+        it.world.webui.step_seconds = 0.02
+        job = it.queue.submit({"prompt": "slow", **SMALL, "steps": 100})
+        it.queue.wait(job, timeout=30, until=lambda seen: bool(seen.progress))
+
+        status = it.stop()
+
+        assert status == 0
+        assert it.queue.status(job)["status"] == "COMPLETED"
+
+
+def test_stopped_by_term_a_job_too_long_for_the_grace_is_told_so(tmp_path: Path) -> None:
+    with endpoint(tmp_path, SHUTDOWN_GRACE="1", JOBS_IN_FLIGHT="2") as it:
+        it.world.webui.step_seconds = 0.1
+        running = it.queue.submit({"prompt": "slow", **SMALL, "steps": 150})
+        waiting = it.queue.submit({"prompt": "slow too", **SMALL, "steps": 150})
+        for job in (running, waiting):
+            it.queue.wait(job, timeout=30, until=lambda seen: bool(seen.progress))
+
+        status = it.stop()
+
+        assert status == 0
+        answers = [it.queue.status(job) for job in (running, waiting)]
+        assert [answer["output"]["code"] for answer in answers] == ["JOB_CANCELLED", "JOB_CANCELLED"]
+        assert [answer["output"]["retryable"] for answer in answers] == [True, True]
+
+
+def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) -> None:
+    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+        it.webui.crash()
+        its = Endpoint(it, queue, tmp_path / "worker.log")
+        job = queue.submit({"prompt": "a lighthouse"})
+        its.start(WEBUI_READY_TIMEOUT="0.2")
+        try:
+            status = queue.wait(job, timeout=30)
+        finally:
+            its.kill()
+
+    assert status["status"] == "FAILED"
+    assert status["error"].startswith("WEBUI_NOT_READY")
+    assert queue.jobs[job].stop_pod is True
+
+
+def test_whatever_a_boot_fails_of_the_jobs_hear_that_the_worker_is_not_ready(tmp_path: Path) -> None:
+    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+        its = Endpoint(it, queue, tmp_path / "worker.log")
+        job = queue.submit({"prompt": "a lighthouse"})
+        its.start(CIVITAI_API_KEY="")
+        try:
+            status = queue.wait(job, timeout=30)
+        finally:
+            its.kill()
+
+    assert status["error"].startswith("WEBUI_NOT_READY: this worker could not start: MODEL_ACCESS_DENIED")
+    assert "CIVITAI_API_KEY" in status["output"]["hint"]
+    assert queue.jobs[job].stop_pod is True
+
+
+def test_the_local_api_answers_too(tmp_path: Path) -> None:
+    import socket
+
+    import requests
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with world(tmp_path, boot=False) as it, RunPod() as queue:
+        its = Endpoint(it, queue, tmp_path / "worker.log")
+        environ = {name: value for name, value in its._environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
+        process = subprocess.Popen(
+            [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_port", str(port)],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        serving = threading.Event()
+        lines: list[str] = []
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if "Uvicorn running" in line:
+                    serving.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            assert serving.wait(30), "".join(lines)
+            answer = requests.post(
+                f"http://127.0.0.1:{port}/runsync", json={"input": {"prompt": "a lighthouse", **SMALL}}, timeout=30
+            ).json()
+        finally:
+            process.terminate()
+            process.wait()
+            reader.join()
+            assert process.stdout is not None
+            process.stdout.close()
+
+    assert answer["status"] == "COMPLETED"
+    assert answer["output"]["worker"]["checkpoint"]["file"] == "jib_mix_illustrious_realistic_v2.safetensors"

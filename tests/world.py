@@ -1,0 +1,146 @@
+"""A whole worker on loopback: the real handler and model manager against the sandbox's WebUI and CivitAI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from a1111_worker import civitai as civitai_client
+from a1111_worker.config import Config
+from a1111_worker.readiness import Waits
+from a1111_worker.segments import Tuning
+from handler import Worker
+from model_manager import ModelManager, open_manager
+from sandbox.civitai import CivitAI
+from sandbox.models import sdxl_checkpoint, sdxl_lora
+from sandbox.webui import WebUI
+
+CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
+QUICK = Waits(
+    unowned_grace=0.05, look_every=0.02, interrupt_every=0.02, interrupt_grace=0.5, recovery_pause=0.01, silence=5.0
+)
+
+
+CIVITAI_QUICK = civitai_client.Waits(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
+TUNING_QUICK = Tuning(stall_seconds=0.2, patience_seconds=0.5, pause=0.01, pause_most=0.02, retry_after_most=0.05)
+
+
+class World:
+    """The servers, the files they serve, and a worker that was booted against them."""
+
+    def __init__(self, folder: Path, *, version: str = "1.10.1", **settings: str) -> None:
+        self.folder = folder
+        self.webui_models = folder / "webui-models"
+        for name in ("Stable-diffusion", "Lora", "VAE"):
+            (self.webui_models / name).mkdir(parents=True, exist_ok=True)
+        self.webui = WebUI(self.webui_models, version=version)
+        self.civitai = CivitAI(key="the-key")
+        self.civitai.add(
+            CHECKPOINT,
+            sdxl_checkpoint(folder / "checkpoint.safetensors", 1, 3_000_000),
+            name="Jib Mix Illustrious Realistic",
+            base_model="Illustrious",
+            model_type="Checkpoint",
+            size="pruned",
+            fp="fp16",
+        )
+        for version_id, name in ((DETAIL, "Detail Tweaker XL"), (HAND, "Hand Detail FLUX & XL")):
+            path = sdxl_lora(folder / f"{version_id}.safetensors", version_id, 300_000)
+            self.civitai.add(version_id, path, name=name, base_model="SDXL 1.0")
+        self.settings = settings
+        self.loop = asyncio.new_event_loop()
+        self.worker: Worker
+
+    @property
+    def models_dir(self) -> Path:
+        return self.folder / "models"
+
+    def config(self, **changes: str) -> Config:
+        origins = f"{self.civitai.url},{self.civitai.storage.url}"
+        environ = {
+            "WEBUI_URL": self.webui.url,
+            "CIVITAI_URL": self.civitai.url,
+            "CIVITAI_API_KEY": "the-key",
+            "STORAGE_HOSTS": origins,
+            "MODEL_HOSTS": origins,
+            "MODELS_DIR": str(self.models_dir),
+            "WEBUI_MODELS_DIR": str(self.webui_models),
+            "MODEL_SOURCES": "",
+            "WEBUI_READY_TIMEOUT": "5",
+            "BOOT_TIMEOUT": "30",
+            "WARMUP": "0",
+        }
+        return Config.from_env({**environ, **self.settings, **changes})
+
+    def boot(self, **changes: str) -> Worker:
+        """A worker ready for jobs, with every wait shrunk."""
+        config = self.config(**changes)
+        self.worker = Worker(config, models=quick_manager(config), waits=QUICK)
+        self.worker.boot()
+        return self.worker
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a whole job, and a check that every answer must pass: strict JSON, nothing of ours in it."""
+        answer = self.loop.run_until_complete(asyncio.wait_for(self.worker.handle(job), timeout=60))
+        check_answer(answer, self)
+        return answer
+
+    def ask(self, job_id: str = "job-1", **given: Any) -> dict[str, Any]:
+        """The answer to a job with a small picture, and what else is given."""
+        return self.run({"id": job_id, "input": {"prompt": "a lighthouse", **SMALL, **given}})
+
+    def generations(self) -> list[dict[str, Any]]:
+        """The bodies of txt2img so far."""
+        return [asked.json() for asked in self.webui.asked if asked.path.endswith("/txt2img")]
+
+    def requests_since(self, before: int) -> list[str]:
+        """The paths the WebUI was asked for since `before` of its requests, looks left out."""
+        return [asked.path for asked in self.webui.asked[before:] if not asked.path.endswith("/progress")]
+
+    def leftovers(self) -> list[str]:
+        """Files in the cache that are neither a model nor known of one."""
+        models = [path.name for path in self.models_dir.rglob("*.safetensors") if not path.name.startswith(".")]
+        return [
+            str(path.relative_to(self.models_dir))
+            for path in self.models_dir.rglob("*")
+            if path.is_file() and not any(model in path.name for model in models)
+        ]
+
+
+SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
+
+
+def quick_manager(config: Config) -> ModelManager:
+    return open_manager(config, waits=CIVITAI_QUICK, tuning=TUNING_QUICK)
+
+
+@contextlib.contextmanager
+def world(folder: Path, *, version: str = "1.10.1", boot: bool = True, **settings: str) -> Iterator[World]:
+    """Everything up, and down again at the end."""
+    it = World(folder, version=version, **settings)
+    with it.webui, it.civitai:
+        try:
+            if boot:
+                it.boot()
+            yield it
+        finally:
+            if hasattr(it, "worker"):
+                it.worker.close()
+            it.loop.close()
+
+
+def check_answer(answer: Mapping[str, Any], it: World) -> None:
+    json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
+    if "error" in answer:
+        assert isinstance(answer["error"], str) and answer["error"].startswith(answer["code"])
+        assert isinstance(answer["retryable"], bool)
+    urls = answer.get("worker", {}).get("delivery", {}).get("urls", ())  # signed, and the only place for that
+    text = json.dumps(answer, ensure_ascii=False)
+    for url in urls:
+        text = text.replace(json.dumps(url, ensure_ascii=False), "")
+    for secret in ("the-key", "Traceback", str(it.folder), "Authorization", "X-Amz"):
+        assert secret not in text
