@@ -168,7 +168,7 @@ class _Command:
                 print(line)
 
     def _list(self) -> int:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for shelf, entry in self._manager.library.stock():
             record = self._manager.library.registry.look(shelf, entry.file)
             count, _ = self._manager.library.registry.uses(shelf, entry.file)
@@ -190,9 +190,9 @@ class _Command:
             )
         lines = [f"{'KIND':<10} {'MB':>8} {'USES':>5}  {'LAST USED':<20} {'VERSION':>8}  FILE"]
         for row in rows:
-            notes = ", ".join(filter(None, [row["keep"], None if row["cache"] else "in a source"]))  # type: ignore[list-item]
+            notes = ", ".join(filter(None, [row["keep"], None if row["cache"] else "in a source"]))
             lines.append(
-                f"{row['kind']:<10} {row['size'] / 1e6:>8.1f} {row['uses']:>5}  {row['last_used']:<20} "  # type: ignore[operator]
+                f"{row['kind']:<10} {row['size'] / 1e6:>8.1f} {row['uses']:>5}  {row['last_used']:<20} "
                 f"{row['version_id'] or '-':>8}  {row['file']}{f'  ({notes})' if notes else ''}"
             )
         lines.append(f"{len(rows)} models, {sum(e.size for _, e in self._manager.library.stock()) / 1e9:.2f} GB")
@@ -297,7 +297,7 @@ class _Bar:
     def _report(self, progress: Progress) -> None:
         with self._lock:
             if self._bar is None:
-                from tqdm import tqdm  # type: ignore[import-untyped]
+                from tqdm import tqdm
 
                 self._bar = tqdm(desc=self._what, unit="B", unit_scale=True, file=sys.stderr)
             self._bar.total = progress.facts["total"]

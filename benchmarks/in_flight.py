@@ -9,20 +9,16 @@ generation time over the time from the first beginning to the last end. The firs
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.place import place, worker
 from benchmarks.report import Row, run
 from sandbox.civitai import CivitAI
-from sandbox.models import sdxl_checkpoint, sdxl_lora
+from sandbox.models import sdxl_lora
 from sandbox.runpod import RunPod
 
 GENERATION, STEPS = 2.0, 10
@@ -69,70 +65,23 @@ def measure(quick: bool) -> list[Row]:
 
 
 def gaps(in_flight: int, jobs: int, *, with_loras: bool = False) -> Gaps:
-    folder = Path(tempfile.mkdtemp(prefix="in-flight-"))
-    try:
-        return _gaps(folder, in_flight, jobs, with_loras)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _gaps(folder: Path, in_flight: int, jobs: int, with_loras: bool) -> Gaps:
-    checkpoints = folder / "models" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    sdxl_checkpoint(checkpoints / "bench.safetensors", 1, 3_000_000)
-    webui_models = folder / "webui"
-    for name in ("Stable-diffusion", "Lora", "VAE"):
-        (webui_models / name).mkdir(parents=True)
-    journal = folder / "journal"
-    civitai = CivitAI()
-    for number in range(jobs + 1):
-        path = sdxl_lora(folder / f"{number}.safetensors", number, LORA_BYTES)
-        civitai.add(FIRST_LORA + number, path, name=f"LoRA {number}")
-    webui = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "sandbox.webui", "--models-dir", str(webui_models), "--image-bytes", "2000000"),
-            *("--step-seconds", str(GENERATION / STEPS), "--journal", str(journal)),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert webui.stdout is not None
-    url = webui.stdout.readline().strip()
-    with civitai, RunPod(long_poll=5.0) as queue, (folder / "worker.log").open("wb") as log:
+    pace = ("--image-bytes", "2000000", "--step-seconds", str(GENERATION / STEPS))
+    with tempfile.NamedTemporaryFile(prefix="journal-") as journal, place(*pace, "--journal", journal.name) as here:
+        civitai = CivitAI()
+        for number in range(jobs + 1):
+            path = sdxl_lora(here.folder / f"{number}.safetensors", number, LORA_BYTES)
+            civitai.add(FIRST_LORA + number, path, name=f"LoRA {number}")
         civitai.storage.rate = LORA_BYTES  # bytes a second: each LoRA takes one
-        origins = f"{civitai.url},{civitai.storage.url}"
-        worker = subprocess.Popen(
-            [sys.executable, "handler.py"],
-            env=queue.worker_env(
-                WEBUI_URL=url,
-                CIVITAI_URL=civitai.url,
-                STORAGE_HOSTS=origins,
-                MODEL_HOSTS=origins,
-                MODELS_DIR=str(folder / "models"),
-                WEBUI_MODELS_DIR=str(webui_models),
-                MODEL_SOURCES="",
-                CHECKPOINT_FILE="bench.safetensors",
-                CHECKPOINT_URL="https://civitai.com/api/download/models/1",
-                JOBS_IN_FLIGHT=str(in_flight),
-                WARMUP="0",
-            ),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            ids = [queue.submit(_input(number, with_loras)) for number in range(jobs + 1)]
-            for job_id in ids:
-                status = queue.wait(job_id, timeout=120)
-                if status["status"] != "COMPLETED":
-                    raise RuntimeError(f"a job of the bench failed: {status.get('error')}")
-        finally:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-            webui.terminate()
-            webui.wait()
-            webui.stdout.close()
-    return _from(journal)
+        with civitai, RunPod(long_poll=5.0) as queue:
+            origins = f"{civitai.url},{civitai.storage.url}"
+            sources = {"CIVITAI_URL": civitai.url, "STORAGE_HOSTS": origins, "MODEL_HOSTS": origins}
+            with worker(here, queue, JOBS_IN_FLIGHT=str(in_flight), **sources):
+                ids = [queue.submit(_input(number, with_loras)) for number in range(jobs + 1)]
+                for job_id in ids:
+                    status = queue.wait(job_id, timeout=120)
+                    if status["status"] != "COMPLETED":
+                        raise RuntimeError(f"a job of the bench failed: {status.get('error')}")
+        return _from(Path(journal.name))
 
 
 def _input(number: int, with_loras: bool) -> dict[str, object]:

@@ -8,20 +8,13 @@ The worker is a process of its own, so are the WebUI and, in this one, the queue
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.place import place, worker
 from benchmarks.report import Row, run
-from sandbox.models import sdxl_checkpoint
 from sandbox.runpod import COMPLETED, RunPod
 
-ROOT = Path(__file__).resolve().parent.parent
 JOBS, QUICK_JOBS = 50, 8
 IMAGE_BYTES = 14_800_000  # 19.7 MB as base64: just below what RunPod takes of /runsync
 ALLOWED = 1.5
@@ -29,59 +22,14 @@ MB = 1_000_000
 
 
 def measure(quick: bool) -> list[Row]:
-    folder = Path(tempfile.mkdtemp(prefix="memory-"))
-    try:
-        return rows(folder, QUICK_JOBS if quick else JOBS)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def rows(folder: Path, jobs: int) -> list[Row]:
-    checkpoints = folder / "models" / "checkpoints"
-    sdxl_checkpoint(checkpoints / "bench.safetensors", 1, 3_000_000)
-    webui_models = folder / "webui"
-    for name in ("Stable-diffusion", "Lora", "VAE"):
-        (webui_models / name).mkdir(parents=True)
-    webui = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "sandbox.webui", "--models-dir", str(webui_models)),
-            *("--image-bytes", str(IMAGE_BYTES)),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert webui.stdout is not None
-    with RunPod(long_poll=1.0) as queue, (folder / "worker.log").open("wb") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "handler.py"],
-            cwd=ROOT,
-            env=queue.worker_env(
-                WEBUI_URL=webui.stdout.readline().strip(),
-                MODELS_DIR=str(folder / "models"),
-                WEBUI_MODELS_DIR=str(webui_models),
-                MODEL_SOURCES="",
-                CHECKPOINT_FILE="bench.safetensors",
-                CHECKPOINT_URL="https://civitai.com/api/download/models/1",
-                JOBS_IN_FLIGHT="2",
-            ),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            queue.wait_for_worker(timeout=60)
-            before = resident(worker.pid)
-            run_jobs(queue, 2)
-            second = settled(worker.pid)
-            run_jobs(queue, jobs - 2)
-            last, peak = settled(worker.pid), resident(worker.pid, "VmHWM")
-        finally:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-            webui.terminate()
-            webui.wait()
-            webui.stdout.close()
+    jobs = QUICK_JOBS if quick else JOBS
+    with place("--image-bytes", str(IMAGE_BYTES)) as here, RunPod(long_poll=1.0) as queue, worker(here, queue) as pid:
+        queue.wait_for_worker(timeout=60)
+        before = resident(pid)
+        run_jobs(queue, 2)
+        second = settled(pid)
+        run_jobs(queue, jobs - 2)
+        last, peak = settled(pid), resident(pid, "VmHWM")
     ratio = last / second
     return [
         Row(

@@ -10,69 +10,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import requests
 
 from a1111_worker.config import Config
+from benchmarks.place import place
 from benchmarks.report import Row, run
 from handler import Worker
-from sandbox.models import sdxl_checkpoint
 
 GOAL = 1.15
 BODY = {"prompt": "a lighthouse", "steps": 1, "seed": 42, "sampler_name": "Euler a", "width": 512, "height": 512}
 
 
 def measure(quick: bool) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        return [*compare_in(Path(folder), 15 if quick else 60), import_time()]
-
-
-def compare_in(folder: Path, rounds: int) -> list[Row]:
-    checkpoints = folder / "models" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    sdxl_checkpoint(checkpoints / "bench.safetensors", seed=1, size_bytes=3_000_000)
-    webui_models = folder / "webui"
-    for name in ("Stable-diffusion", "Lora", "VAE"):
-        (webui_models / name).mkdir(parents=True)
-    webui = subprocess.Popen(
-        [sys.executable, "-m", "sandbox.webui", "--models-dir", str(webui_models), "--image-bytes", "2000000"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert webui.stdout is not None
-    try:
-        url = next(word for word in webui.stdout.readline().split() if word.startswith("http"))
-        worker = Worker(
-            Config.from_env(
-                {
-                    "WEBUI_URL": url,
-                    "MODELS_DIR": str(folder / "models"),
-                    "WEBUI_MODELS_DIR": str(webui_models),
-                    "MODEL_SOURCES": "",
-                    "CHECKPOINT_FILE": "bench.safetensors",
-                    "CHECKPOINT_NAME": "Bench",
-                    "CHECKPOINT_URL": "https://civitai.com/api/download/models/1",
-                    "PATH": os.environ["PATH"],
-                }
-            )
-        )
+    with place("--image-bytes", "2000000") as here:
+        worker = Worker(Config.from_env(here.settings))
         try:
             worker.boot()
-            return compare(worker, url, rounds)
+            rows = compare(worker, here.webui_url, 15 if quick else 60)
         finally:
             worker.close()
-    finally:
-        webui.terminate()
-        webui.wait()
-        webui.stdout.close()
+    return [*rows, import_time()]
 
 
 def compare(worker: Worker, url: str, rounds: int) -> list[Row]:

@@ -146,8 +146,9 @@ class Server:
 
             def finish(self) -> None:
                 outer._connections.discard(self.connection)
-                with contextlib.suppress(OSError):
-                    super().finish()
+                for file in (self.wfile, self.rfile):  # both, where the client has left: else its socket stays open
+                    with contextlib.suppress(OSError):
+                        file.close()
 
             def handle_one_request(self) -> None:
                 try:

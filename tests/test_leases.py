@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from a1111_worker.domain import Deadline
 from a1111_worker.errors import JobTimeout
-from a1111_worker.leases import Heart, Holds, Leases, Watch, new_owner
+from a1111_worker.leases import Heart, Holds, Lease, Leases, Watch, new_owner
 
 STALE = 0.4
 
@@ -31,8 +32,8 @@ class Worker:
 def worker() -> Iterator[Callable[..., Worker]]:
     made: list[Worker] = []
 
-    def make(name: str, **how: object) -> Worker:
-        made.append(Worker(name, **how))  # type: ignore[arg-type]
+    def make(name: str, **how: Any) -> Worker:
+        made.append(Worker(name, **how))
         return made[-1]
 
     yield make
@@ -101,11 +102,16 @@ def test_a_file_that_went_is_not_dead_and_not_remembered(tmp_path: Path) -> None
 # -- leases
 
 
+def granted(lease: Lease | None) -> Lease:
+    assert lease is not None
+    return lease
+
+
 def test_one_has_a_lease_and_the_others_see_how_far_it_is(tmp_path: Path, worker: Callable[..., Worker]) -> None:
     one, other = worker("one"), worker("other")
     path = tmp_path / "v1"
 
-    with one.leases.take(path) as lease:  # type: ignore[union-attr]
+    with granted(one.leases.take(path)) as lease:
         refused = other.leases.take(path)
         lease._pause = 0
         lease.tell(50, 200)
@@ -140,14 +146,14 @@ def test_of_many_threads_one_gets_the_lease(tmp_path: Path, worker: Callable[...
 
 def test_a_beating_heart_keeps_a_lease_and_a_dead_owner_loses_it(tmp_path: Path, worker: Callable[..., Worker]) -> None:
     living, dead, other = worker("living"), worker("dead", alive=False), worker("other")
-    kept, lost = living.leases.take(tmp_path / "kept"), dead.leases.take(tmp_path / "lost")
+    kept, lost = granted(living.leases.take(tmp_path / "kept")), granted(dead.leases.take(tmp_path / "lost"))
     taken: list[object] = []
 
     def lost_is_taken() -> bool:
         taken.append(other.leases.take(tmp_path / "kept"))
         return other.leases.take(tmp_path / "lost") is not None
 
-    with kept, lost:  # type: ignore[union-attr]
+    with kept, lost:
         until(lost_is_taken)
 
     assert set(taken) == {None}
@@ -157,7 +163,7 @@ def test_a_beating_heart_keeps_a_lease_and_a_dead_owner_loses_it(tmp_path: Path,
 def test_a_lease_that_cannot_be_made_is_believed_by_its_owner(tmp_path: Path, worker: Callable[..., Worker]) -> None:
     (tmp_path / "file").touch()
 
-    with worker("one").leases.take(tmp_path / "file" / "v1") as lease:  # type: ignore[union-attr]
+    with granted(worker("one").leases.take(tmp_path / "file" / "v1")) as lease:
         lease.tell(1, 2)
 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

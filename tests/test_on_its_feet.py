@@ -6,6 +6,7 @@ The WebUI is the sandbox's; a real process whose pid stands in the state file li
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ class Keeper:
         self.may_restart = threading.Event()
         self.may_restart.set()
         self._process = self._spawn()
+        it.webui.before.append(self._dead)
         self._thread = threading.Thread(target=self._keep)
         self._thread.start()
 
@@ -59,14 +61,23 @@ class Keeper:
             self._it.webui.crash()
             self._down.set()
             self.may_restart.wait(20)
-            if self._is_over():
-                return
-            self._process = self._spawn()
-            self.restarted += 1
-            self._it.webui.restart()
+            if not self._is_over():
+                self._process = self._spawn()
+                self.restarted += 1
+                self._it.webui.restart()
+        self._process.kill()  # one that was started while the end came
+        self._process.wait()
 
     def _is_over(self) -> bool:
         return self._stopped
+
+    def _dead(self, exchange: Exchange) -> bool:
+        """A dead process answers nothing, also in the moment before its server is down."""
+        with contextlib.suppress(ChildProcessError):  # it is buried already
+            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return False
+        exchange.reset()
+        return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(["sleep", "600"], start_new_session=True)

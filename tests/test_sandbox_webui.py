@@ -1047,9 +1047,11 @@ def test_jobs_come_one_after_the_other_in_their_order(models_dir: Path) -> None:
 
         running = sampling(webui, steps=5000)
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for number, thread in enumerate(threads, 1):
+        started: list[threading.Thread] = []
+        for thread in threads:
             thread.start()
-            until(lambda number=number: webui.process.lock.waiting == number)  # type: ignore[misc]
+            started.append(thread)
+            until(lambda: webui.process.lock.waiting == len(started))
         post(webui, "interrupt")
         running()
         for thread in threads:
