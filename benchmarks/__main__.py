@@ -10,6 +10,7 @@ every bench ran through, whether or not its goals were met: the tables say that.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -60,13 +61,24 @@ def keep(name: str, rows: list[dict[str, Any]], quick: bool, seconds: float) -> 
         "rows": rows,
         "quick": quick,
         "seconds": round(seconds, 1),
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{os.cpu_count()} cores, {processor()}, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     new = RESULTS.with_name(f"{RESULTS.name}.new")
     new.write_text(json.dumps({**known(), name: bench}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(RESULTS)
+
+
+def processor() -> str:
+    """Its name, and whether it has instructions for SHA-256: without them the proof is what a download waits for."""
+    with contextlib.suppress(OSError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        flags = (facts.get("flags") or facts.get("Features") or "").split()
+        has_sha = not {"sha_ni", "sha2"}.isdisjoint(flags)
+        return f"{facts.get('model name', platform.machine())} {'with' if has_sha else 'without'} SHA instructions"
+    return platform.machine()
 
 
 def known() -> dict[str, Any]:

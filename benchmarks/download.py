@@ -121,13 +121,9 @@ def throttled(bench: Bench) -> Iterator[Row]:
     work = f"{_gb(bench)}, 20 MB/s a connection, 50 ms latency"
     yield _against(f"{work}, SHA-256 included, against `aria2c -x16 -s16` without", bench, runs, "ours", "aria2", 0.95)
     yield _against(f"{work}, SHA-256 left out, against the same", bench, runs, "unproven", "aria2", None)
-    bound = [
-        max(line, hash_, key=lambda run: run.seconds)
-        for line, hash_ in zip(runs["unproven"], runs["sha256"], strict=True)
-    ]
-    ratio = _ratio(runs["ours"], bound)
+    ratio = _ratio(runs["ours"], runs["unproven"])
     yield Row(
-        f"{work}, SHA-256 included, against the slower of the line and SHA-256 alone",
+        f"{work}, SHA-256 included, against left out",
         f"{ratio:.2f} × the time (SHA-256 alone: {_rate(bench, runs['sha256'])})",
         "≤ 1.05 ×",
         ratio <= 1.05,
