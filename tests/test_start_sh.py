@@ -122,7 +122,8 @@ class Container:
 
     def start(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [str(START), *arguments],
+            # A background job of a shell ignores INT, and so would all that it starts, traps or not.
+            ["env", "--default-signal=INT", str(START), *arguments],
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
