@@ -211,7 +211,13 @@ class Storage(FaultyServer):
         self._clients: dict[str, set[int]] = {}
         self._hooks: list[tuple[int, Callable[[], object]]] = []
         self._active = 0
+        self._idle = threading.Condition(self._lock)
         self._line_free = 0.0
+
+    def settle(self, timeout: float = 10.0) -> None:
+        """Return when nothing is being answered: bytes are counted a moment after they have arrived."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._active == 0, timeout)
 
     @property
     def connections(self) -> dict[str, int]:
@@ -300,8 +306,9 @@ class Storage(FaultyServer):
             with stored.path.open("rb") as file:
                 self._send(exchange, stored, file, fault)
         finally:
-            with self._lock:
+            with self._idle:
                 self._active -= 1
+                self._idle.notify_all()
 
     def _stray_key(self, asked: Asked) -> str | None:
         for name, value in asked.headers.items():

@@ -250,6 +250,7 @@ def test_processes_that_wake_up_together_fetch_a_file_once(tmp_path: Path) -> No
             said = [process.communicate(timeout=100)[0].strip() for process in running]
 
         assert sorted(said) == ["False", "False", "False", "True"]
+        fleet.civitai.storage.settle()
         assert fleet.civitai.storage.bytes_sent == 4_000_000
         assert fleet.civitai.links_given == 1
         assert fleet.debris() == []

@@ -564,6 +564,7 @@ def test_many_jobs_and_workers_that_want_one_file_fetch_it_once(fleet: Fleet) ->
 
     assert sum(downloaded) == 1
     assert fleet.civitai.resolves == {77: 1}
+    fleet.civitai.storage.settle()
     assert fleet.civitai.storage.bytes_sent == 3 * MB
     assert any("another worker is fetching Model 77" in look.detail for look in seen)
     assert any("another job is fetching Model 77" in look.detail for look in seen)
