@@ -13,10 +13,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from a1111_worker import logs, memory
@@ -24,7 +26,7 @@ from a1111_worker.config import Config, settle_sdk
 from a1111_worker.delivery import Bucket, Delivery, save_pictures
 from a1111_worker.domain import Deadline, GenerationRequest, OnLoraError, Run, Stage
 from a1111_worker.errors import ConfigError, Internal, WebUINotReady, WorkerError
-from a1111_worker.generation import Generator
+from a1111_worker.generation import Generator, Started
 from a1111_worker.lookout import Lookout
 from a1111_worker.progress import StatusPage
 from a1111_worker.readiness import Readiness, Waits
@@ -43,9 +45,10 @@ async def run_job(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
         request = worker.generator.resolve(parse_request(job.get("input"), worker.limits))
         async with story.holding(Stage.MODELS, worker.models_of(request, story)) as held:
             async with worker.gpu.next(story):
-                started = await story.blocking(worker.generator.start, request, held.models, held.failures, story)
+                start = partial(worker.generator.start, request, held.models, held.failures, story)
+                started = await story.blocking(start, undo=Started.drop)
             with story.stage(Stage.DELIVER):
-                generation = await story.blocking(worker.generator.finish, started)
+                generation = await story.blocking(worker.generator.finish, started, story)
         return await story.blocking(worker.delivery.deliver, story.job_id, generation, request.output, story)
 
 
@@ -67,12 +70,13 @@ class Worker:
         )
         self.delivery = Delivery(Bucket(config.bucket) if config.bucket else None)
         self.models = models or open_manager(config)
-        self._webui = WebUI(config.webui_url)
+        waits = waits or Waits()
+        self._webui = WebUI(config.webui_url, timeout=waits.silence)
         self.readiness = Readiness(
             self._webui,
             Supervisor(config.webui_state_file),
             ready_timeout=config.webui_ready_timeout,
-            waits=waits or Waits(),
+            waits=waits,
         )
         self.generator = Generator(self._webui, self.readiness, generation_timeout=config.generation_timeout)
         self.gpu = Turns()
@@ -89,6 +93,7 @@ class Worker:
         self.lookout.close()
         self._threads.shutdown()
         self.models.close()
+        self.readiness.close()
         self._webui.close()
         self.delivery.close()
         self._status.close()
@@ -112,23 +117,24 @@ class Worker:
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """What RunPod calls. Always an answer; only a cancelled job has none."""
-        try:
-            if self.broken is not None:
-                return self.broken.answer()
-            answer = await run_job(self, job)
-            self._save(job, answer)
-            # Once the SDK has sent the answer and let go of it.
-            asyncio.get_running_loop().call_later(0.5, self._tidy)
-            return answer
-        except WorkerError as error:
-            log.warning("job %s failed: %s: %s", job.get("id"), error.code, error.sentence)
-            return error.answer()
-        except asyncio.CancelledError:
-            log.info("job %s was cancelled", job.get("id"))
-            raise
-        except Exception:
-            log.exception("job %s met a bug of ours", job.get("id"))
-            return Internal("the worker failed; its log tells why under the job's id").answer()
+        with logs.of_job(str(job.get("id"))):
+            try:
+                if self.broken is not None:
+                    return self.broken.answer()
+                answer = await run_job(self, job)
+                self._save(job, answer)
+                # Once the SDK has sent the answer and let go of it.
+                asyncio.get_running_loop().call_later(0.5, self._tidy)
+                return answer
+            except WorkerError as error:
+                log.warning("the job failed: %s: %s", error.code, error.sentence)
+                return error.answer()
+            except asyncio.CancelledError:
+                log.info("the job was cancelled")
+                raise
+            except Exception:
+                log.exception("the job met a bug of ours")
+                return Internal("the worker failed; its log tells why under the job's id").answer()
 
     @contextlib.asynccontextmanager
     async def telling(self, job: dict[str, Any]) -> AsyncIterator[Story]:
@@ -195,6 +201,8 @@ def main() -> None:
         if worker.broken is not None and config.runpod is None:
             sys.exit(1)
         runpod.serverless.register_fitness_check(worker.check_fitness)
+        # What the local API ends with, too: its server raises the signal again when it is down.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         runpod.serverless.start({"handler": worker.handle, "concurrency_modifier": worker.jobs_in_flight})
     finally:
         worker.close()  # its holds on the volume too: nobody has to wait until they are stale

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a1111_worker import __version__
-from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, OutputOptions, PictureFormat
+from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, OutputOptions, PictureFormat, in_words
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 
 MB = 1_000_000
@@ -72,7 +72,7 @@ def in_one_line(worker: Mapping[str, Any]) -> str:
     nothing = "" if any(lora["downloaded"] for lora in worker["loras"]) else ", nothing to download"
     links = len(worker["delivery"]["urls"])
     where = f", {links} in the bucket" if links else ""
-    seconds = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in worker["timings"].items() if spent >= 0.005)
+    seconds = in_words(worker["timings"])
     return f"done with {worker['checkpoint']['file']}, LoRAs: {', '.join(loras) or 'none'}{nothing}{where}; {seconds}"
 
 

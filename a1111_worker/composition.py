@@ -80,6 +80,9 @@ def compose(
     for field in ("prompt", "hr_prompt"):
         if body.get(field):
             body[field] = prompt.place(body[field], placements)
+    if body.get("enable_hr") and body.get("hr_prompt"):
+        stems = [lora.model.stem for lora in wanted.values() if lora.model]
+        body["hr_prompt"] = prompt.mentioning(body["hr_prompt"], stems)
     loras = tuple(lora.applied() for lora in wanted.values())
     return Plan(body, loras, request.on_lora_error, tuple(warnings), request.allow_blank)
 
@@ -101,7 +104,7 @@ class _Wanted:
         return prompt.Placement(
             means=self.is_meant_by,
             name=self.model.stem if self.model else None,
-            scale=None if self.wish.in_prompt else scale_of(self.wish),
+            scale=None if self.wish.in_prompt or self.wish.weighted_in_prompt else scale_of(self.wish),
             default=scale_of(self.wish),
             append=not self.wish.in_prompt,
         )
@@ -156,9 +159,10 @@ def _with_styles_merged(request: GenerationRequest, lists: Lists) -> GenerationR
         return request
     body = dict(request.body)
     names = body.pop("styles")
-    for field, part in (("prompt", "prompt"), ("hr_prompt", "prompt"), ("negative_prompt", "negative_prompt")):
-        if field == "hr_prompt" and not body.get(field):
-            continue
+    for field in ("prompt", "hr_prompt", "negative_prompt", "hr_negative_prompt"):
+        if field.startswith("hr_") and not body.get(field):
+            continue  # the second pass has what the first one has
+        part = field.removeprefix("hr_")
         for style in styles:
             body[field] = prompt.merge_style(body.get(field, ""), str(style.get(part) or ""))
     read = read_tags(body["prompt"], "styles", request.loras)

@@ -123,13 +123,15 @@ class LoraWish:
     """A LoRA a job asks for. `scale` is None where the job gives none: the catalog's then, else 1.0.
 
     `path` is where the job says so (`loras[0]`, `prompt`): what a complaint names.
-    `in_prompt` says that the wish is a tag the caller wrote into a prompt, under the name `ref.name`.
+    `in_prompt` says that the wish is a tag the caller wrote into a prompt, under the name `ref.name`;
+    `weighted_in_prompt` that it is not, and yet a tag of it is there, whose weights count.
     """
 
     ref: ModelRef
     scale: float | None
     path: str
     in_prompt: bool = False
+    weighted_in_prompt: bool = False
 
 
 class PictureFormat(str, Enum):
@@ -325,6 +327,11 @@ class Run:
     def timings(self) -> dict[str, float]:
         """Seconds spent in each stage so far, and in all."""
         return {**{s.value: spent for s, spent in self._spent.items()}, "total": time.monotonic() - self._began}
+
+
+def in_words(timings: Mapping[str, float]) -> str:
+    """Timings for a log line, without what took no time."""
+    return ", ".join(f"{stage} {spent:.2f} s" for stage, spent in timings.items() if spent >= 0.005)
 
 
 class _Cancellation:

@@ -9,6 +9,7 @@ Every way in which that can go wrong has its end here, and what of the WebUI is 
     poisoned by a failed switch      restarted where it is ours, and tried once more: nothing was generated
     lost in the middle               the job's end; whoever comes next makes the WebUI ready again
     silent, or deaf to /interrupt    hung: killed where it is ours
+    a job out of time                interrupted; what does not end at once is waited for by whoever comes next
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class Started:
     plan: Plan
     checkpoint: Model
 
+    def drop(self) -> None:
+        """Nobody will finish it: its answer is thrown away."""
+        self.answer.close()
+
 
 class Generator:
     """Generates with one WebUI. `start` is called by one job at a time, `resolve` and `finish` by any."""
@@ -61,6 +66,7 @@ class Generator:
         self._readiness = readiness
         self._generation_timeout = generation_timeout
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
+        self._ending: Call[None] | None = None  # of a generation that its job could not wait for
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
@@ -76,7 +82,10 @@ class Generator:
         """Generate, and return when the answer begins: the next job may start then."""
         plan = compose(request, models, failures)
         self._jobs_since_out_of_memory += 1
+        self._wait_for_the_last_one(run)
         self._readiness.ensure(run)
+        if plan.body.get("script_name"):
+            self._readiness.doubt()  # after this one: a script may leave settings behind that no job may override
         try:
             return self._start(plan, run)
         except OutOfMemory as error:
@@ -86,12 +95,18 @@ class Generator:
             self._readiness.free_memory()
             raise
 
-    def finish(self, started: Started) -> Generation:
+    def finish(self, started: Started, run: Run) -> Generation:
         """Read the answer and prove it: of this checkpoint, with these LoRAs, every picture there and none blank."""
+        reading = Call(started.answer.read)
+        limit = run.deadline.within(self._readiness.waits.silence, what="reading the WebUI's answer")
         try:
-            generation = prove(started.answer.read(), started.plan, started.checkpoint)
+            if not reading.wait(limit.left(), limit):
+                started.answer.cut()
+                run.deadline.check()
+                raise WebUILost("the WebUI's answer did not come to its end")
+            generation = prove(reading.result(), started.plan, started.checkpoint)
         except (WebUILost, CheckpointNotLoaded):
-            self._readiness.is_proven = False
+            self._readiness.doubt()
             raise
         if not started.plan.allow_blank and any(is_blank(image) for image in generation.answer["images"]):
             raise GenerationFailed(
@@ -104,7 +119,7 @@ class Generator:
         """A tiny generation, so that the first job does not pay for what is loaded lazily."""
         began = time.monotonic()
         body = {"prompt": "warm-up", "steps": 1, "width": 64, "height": 64, "seed": 0}
-        self.finish(self._start(Plan(body, allow_blank=True), run))
+        self.finish(self._start(Plan(body, allow_blank=True), run), run)
         log.info("the WebUI is warm after %.1f s", time.monotonic() - began)
 
     def _start(self, plan: Plan, run: Run) -> Started:
@@ -113,7 +128,7 @@ class Generator:
                 with run.stage(Stage.GENERATE):
                     return Started(self._generate(plan.body, run), plan, self._readiness.checkpoint)
             except WebUIRefused:
-                self._readiness.is_proven = False
+                self._readiness.doubt()
                 if attempt == TRIES:
                     raise
                 self._readiness.ensure(run)
@@ -131,7 +146,7 @@ class Generator:
                     raise
                 self._readiness.ensure(run)
             except WebUILost as error:
-                self._readiness.is_proven = False
+                self._readiness.doubt()
                 error.refresh_worker = error.refresh_worker or self._readiness.is_given_up
                 raise
         raise AssertionError("the loop returns or raises")
@@ -142,38 +157,56 @@ class Generator:
         line = self._generation_timeout + 2 * self._readiness.waits.interrupt_grace + 1.0
         call = Call(lambda: self._webui.txt2img(body, timeout=line))
         heard = time.monotonic()
-        with limit.on_cancel(call.changed.set):
-            while not call.is_done():
-                call.changed.wait(min(self._readiness.waits.look_every, limit.left()))
-                if call.is_done():
-                    break
-                if limit.cancelled or limit.left() == 0.0:
-                    self._interrupt(call)
-                    limit.check()
-                look = self._look()
-                if look is not None:
-                    heard = time.monotonic()
-                    _report(look, run.report)
-                elif time.monotonic() - heard > self._readiness.waits.silence:
-                    raise self._hung(call, "the WebUI hangs: it answers nothing any more")
+        while not call.wait(self._readiness.waits.look_every, limit):
+            if limit.cancelled or limit.left() == 0.0:
+                self._interrupt(call, run)
+                limit.check()
+            look = self._look()
+            if look is not None:
+                heard = time.monotonic()
+                _report(look, run.report)
+            elif time.monotonic() - heard > self._readiness.waits.silence:
+                raise self._hung(call, "the WebUI hangs: it answers nothing any more")
         return call.result()
 
-    def _interrupt(self, call: Call[Answer]) -> None:
-        """End the running generation and wait for its answer, which is thrown away: only then is the WebUI free."""
+    def _interrupt(self, call: Call[Answer], run: Run) -> None:
+        """End the running generation, whose answer is thrown away. Only then is the WebUI free: a job with time left
+        waits for that, one without leaves it to whoever generates next."""
         log.info("interrupting the generation")
-        grace = Deadline(self._readiness.waits.interrupt_grace)
+        waits = self._readiness.waits
+        left = 0.0 if run.deadline.cancelled else min(run.deadline.left(), waits.interrupt_grace + waits.death)
+        ending = Call(lambda: self._end(call))
+        if ending.wait(max(left, waits.interrupt_patience), Deadline()):
+            ending.result()
+        else:
+            log.warning("the WebUI has not ended the generation yet; the next one waits for that")
+            self._ending = ending
+
+    def _wait_for_the_last_one(self, run: Run) -> None:
+        """Until the WebUI has ended what an earlier job left running; it was restarted where it would not."""
+        while self._ending is not None:
+            if self._ending.wait(self._readiness.waits.look_every, run.deadline):
+                ending, self._ending = self._ending, None
+                try:
+                    ending.result()
+                except WebUILost as error:
+                    if error.refresh_worker:
+                        raise
+            run.deadline.check()
+
+    def _end(self, call: Call[Answer]) -> None:
+        waits = self._readiness.waits
+        grace = Deadline(waits.interrupt_grace)
         while not call.is_done():
             if grace.left() == 0.0:
                 raise self._hung(call, "the WebUI hangs: it did not end an interrupted generation")
-            call.changed.clear()
             with contextlib.suppress(WorkerError):
                 self._webui.interrupt()  # again and again: one that comes before the generation begins is lost
-            if not call.is_done():
-                call.changed.wait(min(self._readiness.waits.interrupt_every, grace.left()))
+            call.wait(waits.interrupt_every, grace)
         try:
             call.result().close()
         except WebUILost:
-            self._readiness.is_proven = False
+            self._readiness.doubt()
         except WorkerError:
             pass  # it failed on its own; the job is over all the same
 
@@ -190,7 +223,7 @@ class Generator:
 
 
 def _report(look: Look, report: Report) -> None:
-    if look.images:
+    if look.images > 0:  # −1 while a checkpoint is loaded inside a generation
         report(
             Progress(
                 Stage.GENERATE,

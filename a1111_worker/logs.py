@@ -26,14 +26,15 @@ def configure(level: str, form: str) -> None:
     """Send our lines to stderr: `text`, or `json` with one object a line, as RunPod groups them by `requestId`."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Json() if form == "json" else _Text())
-    handler.addFilter(_with_job)
+    handler.addFilter(with_job)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # what is tried again is told by whoever gives up
     for name in ("worker", "a1111_worker", "model_manager"):
         logging.getLogger(name).setLevel(level)
 
 
-def _with_job(record: logging.LogRecord) -> bool:
+def with_job(record: logging.LogRecord) -> bool:
+    """A filter that lets everything pass, and gives it the id of the job it belongs to."""
     record.job = _job.get()
     return True
 

@@ -14,10 +14,13 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from a1111_worker.domain import OutputOptions, PictureFormat
 from a1111_worker.errors import Complaint, GenerationFailed, InvalidRequest
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 DEFAULT_QUALITY = 90
 WEBP_METHOD = 2  # of 0 to 6: three times as fast as Pillow's own 4, as small, and 0.1 dB away from it
@@ -85,9 +88,7 @@ def is_blank(png: str) -> bool:
 
 
 def _encoded(png: bytes, options: OutputOptions) -> Converted:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
+    with _opened(png) as image:
         infotext = str(image.info.get("parameters", "")) if options.metadata else ""
         is_jpeg = options.format is PictureFormat.JPEG
         if not is_jpeg and max(image.size) > WEBP_SIDE:
@@ -106,6 +107,13 @@ def _encoded(png: bytes, options: OutputOptions) -> Converted:
         else:
             fitting.save(file, "WEBP", quality=quality, exif=exif, method=WEBP_METHOD)
         return Converted(_in_base64(file.getvalue()), warning)
+
+
+def _opened(png: bytes) -> ImageFile:
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # a script's grid may be large, and it is our own WebUI's
+    return Image.open(io.BytesIO(png))
 
 
 def _exif(infotext: str) -> bytes:
@@ -225,9 +233,7 @@ def _compressed(png: bytes, step: int = 4096) -> Iterator[bytes]:
 
 def _has_one_value(png: bytes) -> bool:
     """The same by Pillow, for a PNG of another kind."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
+    with _opened(png) as image:
         colours = image if image.mode.startswith("I") else image.convert("RGBA")
         extrema = colours.getextrema()
     pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)

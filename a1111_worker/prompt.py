@@ -63,10 +63,13 @@ class Tag:
     def weights(self) -> Weights:
         """The weights in effect; ValueError where A1111 would leave the LoRA out (`<lora:name:much>`)."""
         positional, named = self.positional, self.named
-        text_encoder = _finite(named.get("te", positional[1] if len(positional) > 1 else "1"))
-        unet = _finite(named.get("unet", positional[2] if len(positional) > 2 else repr(text_encoder)))
-        rank = named.get("dyn", positional[3] if len(positional) > 3 else None)
-        return Weights(text_encoder, unet, None if rank is None else int(rank))
+        # All that is positional is converted, also where a named one wins: so does A1111.
+        text_encoder = _finite(positional[1]) if len(positional) > 1 else 1.0
+        text_encoder = _finite(named.get("te", repr(text_encoder)))
+        unet = _finite(positional[2]) if len(positional) > 2 else text_encoder
+        unet = _finite(named.get("unet", repr(unet)))
+        rank = int(positional[3]) if len(positional) > 3 else None
+        return Weights(text_encoder, unet, int(named["dyn"]) if "dyn" in named else rank)
 
 
 def find_tags(text: str) -> list[Tag]:
@@ -174,6 +177,15 @@ def place(text: str, placements: Sequence[Placement]) -> str:
             if placement.append and placement.name is not None and index not in placed
         ],
     )
+
+
+def mentioning(second_pass: str, names: Sequence[str]) -> str:
+    """The prompt of the second pass, naming every LoRA of the first without effect where it has LoRAs of its own.
+
+    What that pass reads takes the place of "Lora hashes" in 1.9.3's answer, and the first pass could not be proven.
+    """
+    there = {tag.name for tag in find_tags(second_pass) if tag.is_lora}
+    return append(second_pass, [lora_tag(name, 0) for name in names if name not in there]) if there else second_pass
 
 
 def merge_style(prompt: str, style: str) -> str:

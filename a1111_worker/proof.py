@@ -4,6 +4,9 @@
 checkpoint that made the pictures; "Lora hashes" in `extra_generation_params` holds `name: 12 digits` for every LoRA
 whose file was read, and nothing for one that was not (A1111 1.9.3 and 1.10.1, measured). The digits are A1111's hash of
 the tensor data, or the file's own `sshs_model_hash`: never the file's SHA-256.
+
+A script may change all of it from picture to picture, and answers for the first one or for none (X/Y/Z plot, Prompts
+from file): there each picture's infotext is asked. Its last line holds what A1111 says of it, callers' texts quoted.
 """
 
 from __future__ import annotations
@@ -39,24 +42,41 @@ def prove(answer: Any, plan: Plan, checkpoint: Model) -> Generation:
     """
     info = _info_of(answer)
     _check_pictures(answer["images"], plan.body)
-    _check_checkpoint(info, checkpoint)
+    _check_checkpoint(info, plan.body, checkpoint)
     _check_sampler(info, plan.body)
     loras, warnings = _proven_loras(info, plan)
     return Generation(
         answer=answer,
         checkpoint=checkpoint,
         loras=loras,
-        seeds=tuple(seed for seed in info.get("all_seeds", ()) if isinstance(seed, int)),
+        seeds=tuple(seed for seed in info.get("all_seeds") or () if isinstance(seed, int)),
         webui_version=str(info.get("version", "unknown")),
         warnings=(*plan.warnings, *warnings),
     )
 
 
 def lora_hashes(info: Mapping[str, Any]) -> dict[str, str]:
-    """The LoRAs that the WebUI read for a generation: name → 12 hex digits."""
-    said = (info.get("extra_generation_params") or {}).get("Lora hashes", "")
+    """The LoRAs that the WebUI read for a generation: name → 12 hex digits. A comma in a name is left out (A1111)."""
+    return _pairs((info.get("extra_generation_params") or {}).get("Lora hashes", ""))
+
+
+def _pairs(said: object) -> dict[str, str]:
     pairs = (entry.partition(": ") for entry in str(said).split(", ") if entry)
     return {name: digits for name, _, digits in pairs}
+
+
+def _facts_of(infotext: object) -> str:
+    return str(infotext).rpartition("\n")[2]
+
+
+def _model_hash_of(infotext: object) -> str | None:
+    found = re.search(r"\bModel hash: ([0-9a-f]{10})\b", _facts_of(infotext))
+    return found[1] if found else None
+
+
+def _lora_hashes_of(infotext: object) -> dict[str, str]:
+    found = re.search(r'\bLora hashes: ("(?:[^"\\]|\\.)*")', _facts_of(infotext))
+    return _pairs(json.loads(found[1])) if found else {}
 
 
 def _info_of(answer: Any) -> dict[str, Any]:
@@ -66,7 +86,8 @@ def _info_of(answer: Any) -> dict[str, Any]:
         info = json.loads(answer.get("info") or "")
     except (TypeError, ValueError) as error:
         raise WebUILost("the WebUI's answer has no info about its pictures") from error
-    if not isinstance(info, dict):
+    forms = {"all_seeds": list, "infotexts": list, "extra_generation_params": dict}
+    if not isinstance(info, dict) or not all(isinstance(info.get(key) or form(), form) for key, form in forms.items()):
         raise WebUILost("the WebUI's answer has no info about its pictures")
     return info
 
@@ -85,21 +106,24 @@ def _check_pictures(images: Sequence[Any], body: Mapping[str, Any]) -> None:
         )
 
 
-def _check_checkpoint(info: Mapping[str, Any], checkpoint: Model) -> None:
+def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoint: Model) -> None:
+    ours = checkpoint.sha256[:10]
     name, digits = info.get("sd_model_name"), info.get("sd_model_hash")
-    if name != checkpoint.stem or digits != checkpoint.sha256[:10]:
+    used = [_model_hash_of(infotext) for infotext in info.get("infotexts") or ()]
+    if body.get("script_name") and name is None and digits is None:
+        is_ours = bool(used) and all(one == ours for one in used)
+    else:
+        is_ours = name == checkpoint.stem and digits == ours
+    if not is_ours:
         raise CheckpointNotLoaded(
             f"the WebUI used another checkpoint than {checkpoint.name}",
             hint="somebody else uses this WebUI, or it was restarted with another checkpoint",
         )
-    # A script can switch checkpoints between its pictures: each infotext names the one that made it.
-    for infotext in info.get("infotexts", ()):
-        used = re.search(r"\bModel hash: ([0-9a-f]{10})\b(?!.*\bModel hash: )", str(infotext), re.DOTALL)
-        if used and used[1] != checkpoint.sha256[:10]:
-            raise CheckpointNotLoaded(
-                f"a picture of this job was made by another checkpoint than {checkpoint.name}",
-                hint="a script of the job names another checkpoint; this worker has one",
-            )
+    if any(one not in (None, ours) for one in used):
+        raise CheckpointNotLoaded(
+            f"a picture of this job was made by another checkpoint than {checkpoint.name}",
+            hint="a script of the job names another checkpoint; this worker has one",
+        )
 
 
 def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
@@ -110,17 +134,26 @@ def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
 
 
 def _proven_loras(info: Mapping[str, Any], plan: Plan) -> tuple[tuple[AppliedLora, ...], list[str]]:
-    used = lora_hashes(info)
+    pictures = [lora_hashes(info)]
+    if plan.body.get("script_name") and info.get("infotexts"):
+        pictures = [_lora_hashes_of(infotext) for infotext in info["infotexts"]]
     proven: list[AppliedLora] = []
     missing: list[str] = []
+    warnings: list[str] = []
     for lora in plan.loras:
-        loaded = lora.model is not None and used.get(lora.model.stem) == lora.model.lora_hash
-        proven.append(replace(lora, loaded=loaded))
-        if lora.model is not None and not loaded:
+        used = sum(_has(picture, lora) for picture in pictures)
+        proven.append(replace(lora, loaded=used == len(pictures)))
+        if lora.model is not None and not used:
             missing.append(lora.name)
+        elif 0 < used < len(pictures):
+            warnings.append(f"the script used the LoRA {lora.name!r} for {used} of {len(pictures)} pictures")
     if missing and plan.on_lora_error is OnLoraError.FAIL:
         raise LoraNotApplied(
             f"the WebUI did not apply {', '.join(repr(name) for name in missing)}",
             hint='set "on_lora_error": "warn" to have the picture without it',
         )
-    return tuple(proven), [f"the WebUI did not apply the LoRA {name!r}" for name in missing]
+    return tuple(proven), [*warnings, *(f"the WebUI did not apply the LoRA {name!r}" for name in missing)]
+
+
+def _has(used: Mapping[str, str], lora: AppliedLora) -> bool:
+    return lora.model is not None and used.get(lora.model.stem.replace(",", "")) == lora.model.lora_hash

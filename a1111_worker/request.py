@@ -376,7 +376,7 @@ def read_tags(text: str, path: str, loras: Sequence[LoraWish]) -> TagReading:
             continue
         earlier = wishes[index]
         if not earlier.in_prompt and earlier.scale is None:
-            wishes[index] = replace(earlier, scale=wish.scale)
+            wishes[index] = replace(earlier, scale=wish.scale, weighted_in_prompt=tag.is_weighted)
         elif not earlier.in_prompt and tag.is_weighted and plain_scale(tag) != earlier.scale:
             warnings[
                 f"{_written(tag)} in {path} has another scale than {earlier.path}, whose {earlier.scale:g} counts"

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from a1111_worker import logs
-from a1111_worker.domain import Deadline, Progress, Report, Run, Stage
+from a1111_worker.domain import Deadline, Progress, Report, Run, Stage, in_words
 from a1111_worker.errors import JobTimeout
 from a1111_worker.progress import StatusPage
 
@@ -39,15 +39,22 @@ class Story(Run):
         self.job_id = job_id
         self._threads = threads
 
-    async def blocking(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run what blocks in a thread. When the job is cancelled, it is told, awaited, and the cancellation goes on."""
+    async def blocking(
+        self, function: Callable[..., T], *arguments: Any, undo: Callable[[T], object] | None = None
+    ) -> T:
+        """Run what blocks in a thread. When the job is cancelled, it is told, awaited, and the cancellation goes on;
+        `undo` gets what came of it all the same."""
         call = functools.partial(contextvars.copy_context().run, function, *arguments)
         running = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             self.deadline.cancel()
-            await settled(running)
+            try:
+                await settled(running)
+            finally:
+                if undo is not None and not running.cancelled() and running.exception() is None:
+                    undo(running.result())
             raise
 
     @contextlib.asynccontextmanager
@@ -65,8 +72,12 @@ async def telling(job_id: str, deadline: Deadline, threads: Executor, page: Stat
     status = page.of(job_id)
     # RunPod has forgotten a cancelled job: a look that arrives while its end is awaited would bring it back.
     with logs.of_job(job_id), deadline.on_cancel(status.hush):
+        story = Story(job_id, deadline, status.report, threads)
         try:
-            yield Story(job_id, deadline, status.report, threads)
+            yield story
+        except BaseException:
+            log.info("ended early: %s", in_words(story.timings()))
+            raise
         finally:
             if status.is_sending:
                 await settled(asyncio.get_running_loop().run_in_executor(threads, status.close))
@@ -91,7 +102,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._busy = False
-        self._waiting: deque[asyncio.Future[bool]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[bool], Story]] = deque()
 
     @property
     def is_free(self) -> bool:
@@ -113,8 +124,8 @@ class Turns:
             return
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[bool] = loop.create_future()
-        self._waiting.append(turn)
-        story.report(Progress(Stage.QUEUE, detail=f"waits for the GPU, place {len(self._waiting)} in the queue"))
+        self._waiting.append((turn, story))
+        self._tell_places()
 
         def give_up() -> None:
             if not turn.done():
@@ -134,7 +145,8 @@ class Turns:
         finally:
             timer.cancel()
             with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
+                self._waiting.remove((turn, story))
+                self._tell_places()
         if not is_ours:
             story.deadline.check()
             raise JobTimeout("the time of the job was up before the GPU was free")
@@ -142,11 +154,16 @@ class Turns:
     def _release(self) -> None:
         """Hand the GPU to whoever has waited longest."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            turn, _ = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(True)
+                self._tell_places()
                 return
         self._busy = False
+
+    def _tell_places(self) -> None:
+        for place, (_, story) in enumerate(self._waiting, 1):
+            story.report(Progress(Stage.QUEUE, detail=f"waits for the GPU, place {place} in the queue"))
 
 
 class Shutdown:
@@ -205,5 +222,5 @@ def seconds_for(job: Mapping[str, Any], job_timeout: float) -> float:
     allowed = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
     if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0:
         return job_timeout
-    seconds = allowed / 1000
+    seconds = min(allowed, 1e12) / 1000
     return min(job_timeout, seconds - min(30.0, seconds / 10))

@@ -38,6 +38,11 @@ class Supervisor:
             return Ownership.NOBODY
         return Ownership.RUNNING if self._is_alive(pid) else Ownership.RESTARTING
 
+    @property
+    def life(self) -> str:
+        """What tells one life of the WebUI from the next; always the same where nobody of ours owns it."""
+        return self._said()
+
     def kill(self, *, wait: float) -> bool:
         """Kill the WebUI and what it started, and return when it is gone, or after `wait` seconds.
 

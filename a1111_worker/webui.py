@@ -10,6 +10,8 @@ What A1111 says when something is wrong comes in four shapes (measured on 1.9.3 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import re
 import threading
@@ -22,6 +24,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from a1111_worker.domain import Deadline
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
@@ -42,6 +45,10 @@ _BARE_PATH = re.compile(r"(?<![\w.<])(?:[A-Za-z]:)?[/\\][\w.+~@-]+(?:[/\\][\w.+~
 
 class WebUIRefused(WebUILost):
     """Nobody listens at the WebUI's address."""
+
+
+class WebUISilent(WebUILost):
+    """It took a request and said nothing for as long as anyone waits."""
 
 
 class RouteMissing(WebUINotReady):
@@ -87,7 +94,7 @@ class WebUI:
         self._session.trust_env = False
         # gzip costs the WebUI 80 ms for a picture of 2 MB and saves nothing on loopback.
         self._session.headers["Accept-Encoding"] = "identity"
-        repeatable = Retry(
+        repeatable = _Repeated(
             total=3,
             backoff_factor=backoff,
             status_forcelist=(502, 503, 504),
@@ -104,10 +111,6 @@ class WebUI:
     def close(self) -> None:
         """Let the connections go."""
         self._session.close()
-
-    def look(self) -> None:
-        """Return if the API answers; raises WebUIRefused, RouteMissing or WebUILost where it does not. Asked once."""
-        self.progress(timeout=self._timeout)
 
     def options(self) -> dict[str, Any]:
         return self._get("/options", dict)
@@ -150,17 +153,20 @@ class WebUI:
     def progress(self, *, timeout: float | None = None) -> Look:
         """Where the running generation is; all zero while nothing runs, and during a switch. Asked once, briefly."""
         found = self._get("/progress?skip_current_image=true", dict, timeout=timeout or self._glance)
-        state = found["state"]
-        return Look(
-            progress=float(found["progress"]),
-            eta_seconds=float(found["eta_relative"]),
-            job=str(state["job"]),
-            job_timestamp=str(state["job_timestamp"]),
-            image=int(state["job_no"]) + 1,
-            images=int(state["job_count"]),
-            step=int(state["sampling_step"]),
-            steps=int(state["sampling_steps"]),
-        )
+        try:
+            state = found["state"]
+            return Look(
+                progress=float(found["progress"]),
+                eta_seconds=float(found["eta_relative"]),
+                job=str(state["job"]),
+                job_timestamp=str(state["job_timestamp"]),
+                image=int(state["job_no"]) + 1,
+                images=int(state["job_count"]),
+                step=int(state["sampling_step"]),
+                steps=int(state["sampling_steps"]),
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise WebUILost("the WebUI's answer to /progress has another form than A1111's") from error
 
     def interrupt(self) -> None:
         """End the running generation; its answer comes back with what is there. Harmless when nothing runs."""
@@ -204,13 +210,23 @@ class WebUI:
                 stream=True,
                 allow_redirects=False,
             )
-        except requests.exceptions.ConnectionError as error:
-            raise _unreachable(error) from error
+        except requests.exceptions.ReadTimeout as error:
+            raise WebUISilent(f"the WebUI said nothing for {timeout or self._timeout:.3g} s") from error
         except requests.exceptions.RequestException as error:
-            raise WebUILost(f"the WebUI did not answer in time ({type(error).__name__})") from error
+            raise _unreachable(error) from error
         if response.status_code != 200:
             raise translate(response.status_code, _bytes_of(response))
         return response
+
+
+class _Repeated(Retry):
+    """Everything is repeated but what ran into its timeout: it may be under way still, and that time is gone."""
+
+    def increment(self, *arguments: Any, **more: Any) -> _Repeated:
+        error = more.get("error")
+        if isinstance(error, urllib3.exceptions.ReadTimeoutError):
+            raise error
+        return super().increment(*arguments, **more)
 
 
 class Answer:
@@ -222,6 +238,11 @@ class Answer:
     def close(self) -> None:
         """Throw the body away unread."""
         self._response.close()
+
+    def cut(self) -> None:
+        """End it for whoever reads it at this moment."""
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._response.raw.shutdown()
 
     def read(self) -> Any:
         """The body's JSON; WebUILost where it is cut short or is none."""
@@ -239,12 +260,18 @@ class Call(Generic[T]):
         self._function = function
         self._outcome: tuple[T | None, BaseException | None] | None = None
         self._dispose: Callable[[T], None] | None = None
-        self._lock = threading.Lock()
-        self.changed = threading.Event()
-        threading.Thread(target=self._run, daemon=True, name="webui-call").start()
+        self._changed = threading.Condition()
+        context = contextvars.copy_context()  # its log lines are the job's
+        threading.Thread(target=context.run, args=(self._run,), daemon=True, name="webui-call").start()
 
     def is_done(self) -> bool:
         return self._outcome is not None
+
+    def wait(self, seconds: float, deadline: Deadline) -> bool:
+        """Wait until it is done, which it returns: at most so long, and no longer than the deadline lets anyone."""
+        with deadline.on_cancel(self._nudge), self._changed:
+            self._changed.wait_for(lambda: self.is_done() or deadline.cancelled, min(seconds, deadline.left()))
+        return self.is_done()
 
     def result(self) -> T:
         """What came of it, once it is done."""
@@ -256,11 +283,15 @@ class Call(Generic[T]):
 
     def abandon(self, dispose: Callable[[T], None]) -> None:
         """Nobody waits any more: what still comes of it is disposed of."""
-        with self._lock:
+        with self._changed:
             self._dispose = dispose
             outcome = self._outcome
         if outcome is not None and outcome[1] is None:
             dispose(cast(T, outcome[0]))
+
+    def _nudge(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _run(self) -> None:
         value, error = None, None
@@ -268,10 +299,10 @@ class Call(Generic[T]):
             value = self._function()
         except BaseException as raised:  # handed over to whoever asks for the result
             error = raised
-        with self._lock:
+        with self._changed:
             self._outcome = (value, error)
             dispose = self._dispose
-        self.changed.set()
+            self._changed.notify_all()
         if dispose is not None and error is None:
             dispose(cast(T, value))
 
@@ -342,7 +373,7 @@ def _bytes_of(response: requests.Response) -> bytes:
     return body
 
 
-def _unreachable(error: requests.exceptions.ConnectionError) -> WebUILost:
+def _unreachable(error: requests.exceptions.RequestException) -> WebUILost:
     reason: object = error.args[0] if error.args else None
     reason = getattr(reason, "reason", reason)  # urllib3's MaxRetryError wraps the cause
     if isinstance(reason, urllib3.exceptions.NewConnectionError):

@@ -193,6 +193,10 @@ class Server:
     def answer(self, exchange: Exchange) -> None:
         raise NotImplementedError
 
+    @property
+    def is_up(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         self._thread.start()
 

@@ -143,6 +143,24 @@ def test_hires_has_the_loras_too() -> None:
     assert composed(request, model("x_7", 7))["hr_prompt"] == "the same, sharper <lora:x_7:1>"
 
 
+def test_an_entry_without_a_scale_leaves_a_tag_its_own_weights() -> None:
+    request = parse(prompt="a <lora:x_7:0.5:1> lighthouse", loras=["x_7"])
+
+    plan = compose(request, {request.loras[0].ref: model("x_7")}, {})
+
+    assert plan.body["prompt"] == "a <lora:x_7:0.5:1> lighthouse"
+    assert [lora.scale for lora in plan.loras] == [1.0]  # the U-Net's
+
+
+def test_a_second_pass_with_loras_of_its_own_names_the_first_ones_without_effect() -> None:
+    hires = {"enable_hr": True, "denoising_strength": 0.5}
+    request = parse(prompt="a <lora:first:1> lighthouse", hr_prompt="sharper <lora:second:1>", **hires)
+
+    body = composed(request, model("first"), model("second"))
+
+    assert body["hr_prompt"] == "sharper <lora:second:1> <lora:first:0>"
+
+
 def test_a_lora_that_could_not_be_had_is_left_out_with_a_warning() -> None:
     request = parse(prompt="a <lora:gone:1> lighthouse", on_lora_error="warn")
     ref = request.loras[0].ref
@@ -193,6 +211,13 @@ def test_a_style_that_brings_a_lora_is_written_into_the_prompt() -> None:
     assert [wish.ref for wish in request.loras] == [
         ModelRef(ModelKind.LORA, version_id=135867, name="detail_tweaker_xl")
     ]
+
+
+def test_a_style_that_is_written_into_the_prompts_reaches_the_second_pass() -> None:
+    request = resolve(parse(styles=["detailed"], hr_negative_prompt="noisy"), lists(styles=STYLES))
+
+    assert request.body["hr_negative_prompt"] == "noisy, flat"
+    assert "hr_prompt" not in request.body
 
 
 def test_a_request_is_never_changed() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from a1111_worker import logs
 from a1111_worker.errors import CheckpointNotLoaded, WebUINotReady
 from a1111_worker.webui import WebUI
 from handler import Worker
@@ -97,6 +98,27 @@ def test_the_old_name_of_a_sampler_works_on_every_webui(tmp_path: Path, version:
     info = json.loads(answer["info"])
     assert info["sampler_name"] == "DPM++ 2M"
     assert "Karras" in str(info) or version == "1.9.3"
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+def test_a_second_pass_with_another_lora_proves_both(tmp_path: Path, version: str) -> None:
+    hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 2, "hr_upscaler": "Latent"}
+    with world(tmp_path, version=version) as it:
+        answer = it.ask(prompt="a <lora:detail_tweaker_xl:1>", hr_prompt="a <lora:hand_detail_flux_xl:1>", **hires)
+
+    assert [lora["loaded"] for lora in answer["worker"]["loras"]] == [True, True]
+
+
+def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    caplog.handler.addFilter(logs.with_job)
+    shared.webui.fail_next = [Fault.OUT_OF_MEMORY]
+
+    shared.ask("job-77")
+
+    said = {record.getMessage().partition(":")[0]: record for record in caplog.records}
+    assert {said[words].__dict__["job"] for words in ("the job failed", "ended early")} == {"job-77"}
+    assert "generate" in said["ended early"].getMessage()
 
 
 def test_a_job_does_not_leak_into_the_next(shared: World) -> None:

@@ -128,6 +128,18 @@ def test_one_that_dies_idle_costs_no_job(tmp_path: Path) -> None:
         assert keeper.restarted == 1
 
 
+def test_one_that_was_restarted_unseen_leaks_no_setting_from_job_to_job(tmp_path: Path) -> None:
+    with kept(tmp_path) as (it, keeper):
+        plain = it.ask()["images"]
+        keeper.kill()
+        wait_for(lambda: keeper.restarted == 1 and it.webui.is_up)  # before anybody has looked
+
+        it.ask(clip_skip=2)
+        after = it.ask()
+
+        assert after["images"] == plain
+
+
 def test_one_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
     with kept(tmp_path) as (it, keeper):
         it.webui.step_seconds = 0.05
@@ -144,7 +156,7 @@ def test_one_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
 def test_one_that_dies_while_it_switches_costs_no_job(tmp_path: Path) -> None:
     with kept(tmp_path) as (it, keeper):
         keeper.kill()
-        it.worker.readiness.is_proven = False  # as after a job that lost it
+        it.worker.readiness.doubt()  # as after a job that lost it
         when_asked(it, "/sdapi/v1/sd-models", keeper.kill)  # dies again while it is being made ready
 
         answer = it.ask()
@@ -210,6 +222,127 @@ def test_one_that_hangs_while_idle_costs_no_job(tmp_path: Path) -> None:
         assert not is_up
         assert "error" not in answer
         assert keeper.restarted == 1
+
+
+@pytest.mark.parametrize("hiccup", ["reset", "502"])
+def test_a_look_that_goes_wrong_kills_no_webui(tmp_path: Path, hiccup: str) -> None:
+    with kept(tmp_path) as (it, keeper):
+        once = threading.Lock()
+
+        def disturb(exchange: Exchange) -> bool:
+            if not exchange.asked.path.endswith("/progress") or not once.acquire(blocking=False):
+                return False
+            exchange.reset() if hiccup == "reset" else exchange.send(502, b"<html>")
+            return True
+
+        it.webui.before.append(disturb)
+
+        is_up = it.worker.readiness.look_after()
+        answer = it.ask()
+
+        assert not is_up
+        assert "error" not in answer
+        assert keeper.restarted == 0
+
+
+def test_one_that_hangs_while_it_switches_costs_one_job(tmp_path: Path) -> None:
+    with kept(tmp_path, JOB_TIMEOUT="5") as (it, keeper):
+        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        it.webui.restart()  # nothing is loaded any more, as in any new life
+        it.worker.readiness.doubt()
+
+        def stuck(exchange: Exchange) -> bool:
+            if b"sd_model_checkpoint" not in exchange.asked.body or keeper.restarted:
+                return False
+            silence(it)
+            return exchange.hold(20) or True
+
+        it.webui.before.append(stuck)
+
+        answer = it.ask()
+
+        assert "error" not in answer
+        assert keeper.restarted == 1
+        assert it.switches() == 3  # the boot's, that of the silent one, and that of the next: none is asked for twice
+
+
+class Held:
+    """Holds one request to `path` for as long as the worker wants its answer; `is_under_way` tells."""
+
+    def __init__(self, it: World, path: str, *, head: bytes | None = None) -> None:
+        self._path = path
+        self._head = head
+        self.is_under_way = False
+        self._once = threading.Lock()
+        it.webui.before.append(self._hold)
+
+    def _hold(self, exchange: Exchange) -> bool:
+        if exchange.asked.path != self._path or not self._once.acquire(blocking=False):
+            return False
+        self.is_under_way = True
+        if self._head is not None:
+            exchange.begin(200, {"content-type": "application/json", "content-length": "100000"})
+            exchange.write(self._head)
+        exchange.hold()
+        self.is_under_way = False
+        return True
+
+
+@pytest.mark.parametrize("path", ["/sdapi/v1/progress", "/sdapi/v1/samplers", "/sdapi/v1/options"])
+def test_a_job_out_of_time_does_not_wait_for_what_makes_the_webui_ready(tmp_path: Path, path: str) -> None:
+    with world(tmp_path, JOB_TIMEOUT="1") as it:
+        it.worker.readiness.doubt()
+        held = Held(it, path)
+
+        answer = it.ask()
+
+        assert answer["code"] == "JOB_TIMEOUT"
+        assert held.is_under_way
+
+
+def test_an_answer_that_stops_after_its_head_takes_no_longer_than_the_job_has(tmp_path: Path) -> None:
+    with world(tmp_path, JOB_TIMEOUT="1") as it:
+        it.ask()
+        Held(it, "/sdapi/v1/txt2img", head=b'{"images": [')
+
+        answer, after = it.ask(), it.ask()
+
+        assert answer["code"] == "JOB_TIMEOUT"
+        assert "error" not in after
+
+
+def test_a_job_out_of_time_leaves_a_generation_that_does_not_end_to_the_next(tmp_path: Path) -> None:
+    with kept(tmp_path, JOB_TIMEOUT="1") as (it, keeper):
+        it.worker.readiness.waits = replace(QUICK, interrupt_patience=0.05, interrupt_grace=0.5)
+        it.webui.fail_next = [Fault.HANG]
+
+        ended = it.ask()
+        restarted = keeper.restarted
+        after = it.ask()
+
+        assert ended["code"] == "JOB_TIMEOUT"
+        assert restarted == 0
+        assert "error" not in after
+        assert keeper.restarted == 1
+
+
+def test_what_a_script_set_ends_with_its_job(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        options = it.webui.process.data
+
+        def leave_behind() -> None:
+            options["sigma_min"] = 0.5  # an axis of an X/Y/Z plot; A1111 restores what was set before, and this was not
+
+        when_asked(it, "/sdapi/v1/txt2img", leave_behind)
+        it.ask(script_name="x/y/z plot")
+        it.ask()
+
+        assert options["sigma_min"] == 0.0
+
+
+def test_a_script_can_keep_nothing_on_the_disk(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        assert [it.webui.process.option(name) for name in ("samples_save", "grid_save")] == [False, False]
 
 
 def test_one_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
@@ -309,18 +442,15 @@ def test_a_job_that_ends_during_a_switch_leaves_it_to_the_next(tmp_path: Path) -
     with world(tmp_path, JOB_TIMEOUT="1.5") as it:
         it.webui.restart()
         it.webui.switch_seconds = 3.0
-        it.worker.readiness.is_proven = False  # as after a job that lost it
+        it.worker.readiness.doubt()  # as after a job that lost it
 
         ended = it.ask()
-        wait_for(lambda: not it.worker.readiness.is_switching)
+        wait_for(lambda: not it.worker.readiness.is_preparing)
         after = it.ask()
 
         assert ended["code"] == "JOB_TIMEOUT"
         assert "error" not in after
-        switches = [
-            asked for asked in it.webui.asked if asked.method == "POST" and b"sd_model_checkpoint" in asked.body
-        ]
-        assert len(switches) == 2  # the boot's, and the one that both jobs waited for
+        assert it.switches() == 2  # the boot's, and the one that both jobs waited for
 
 
 def test_a_boot_whose_webui_never_comes_says_so(tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def test_a_converted_picture_keeps_its_infotext_where_a1111_reads_it(form: Pictu
     assert infotext_of(converted.picture) == infotext
 
 
+@pytest.mark.slow  # 180 million pixels
+def test_a_picture_larger_than_pillow_likes_is_converted() -> None:
+    side = 13_500
+
+    converted = convert(a1111s(Image.new("L", (side, side), 7)), OutputOptions(JPEG))
+
+    assert (side).to_bytes(2, "big") * 2 in base64.b64decode(converted.picture)[:1000]  # its frame's height and width
+
+
 @pytest.mark.parametrize("form", [JPEG, WEBP])
 def test_without_metadata_a_converted_picture_says_nothing(form: PictureFormat) -> None:
     picture = convert(a1111s(gradient()), OutputOptions(form, metadata=False)).picture

@@ -82,7 +82,9 @@ def test_weights_are_those_a1111_uses(text: str, weights: Weights, plain: float 
     assert (tag.name, tag.weights(), plain_scale(tag), tag.is_weighted) == ("x", weights, plain, weighted)
 
 
-@pytest.mark.parametrize("weight", ["much", "", "nan", "inf", "-inf", "te=x", "1:2:3.5", "a=b=c"])
+@pytest.mark.parametrize(
+    "weight", ["much", "", "nan", "inf", "-inf", "te=x", "1:2:3.5", "a=b=c", "much:te=1", "1:2:x:dyn=3"]
+)
 def test_a_weight_that_is_no_number_is_an_error(weight: str) -> None:
     tag = only_tag(f"<lora:x:{weight}>")
 

@@ -90,6 +90,74 @@ def test_a_prompt_that_talks_of_a_model_hash_proves_and_disproves_nothing() -> N
     prove(found, Plan({}), CHECKPOINT)
 
 
+def test_text_of_the_second_pass_proves_and_disproves_nothing() -> None:
+    facts = 'Steps: 1, Model hash: ababababab, Model: x, Hires prompt: "a cat, Model hash: 0123456789, \\"x\\""'
+
+    prove(answer(info={"infotexts": [f"a cat\n{facts}"]}), Plan({}), CHECKPOINT)
+
+
+def of_a_script(*infotexts: str, **info: Any) -> dict[str, Any]:
+    return answer(images=["iVBORw0KGgoAAAAA"] * len(infotexts), info={"infotexts": list(infotexts), **info})
+
+
+OURS = "a cat\nSteps: 3, Model hash: ababababab, Model: the_model"
+WITH_LORA = f'{OURS}, Lora hashes: "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1", Version: v1.10.1'
+NOBODYS: dict[str, Any] = {
+    "sd_model_name": None,
+    "sd_model_hash": None,
+    "extra_generation_params": {},
+}  # as Prompts from file answers
+
+
+def test_a_script_that_answers_for_no_picture_is_proven_by_each_of_them() -> None:
+    plan = Plan({"script_name": "prompts from file or textbox"}, (lora(),))
+
+    generation = prove(of_a_script(WITH_LORA, WITH_LORA, **NOBODYS), plan, CHECKPOINT)
+
+    assert [applied.loaded for applied in generation.loras] == [True]
+
+
+@pytest.mark.parametrize("infotexts", [(), (OURS, "a cat\nSteps: 3"), (OURS, OURS.replace("ababababab", "0123456789"))])
+def test_a_script_whose_pictures_do_not_name_the_checkpoint_proves_nothing(infotexts: tuple[str, ...]) -> None:
+    found = of_a_script(*infotexts, **NOBODYS) | {"images": ["iVBORw0KGgoAAAAA"]}
+
+    with pytest.raises(CheckpointNotLoaded):
+        prove(found, Plan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
+
+
+def test_without_a_script_the_answer_itself_must_name_the_checkpoint() -> None:
+    with pytest.raises(CheckpointNotLoaded):
+        prove(of_a_script(OURS, **NOBODYS), Plan({}), CHECKPOINT)
+
+
+def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
+    plan = Plan({"script_name": "x/y/z plot"}, (lora(),))
+
+    generation = prove(of_a_script(WITH_LORA, OURS), plan, CHECKPOINT)
+
+    assert [applied.loaded for applied in generation.loras] == [False]
+    assert generation.warnings == ("the script used the LoRA 'Detail' for 1 of 2 pictures",)
+
+
+def test_a_script_that_uses_a_lora_nowhere_has_not_applied_it() -> None:
+    with pytest.raises(LoraNotApplied):
+        prove(of_a_script(OURS, OURS), Plan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
+
+
+def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
+    found = answer(info={"extra_generation_params": {"Lora hashes": "my style v2: eb0b8ef669e5"}})
+
+    assert prove(found, Plan({}, (lora("my style, v2"),)), CHECKPOINT).loras[0].loaded
+
+
+@pytest.mark.parametrize(
+    "info", [{"all_seeds": 42}, {"infotexts": "text"}, {"extra_generation_params": ["Lora hashes"]}]
+)
+def test_an_info_of_another_form_is_no_answer_of_a1111(info: dict[str, Any]) -> None:
+    with pytest.raises(WebUILost):
+        prove(answer(info=info), Plan({}), CHECKPOINT)
+
+
 @pytest.mark.parametrize(
     "applied",
     [

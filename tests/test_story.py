@@ -136,6 +136,50 @@ def test_a_job_that_waits_says_where_it_stands() -> None:
     run(scene)
 
 
+def test_a_job_that_moves_up_says_so() -> None:
+    async def scene() -> None:
+        looks: list[str] = []
+        with ThreadPoolExecutor() as threads:
+            first = Story("job-1", Deadline(), lambda look: None, threads)
+            last = Story("job-2", Deadline(), lambda look: looks.append(look.detail), threads)
+            gpu = Turns()
+
+            async with gpu.next(first):
+                second = asyncio.ensure_future(gpu.next(first).__aenter__())
+                await asyncio.sleep(0)
+                third = asyncio.ensure_future(gpu.next(last).__aenter__())
+                await asyncio.sleep(0)
+            await second
+            third.cancel()
+
+            assert looks == [f"waits for the GPU, place {place} in the queue" for place in (2, 1)]
+
+    run(scene)
+
+
+def test_what_came_of_a_cancelled_job_is_undone() -> None:
+    async def scene() -> None:
+        with a_story() as story:
+            inside, may_end = threading.Event(), threading.Event()
+            undone: list[str] = []
+
+            def work() -> str:
+                inside.set()
+                may_end.wait(10)
+                return "an answer that nobody will read"
+
+            job = asyncio.ensure_future(story.blocking(work, undo=undone.append))
+            await asyncio.to_thread(inside.wait, 10)
+            job.cancel()
+            may_end.set()
+            with pytest.raises(asyncio.CancelledError):
+                await job
+
+            assert undone == ["an answer that nobody will read"]
+
+    run(scene)
+
+
 def test_a_cancelled_job_that_waits_never_holds_the_gpu() -> None:
     async def scene() -> None:
         with a_story() as story:
@@ -287,6 +331,7 @@ TIMES = [
     ({"policy": {"executionTimeout": True}}, 570.0),
     ({"policy": {"executionTimeout": -5}}, 570.0),
     ({"policy": {"executionTimeout": float("nan")}}, 570.0),
+    ({"policy": {"executionTimeout": 10**400}}, 570.0),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from a1111_worker.domain import Deadline
 from a1111_worker.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -19,7 +20,7 @@ from a1111_worker.errors import (
     WebUINotReady,
     WorkerError,
 )
-from a1111_worker.webui import Call, RouteMissing, WebUI, WebUIPoisoned, WebUIRefused, plain, translate
+from a1111_worker.webui import Call, RouteMissing, WebUI, WebUIPoisoned, WebUIRefused, WebUISilent, plain, translate
 from sandbox.server import Exchange, Server
 
 DATA = Path(__file__).parent / "data" / "webui-1.9.3"
@@ -209,10 +210,64 @@ def test_connections_are_kept(server: Scripted) -> None:
     assert len(ports) == 1
 
 
+def test_what_ran_into_its_timeout_is_not_asked_for_again(server: Scripted) -> None:
+    webui = client(server, timeout=0.2)
+
+    def silent(exchange: Exchange) -> None:
+        exchange.hold(20)
+
+    server.acts = [silent] * 2
+
+    with pytest.raises(WebUISilent):
+        webui.set_options({"sd_model_checkpoint": "x"})
+
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("look", [{}, {"progress": 0, "eta_relative": 0, "state": None}, {"progress": "much"}])
+def test_progress_of_another_form_is_not_a1111s(server: Scripted, look: dict[str, Any]) -> None:
+    server.acts = [lambda exchange: exchange.send_json(200, look)]
+
+    with pytest.raises(WebUILost, match="progress"):
+        client(server).progress()
+
+
+def test_an_answer_can_be_cut_while_it_is_read(server: Scripted) -> None:
+    begun = threading.Event()
+
+    def half(exchange: Exchange) -> None:
+        exchange.begin(200, {"content-type": "application/json", "content-length": "1000"})
+        exchange.flush()
+        begun.set()
+        exchange.hold(20)
+
+    server.acts = [half]
+    answer = client(server, timeout=30).txt2img({}, timeout=30)
+    reading = Call(answer.read)
+    begun.wait(10)
+
+    answer.cut()
+
+    assert reading.wait(10, Deadline())
+    with pytest.raises(WebUILost):
+        reading.result()
+
+
+def test_whoever_waits_for_a_call_is_woken_by_its_own_deadline_alone() -> None:
+    release = threading.Event()
+    call = Call(lambda: release.wait(20))
+    gone, waiting = Deadline(), Deadline()
+    gone.cancel()
+
+    assert not call.wait(20, gone)
+    release.set()
+    assert call.wait(20, waiting)
+
+
 def test_a_call_hands_over_what_came_of_it() -> None:
     good, bad = Call(lambda: 7), Call(lambda: 1 // 0)
 
-    assert good.changed.wait(10) and bad.changed.wait(10)
+    assert good.wait(10, Deadline()) and bad.wait(10, Deadline())
 
     assert good.result() == 7
     with pytest.raises(ZeroDivisionError):

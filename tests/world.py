@@ -21,7 +21,13 @@ from sandbox.webui import WebUI
 
 CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
 QUICK = Waits(
-    unowned_grace=0.05, look_every=0.02, interrupt_every=0.02, interrupt_grace=0.5, recovery_pause=0.01, silence=5.0
+    unowned_grace=0.05,
+    look_every=0.02,
+    interrupt_every=0.02,
+    interrupt_grace=0.5,
+    interrupt_patience=0.5,
+    recovery_pause=0.01,
+    silence=5.0,
 )
 
 
@@ -100,6 +106,10 @@ class World:
     def requests_since(self, before: int) -> list[str]:
         """The paths the WebUI was asked for since `before` of its requests, looks left out."""
         return [asked.path for asked in self.webui.asked[before:] if not asked.path.endswith("/progress")]
+
+    def switches(self) -> int:
+        """How often the WebUI was asked to load a checkpoint."""
+        return sum(asked.method == "POST" and b"sd_model_checkpoint" in asked.body for asked in self.webui.asked)
 
     def leftovers(self) -> list[str]:
         """Files in the cache that are neither a model nor known of one."""
