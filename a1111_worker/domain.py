@@ -330,8 +330,8 @@ class Run:
 
 
 def in_words(timings: Mapping[str, float]) -> str:
-    """Timings for a log line, without what took no time."""
-    return ", ".join(f"{stage} {spent:.2f} s" for stage, spent in timings.items() if spent >= 0.005)
+    """Timings for a log line, without the stages that took no time."""
+    return ", ".join(f"{stage} {spent:.2f} s" for stage, spent in timings.items() if spent >= 0.005 or stage == "total")
 
 
 class _Cancellation:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import requests
 
 from a1111_worker.config import Config
+from a1111_worker.pictures import is_blank
 from benchmarks.place import place
 from benchmarks.report import Row, run
 from handler import Worker
@@ -60,8 +61,13 @@ def compare(worker: Worker, url: str, rounds: int) -> list[Row]:
             if round_ >= 3:  # the first ones are warm-up
                 milliseconds[name].append(spent)
     loop.close()
+    picture = requests.post(f"{url}/sdapi/v1/txt2img", json=BODY, timeout=60).json()["images"][0]
+    look = statistics.median(timed(lambda: is_blank(picture)) for _ in range(rounds))
     medians = {name: statistics.median(values) for name, values in milliseconds.items()}
-    return [compared(medians, other) for other in turns if other != "worker"]
+    return [
+        *(compared(medians, other) for other in turns if other != "worker"),
+        Row("… of which: the look for a picture of one colour", f"{look:.2f} ms"),
+    ]
 
 
 def compared(medians: dict[str, float], other: str) -> Row:
