@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import requests
 
@@ -62,7 +63,7 @@ def compare(worker: Worker, url: str, rounds: int) -> list[Row]:
                 milliseconds[name].append(spent)
     loop.close()
     picture = requests.post(f"{url}/sdapi/v1/txt2img", json=BODY, timeout=60).json()["images"][0]
-    look = statistics.median(timed(lambda: is_blank(picture)) for _ in range(rounds))
+    look = statistics.median(timed(partial(is_blank, picture)) for _ in range(rounds))
     medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     return [
         *(compared(medians, other) for other in turns if other != "worker"),
@@ -90,7 +91,7 @@ def import_time() -> Row:
     return Row("import handler (without the SDK)", f"{seconds:.3f} s", "< 0.3 s", seconds < 0.3)
 
 
-def timed(function: Callable[[], None]) -> float:
+def timed(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
     return (time.perf_counter() - began) * 1000
