@@ -173,8 +173,9 @@ class ModelManager:
 
     def check(self) -> None:
         """Raise OSError or ModelError where the cache cannot be read any more, or the checkpoint has gone from it."""
-        for shelf in self.library.shelves.of(ModelKind.LORA)[:1]:
-            next(shelf.folder.iterdir(), None)
+        cache = self.library.shelves.of(ModelKind.LORA)[0]
+        if cache.writable:  # one that could not be made at the start has the local folder in its place
+            next(cache.folder.iterdir(), None)
         if self._checkpoint is None or not self._checkpoint.path.exists():
             raise ModelNotFound("the checkpoint is not on disk any more")
 

@@ -225,6 +225,17 @@ def test_whatever_a_boot_fails_of_the_jobs_hear_that_the_worker_is_not_ready(tmp
     assert queue.jobs[job].stop_pod is True
 
 
+def test_a_cache_that_cannot_even_be_made_ends_no_worker(tmp_path: Path) -> None:
+    no_folder = tmp_path / "a file"
+    no_folder.touch()
+
+    with endpoint(tmp_path, MODELS_DIR=str(no_folder / "models")) as it:
+        status = it.run(loras=[{"version_id": DETAIL}])
+
+    assert status["status"] == "COMPLETED", status
+    assert status["output"]["worker"]["loras"][0]["loaded"] is True
+
+
 def test_the_local_api_answers_too(tmp_path: Path) -> None:
     import socket
 
