@@ -25,6 +25,7 @@ T = TypeVar("T")
 CIVITAI = "https://civitai.com"
 CIVITAI_SECOND = "https://civitai.red"
 RUNPOD_INIT_TIMEOUT = 420.0  # RunPod's own default: a worker that is not ready by then is unhealthy
+SDK_LOG_LEVELS = ("NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR")
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,11 @@ class Config:
 
 def settle_sdk(environ: MutableMapping[str, str]) -> None:
     """Make the SDK's own log level a sane one before it is imported (runpod 1.12, rp_logger.py): its default, DEBUG,
-    logs prompts and results, and a word it does not know, such as WARNING, ends its import."""
+    logs prompts and results, and a word it does not know, such as WARNING or none at all, ends its import."""
     for name in ("RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
-        if environ.get(name, "").upper() not in ("", "NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"):
-            environ[name] = "INFO"
+        level = environ.pop(name, "").strip()
+        if level:  # an empty one is as good as none
+            environ[name] = level if level.upper() in SDK_LOG_LEVELS else "INFO"
     environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")
 
 

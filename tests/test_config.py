@@ -193,12 +193,23 @@ def test_the_cache_lies_on_the_network_volume_where_there_is_one(tmp_path: Path)
     assert default_models_dir(tmp_path) == tmp_path / "runpod-volume" / "models"
 
 
-def test_a_word_that_would_end_the_sdks_import_is_replaced() -> None:
-    environ = {"RUNPOD_DEBUG_LEVEL": "WARNING"}
+# what somebody set, and what the SDK is to read
+SDK_LEVELS = [
+    ({"RUNPOD_DEBUG_LEVEL": "WARNING"}, {"RUNPOD_DEBUG_LEVEL": "INFO"}),
+    ({"RUNPOD_DEBUG_LEVEL": ""}, {"RUNPOD_DEBUG_LEVEL": "INFO"}),
+    ({"RUNPOD_LOG_LEVEL": "LOUD"}, {"RUNPOD_LOG_LEVEL": "INFO", "RUNPOD_DEBUG_LEVEL": "INFO"}),
+    ({"RUNPOD_LOG_LEVEL": "", "RUNPOD_DEBUG_LEVEL": "WARN"}, {"RUNPOD_DEBUG_LEVEL": "WARN"}),  # the first would win
+    ({"RUNPOD_LOG_LEVEL": " error "}, {"RUNPOD_LOG_LEVEL": "error", "RUNPOD_DEBUG_LEVEL": "INFO"}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), SDK_LEVELS)
+def test_a_word_that_would_end_the_sdks_import_is_replaced(given: dict[str, str], expected: dict[str, str]) -> None:
+    environ = dict(given)
 
     settle_sdk(environ)
 
-    assert environ == {"RUNPOD_DEBUG_LEVEL": "INFO"}
+    assert environ == expected
 
 
 def test_the_sdk_logs_prompts_only_where_somebody_asked_for_it() -> None:
