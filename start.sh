@@ -128,16 +128,20 @@ supervise_webui() {
     end_group "$webui"
     [[ -z "$ending" ]] || return 0
     say "the WebUI (pid $webui) ended with status $status"
-    if ! delay="$(restart_delay "$(now)" "${restarts[@]}")"; then
-      publish failed
-      say "given up on the WebUI: it was restarted $WEBUI_RESTARTS times in $WEBUI_RESTART_WINDOW s"
-      return 0
-    fi
+    delay="$(restart_delay "$(now)" "${restarts[@]}")" ||
+      give_up "it was restarted $WEBUI_RESTARTS times in $WEBUI_RESTART_WINDOW s"
     restarts+=("$(now)")
     say "the WebUI is started again in $delay s"
     pause "$delay"
     [[ -z "$ending" ]] || return 0
   done
+}
+
+# give_up WHY: end the supervisor, and let the worker know, which answers the jobs that wait.
+give_up() {
+  publish failed
+  say "given up on the WebUI: $1"
+  exit 0
 }
 
 # restart_delay NOW RESTARTS…: the seconds to wait before one more; fails where the window has had enough of them.
@@ -155,6 +159,7 @@ start_webui() {
   local log="$2" secret
   local -a flags changes=()
   mapfile -d '' -t flags < <(webui_flags "$1")
+  [[ ${#flags[@]} != 0 ]] || give_up "WEBUI_MODELS_DIR=$WEBUI_MODELS_DIR cannot be made"
   for secret in "${SECRETS[@]}"; do changes+=(-u "$secret"); done
   [[ -z "$tcmalloc" ]] || changes+=("LD_PRELOAD=$tcmalloc")
   setsid env -C "$WEBUI_DIR" "${changes[@]}" "$WEBUI_PYTHON" launch.py "${flags[@]}" \
@@ -164,8 +169,8 @@ start_webui() {
   [[ -z "$ending" ]] || stop_webui
 }
 
-# webui_flags PORT: its arguments, each ended by NUL. The checkpoint is loaded at once where it is on disk already,
-# else nothing is: any other model would only be loaded to be thrown away.
+# webui_flags PORT: its arguments, each ended by NUL; none where its folders cannot be made. The checkpoint is loaded at
+# once where it is on disk already, else nothing is: any other model would only be loaded to be thrown away.
 webui_flags() {
   local checkpoint
   local -a more=()

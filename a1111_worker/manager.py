@@ -17,7 +17,15 @@ from pathlib import Path
 
 from a1111_worker.arrival import Arrivals, Describes, Fetches
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Report, unreported
-from a1111_worker.errors import DownloadFailed, JobCancelled, JobTimeout, ModelError, ModelNotFound, ModelRejected
+from a1111_worker.errors import (
+    DownloadFailed,
+    JobCancelled,
+    JobTimeout,
+    ModelError,
+    ModelNotFound,
+    ModelRejected,
+    VolumeFull,
+)
 from a1111_worker.eviction import Entry
 from a1111_worker.leases import Heart, Holds, Leases, Watch, new_owner
 from a1111_worker.library import CheckpointSpec, Found, Library, Shelves, by_catalog, show_vaes
@@ -108,10 +116,14 @@ class ModelManager:
         self._checkpoint: Model | None = None
         self._checkpoint_lock = threading.Lock()
         self._swept = False
+        self._unseen: OSError | None = None  # why nothing can be shown to the WebUI
         if webui is not None:
             vae_roots = (models_dir, *shelves.sources)
-            webui.prepare([*shelves.folders(), *(root / name for root in vae_roots for name in ("vae", "VAE"))])
-            show_vaes(webui, vae_roots)
+            try:
+                webui.prepare([*shelves.folders(), *(root / name for root in vae_roots for name in ("vae", "VAE"))])
+                show_vaes(webui, vae_roots)
+            except OSError as error:
+                self._unseen = error
         self._heart.listen(self._look_after)
 
     def close(self) -> None:
@@ -130,10 +142,16 @@ class ModelManager:
     def prepare_checkpoint(self, *, deadline: Deadline, on_progress: Report = unreported) -> Model:
         """Have the fixed checkpoint on disk, and keep it there as long as this worker lives.
 
-        One that is on disk under its name is used without asking anybody.
+        One that is on disk under its name is used without asking anybody. VolumeFull, before a byte is fetched, where
+        nothing can be shown to the WebUI.
         """
         if self._spec is None:
             raise ModelNotFound("no checkpoint is configured")
+        if self._unseen is not None:
+            raise VolumeFull(
+                f"the WebUI's folder of models cannot be made ({self._unseen.strerror})",
+                hint="set WEBUI_MODELS_DIR to one",
+            ) from self._unseen
         with self._checkpoint_lock:
             there = self._checkpoint
             if there is None or not there.path.exists():

@@ -236,6 +236,21 @@ def test_a_cache_that_cannot_even_be_made_ends_no_worker(tmp_path: Path) -> None
     assert status["output"]["worker"]["loras"][0]["loaded"] is True
 
 
+def test_where_the_webui_can_be_shown_no_model_the_jobs_that_wait_are_told(tmp_path: Path) -> None:
+    no_folder = tmp_path / "a file"
+    no_folder.touch()
+
+    with endpoint(tmp_path, WEBUI_MODELS_DIR=str(no_folder / "webui-models")) as it:
+        status = it.run()
+
+        assert status["error"].startswith(
+            "WEBUI_NOT_READY: this worker could not start: VOLUME_FULL: the WebUI's folder"
+        )
+        assert "WEBUI_MODELS_DIR" in status["output"]["hint"]
+        assert "Traceback" not in it.log()
+        assert it.world.civitai.links_given == 0  # nothing was fetched for it
+
+
 def test_the_local_api_answers_too(tmp_path: Path) -> None:
     import socket
 

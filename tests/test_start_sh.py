@@ -584,6 +584,21 @@ def test_a_webui_that_ends_too_often_is_given_up_on_and_the_worker_is_told(conta
     assert [line.split()[-2] for line in errors.splitlines() if "started again" in line] == ["0.01", "0.02", "0.04"]
 
 
+def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_is_told(container: Container) -> None:
+    (container.folder / "a file").touch()
+    folder = container.folder / "a file" / "webui-models"
+
+    container.start(WEBUI_MODELS_DIR=str(folder))
+    worker = container.event("worker", "start")
+    container.signal(signal.SIGTERM)
+    status, _, errors = container.end()
+
+    assert worker["state"] == "failed"
+    assert container.events("webui") == []
+    assert status == 143  # the worker ran until it was told to end, and could answer jobs
+    assert f"start | given up on the WebUI: WEBUI_MODELS_DIR={folder} cannot be made" in errors.splitlines()
+
+
 RESTARTS = [
     # hundredths of a second at which it was restarted, now, the delay
     ([], 100, "1"),
