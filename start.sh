@@ -297,10 +297,11 @@ await() {
   done
 }
 
-# await_within SECONDS PID: return as soon as the process has ended; fails when the time is up first.
+# await_within SECONDS PID: return as soon as the process has ended; fails when the time is up first. A blank around the
+# seconds is none to the worker either.
 await_within() {
   local -i until
-  printf -v until '%.0f' "${1}e2"
+  printf -v until '%.0f' "${1//[[:space:]]/}e2"
   until+="$(now)"
   while alive "$2"; do
     (($(now) < until)) || return 1

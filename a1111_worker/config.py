@@ -6,6 +6,7 @@ them). `Config.from_env` parses all of them and refuses to start on a bad value 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -240,13 +241,10 @@ def _runpod(environ: Mapping[str, str]) -> RunPodPlatform | None:
 
 
 def _seconds(value: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < 1e6:  # also refuses NaN
-        raise ValueError("a number of seconds above 0")
-    return seconds
+    # Not all that Python takes for a number: start.sh reads SHUTDOWN_GRACE too, and 1e1 or 1_0 is none there.
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e6:
+        raise ValueError("a number of seconds above 0, such as 8 or 0.5")
+    return float(value)
 
 
 def _gigabytes(value: str) -> int:
@@ -303,10 +301,12 @@ def _paths(value: str) -> tuple[Path, ...]:
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-        raise ValueError("an http(s) URL without a query")
-    return value.rstrip("/")
+    with contextlib.suppress(ValueError):  # a bracket that is never closed, a port that is none
+        parts = urlsplit(value)
+        is_plain = not (parts.query or parts.fragment or parts.username)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_plain:
+            return value.rstrip("/")
+    raise ValueError("an http(s) URL without a query")
 
 
 def _origin(value: str) -> str:

@@ -34,10 +34,18 @@ def test_an_empty_value_means_the_default() -> None:
 BAD = [
     ("WEBUI_URL", "127.0.0.1:3000"),  # no scheme
     ("WEBUI_URL", "http://host/?x=1"),  # a query would end up in the middle of ours
+    ("WEBUI_URL", "http://127.0.0.1:99999"),  # no such port
+    ("WEBUI_URL", "http://127.0.0.1:abc"),
+    ("WEBUI_URL", "http://127.0.0.1:0"),
+    ("WEBUI_URL", "http://[::1"),
     ("BOOT_TIMEOUT", "soon"),
     ("BOOT_TIMEOUT", "-1"),
     ("JOB_TIMEOUT", "nan"),
     ("GENERATION_TIMEOUT", "inf"),
+    ("SHUTDOWN_GRACE", "1e1"),  # numbers to Python, and not to start.sh
+    ("SHUTDOWN_GRACE", "1_0"),
+    ("SHUTDOWN_GRACE", "\N{FULLWIDTH DIGIT EIGHT}"),
+    ("SHUTDOWN_GRACE", ".5"),
     ("MODEL_CACHE_LIMIT_GB", "0"),
     ("CHECKPOINT_FILE", "../x.safetensors"),  # a path
     ("CHECKPOINT_FILE", "x.ckpt"),  # not safetensors
@@ -55,6 +63,7 @@ BAD = [
     ("CIVITAI_API_KEY", "two words"),
     ("BUCKET_ENDPOINT_URL", "https://account.r2.cloudflarestorage.com/results"),  # as R2's page shows it
     ("BUCKET_ENDPOINT_URL", "s3.eu-central-1.amazonaws.com"),  # no scheme
+    ("BUCKET_ENDPOINT_URL", "https://s3.example.com:abc"),
     ("BUCKET_NAME", "a/b"),
     ("BUCKET_REGION", "eu central 1"),
     ("BUCKET_PREFIX", "../up"),
@@ -63,6 +72,7 @@ BAD = [
     ("BUCKET_LINK_TTL", "0"),
     ("BUCKET_LINK_TTL", "604801"),  # more than seven days is more than a signature may live
     ("BUCKET_PUBLIC_URL", "https://cdn.example.com/?x=1"),
+    ("BUCKET_PUBLIC_URL", "https://cdn.example.com:abc"),
     ("BUCKET_SECRET_ACCESS_KEY", "with spaces in it"),
 ]
 
@@ -81,6 +91,17 @@ def test_a_bad_value_stops_the_start_with_a_line_that_names_it(name: str, value:
 
     line = str(raised.value)
     assert line.startswith(f"{name}=") and "takes" in line and "\n" not in line
+
+
+def test_what_an_address_takes_is_said_whatever_is_wrong_with_it() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({"WEBUI_URL": "http://[::1"})
+
+    assert str(raised.value) == "WEBUI_URL='http://[::1': takes an http(s) URL without a query"
+
+
+def test_seconds_may_have_a_fraction_and_blanks_around_them() -> None:
+    assert Config.from_env({"SHUTDOWN_GRACE": " 8.5 "}).shutdown_grace == 8.5
 
 
 def test_a_bad_key_is_not_shown() -> None:

@@ -667,6 +667,13 @@ def test_a_worker_that_does_not_end_is_killed_when_the_grace_is_over(container: 
     assert container.events("webui", "end")
 
 
+@pytest.mark.parametrize("seconds", ["20", "20.5", "20 ", " 20", "20\n"])  # the worker reads all of these too
+def test_blanks_around_the_grace_do_not_shorten_it(container: Container, seconds: str) -> None:
+    done = container.functions('sleep 0.5 & await_within "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
+
+    assert (done.stdout, done.stderr) == ("ended\n", "")  # read as 0.2 s it would have been killed before
+
+
 def test_a_webui_that_does_not_end_is_killed_without_a_word_of_bash(container: Container) -> None:
     container.start(WEBUI_PLAN="stubborn")
     webui = container.event("webui", "start")
