@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -22,11 +23,19 @@ class Ownership(Enum):
     FAILED = "failed"
 
 
+def boot_time() -> float:
+    """When this machine was booted, in seconds since the epoch; a clock that is set moves it."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Supervisor:
     """Reads `state_file` (None: nobody owns the WebUI) anew at every question."""
 
-    def __init__(self, state_file: Path | None) -> None:
+    def __init__(self, state_file: Path | None, boot_time: Callable[[], float] = boot_time) -> None:
         self._state_file = state_file
+        self._boot_time = boot_time
+        # What the file named when it was first seen: a pid, its own time, and when that process began, in clock ticks.
+        self._named: tuple[int, int, int | None] = (0, 0, None)
 
     @property
     def ownership(self) -> Ownership:
@@ -76,18 +85,18 @@ class Supervisor:
         try:
             # After the name in brackets: the state first, the start in clock ticks after boot as the 20th (man 5 proc).
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            written = self._state_file.stat().st_mtime if self._state_file else 0.0
+            written = self._state_file.stat().st_mtime_ns if self._state_file else 0
         except (OSError, ValueError):
             return False
-        started = _boot_time() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return fields[0] not in "ZX" and started <= written + 2.0
+        state, started = fields[0], int(fields[19])
+        named = self._named
+        if named[:2] != (pid, written):
+            # Once, and never again: a worker that was frozen wakes up with a clock that has jumped.
+            is_older = self._boot_time() + started / os.sysconf("SC_CLK_TCK") <= written / 1e9 + 2.0
+            named = self._named = (pid, written, started if is_older else None)
+        return state not in "ZX" and started == named[2]
 
 
 def _pid(said: str) -> int | None:
     """The pid a state file names; never 0, 1 or a negative one, which would signal others."""
     return int(said) if said.isascii() and said.isdigit() and int(said) > 1 else None
-
-
-def _boot_time() -> float:
-    """When this machine was booted, in seconds since the epoch."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

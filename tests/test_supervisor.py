@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from a1111_worker.supervisor import Ownership, Supervisor
+from a1111_worker.supervisor import Ownership, Supervisor, boot_time
 
 
 def a_dead_pid() -> str:
@@ -56,6 +57,42 @@ def test_a_pid_that_another_process_got_since_is_not_the_webui(tmp_path: Path) -
     supervisor = Supervisor(file)
 
     assert supervisor.ownership is Ownership.RESTARTING
+    assert supervisor.kill(wait=0.0)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_a_clock_that_jumps_changes_nothing_about_who_runs(tmp_path: Path) -> None:
+    file = tmp_path / "webui.state"
+    webui = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    file.write_text(str(webui.pid))
+    jumps = [0.0, 3600.0, -3600.0]
+    supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
+
+    before = supervisor.ownership
+    after = []
+    for _ in range(2):
+        del jumps[0]
+        after.append(supervisor.ownership)
+    killed = supervisor.kill(wait=0.0)
+
+    assert (before, after) == (Ownership.RUNNING, [Ownership.RUNNING, Ownership.RUNNING])
+    assert killed and webui.wait() == -signal.SIGKILL
+
+
+def test_a_process_that_took_the_webuis_number_stays_another_one_whatever_the_clock_says_later(tmp_path: Path) -> None:
+    file = tmp_path / "webui.state"
+    other = subprocess.Popen(["sleep", "60"])
+    file.write_text(str(other.pid))
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    jumps = [0.0, -2e9]
+    supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
+
+    before = supervisor.ownership
+    del jumps[0]
+
+    assert (before, supervisor.ownership) == (Ownership.RESTARTING, Ownership.RESTARTING)
     assert supervisor.kill(wait=0.0)
     assert other.poll() is None
     other.kill()
