@@ -441,3 +441,21 @@ def test_the_image_is_pushed_on_a_tag_with_a_cache() -> None:
     assert build["push"] is True
     assert "mode=max" in build["cache-to"]
     assert {line.split("=")[0] for line in build["build-args"].split() if "=" in line} <= set(DOCKERFILE.args)
+
+
+def test_the_image_has_a_name_that_a_registry_takes_whoever_owns_the_repository(tmp_path: Path) -> None:
+    text = (CHECKOUT / ".github/workflows/image.yml").read_text(encoding="utf-8")
+    (naming,) = (
+        step["run"]
+        for step in yaml_of(".github/workflows/image.yml")["jobs"]["image"]["steps"]
+        if "GITHUB_ENV" in step.get("run", "")
+    )
+
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", naming],
+        env={"GITHUB_REPOSITORY": "An-Owner/A1111-Worker", "GITHUB_ENV": str(tmp_path / "env")},
+        check=True,
+    )
+
+    assert (tmp_path / "env").read_text(encoding="utf-8") == "IMAGE=ghcr.io/an-owner/a1111-worker\n"
+    assert "github.repository" not in text and text.index("GITHUB_ENV") < text.index("env.IMAGE")
