@@ -313,6 +313,79 @@ def test_the_smoke_test_fails_where_a_module_is_missing(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+class WebUIEnvironment:
+    """A folder that looks to the smoke test like A1111's, and packages of it that are installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.app = folder / "app"
+        self.site = folder / "site"
+        for helper in ("ldm", "sgm", "k_diffusion", "modules"):
+            self.write(self.app / helper / "__init__.py", "")
+        self.write(
+            self.app / "modules/cache.py",
+            "class Cache(dict):\n    def close(self): pass\n\none = Cache()\n\ndef cache(name): return one\n",
+        )
+        self.write(self.app / "requirements_versions.txt", "a-package==1.0\n")
+        self.install("clip", "clip/__init__.py")
+
+    def install(self, name: str, *files: str, listed: str | None = None, text: str = "") -> None:
+        """As an installer leaves it; `listed` is its own list of modules, which not every wheel has."""
+        info = f"{name.replace('-', '_')}-1.0.dist-info"
+        self.write(self.site / info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        if listed is not None:
+            self.write(self.site / info / "top_level.txt", listed)
+        for file in files:
+            self.write(self.site / file, text)
+        self.write(self.site / info / "RECORD", "".join(f"{file},,\n" for file in (*files, f"{info}/METADATA")))
+
+    def smoke(self) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, CHECKOUT / "image" / "smoke.py", "webui"],
+            cwd=self.app,
+            env={"PYTHONPATH": str(self.site), "TORCH_VERSION": "", "TORCHVISION_VERSION": "", "XFORMERS_VERSION": ""},
+            capture_output=True,
+            text=True,
+        )
+
+    def write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+# a package's files, and its own list of modules
+WHEELS: list[tuple[tuple[str, ...], str | None]] = [
+    (("a_module/__init__.py", "a_module/part.py"), "a_module\n"),
+    (("a_module/__init__.py", "a_module/part.py"), None),  # fastapi, gradio, httpx, numpy, safetensors
+    (("a_module.py",), None),
+    (("../../bin/a-script.py", "a_module.py"), None),
+]
+
+
+@pytest.mark.parametrize(("files", "listed"), WHEELS)
+def test_the_smoke_test_imports_what_a_requirement_brings(
+    tmp_path: Path, files: tuple[str, ...], listed: str | None
+) -> None:
+    environment = WebUIEnvironment(tmp_path / "webui")
+
+    environment.install("a-package", *files, listed=listed)
+    good = environment.smoke()
+    environment.install("a-package", *files, listed=listed, text="raise ImportError('broken')\n")
+    bad = environment.smoke()
+
+    assert (good.returncode, good.stdout) == (0, "a-package 1.0\nclip 1.0\n"), good.stderr
+    assert bad.returncode != 0 and "ImportError: broken" in bad.stderr
+
+
+def test_the_smoke_test_fails_where_a_requirement_brings_nothing(tmp_path: Path) -> None:
+    environment = WebUIEnvironment(tmp_path)
+    environment.install("a-package")
+
+    done = environment.smoke()
+
+    assert done.returncode == 1
+    assert "a-package brings no module" in done.stderr
+
+
 # RunPod's Hub
 
 POOLS: Mapping[str, tuple[float, int]] = {
