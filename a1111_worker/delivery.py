@@ -45,6 +45,7 @@ from a1111_worker.errors import DeliveryFailed, GenerationFailed
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+PARTS_FROM = 8 * MIB  # a file of so many bytes is sent in parts
 EXTENSIONS = {PictureFormat.PNG: "png", PictureFormat.JPEG: "jpg", PictureFormat.WEBP: "webp"}
 
 
@@ -149,11 +150,13 @@ class Bucket:
         pauses: Sequence[float] = (0.5, 1.5, 4.0),
         connect_timeout: float = 5.0,
         read_timeout: float = 20.0,
+        undo_limit: float = 20.0,
     ) -> None:
         self._settings = settings
         self._pauses = pauses  # between the tries of what may pass
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
+        self._undo_limit = undo_limit  # no try to take pictures back begins after that
         self._opening = threading.Lock()
 
     def prepare(self) -> None:
@@ -166,6 +169,8 @@ class Bucket:
             if "_transfers" in self.__dict__:
                 self._transfers.shutdown()
                 self._client.close()
+            if "_undoing" in self.__dict__:
+                self._undoing.close()
 
     def deliver(self, job_id: str, seeds: Sequence[int], inline: Delivered, run: Run) -> Delivered:
         """The same pictures, there; or DeliveryFailed, JobTimeout, JobCancelled, and none of them there."""
@@ -192,7 +197,7 @@ class Bucket:
         try:
             self._put(files, upload, run.deadline)
         except BaseException:
-            self._take_back(upload.perhaps_there)
+            self._take_back(upload)
             raise
         log.info("uploaded %d pictures in %.2f s", len(files), time.monotonic() - began)
 
@@ -225,26 +230,48 @@ class Bucket:
             log.warning("%d of %d pictures did not arrive; trying again in %.1f s", len(missing), len(files), pause)
             deadline.wait(pause)
 
-    def _take_back(self, keys: Sequence[str]) -> None:
-        """Delete what a failed job has there. The job's time may be over: only the tries are bounded."""
+    def _take_back(self, upload: _Upload) -> None:
+        """Leave nothing of a failed job there. The job's time may be over: this has a time of its own."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        left = list(keys)
-        for pause in (*self._pauses, None):
-            try:
-                while left:
-                    self._client.delete_object(Bucket=self._settings.name, Key=left[0])
-                    del left[0]
-                return
-            except (BotoCoreError, ClientError) as error:
-                is_busy = isinstance(error, ClientError) and _may_pass(error)
-                if pause is None or not is_busy:
-                    log.warning("up to %d pictures are left in the bucket (%s)", len(left), _code_of(error))
-                    return
-            time.sleep(pause)
+        with self._opening:
+            _ = self._undoing
+        left = [(self._delete, key) for key in upload.perhaps_there]
+        left += [(self._abort, key) for key in upload.perhaps_unfinished]
+        until = time.monotonic() + self._undo_limit
+        while left:
+            undo, key = left[0]
+            for pause in (*self._pauses, None):
+                try:
+                    undo(key)
+                    break
+                except (BotoCoreError, ClientError) as error:
+                    if pause is None or not _may_pass(error) or time.monotonic() + pause > until:
+                        count = len({key for _, key in left})
+                        log.warning("up to %d pictures are left in the bucket (%s)", count, _code_of(error))
+                        return
+                time.sleep(pause)
+            del left[0]
+
+    def _delete(self, key: str) -> None:
+        self._undoing.delete_object(Bucket=self._settings.name, Key=key)
+
+    def _abort(self, key: str) -> None:
+        """End what was sent in parts and has neither become a file nor been ended: it would cost money for ever."""
+        bucket = self._settings.name
+        for found in self._undoing.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", []):
+            self._undoing.abort_multipart_upload(Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
 
     @cached_property
     def _client(self) -> Any:
+        return self._new_client(self._read_timeout)
+
+    @cached_property
+    def _undoing(self) -> Any:
+        """A second client, for requests without a picture: it takes silence for a failure sooner."""
+        return self._new_client(min(self._read_timeout, 5.0))
+
+    def _new_client(self, read_timeout: float) -> Any:
         from boto3.session import Session
         from botocore.config import Config
 
@@ -264,7 +291,7 @@ class Bucket:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 connect_timeout=self._connect_timeout,
-                read_timeout=self._read_timeout,
+                read_timeout=read_timeout,
             ),
         )
 
@@ -273,7 +300,7 @@ class Bucket:
         from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
         config = TransferConfig(
-            multipart_threshold=8 * MIB,
+            multipart_threshold=PARTS_FROM,
             multipart_chunksize=8 * MIB,
             max_concurrency=8,
             preferred_transfer_client="classic",
@@ -292,12 +319,17 @@ class _Upload:
         self._sent = 0
         self._counting = threading.Lock()
         self._refused: set[str] = set()
-        self._tried: dict[str, None] = {}
+        self._tried: dict[str, File] = {}
 
     @property
     def perhaps_there(self) -> list[str]:
         """Keys that were sent and not refused: an answer that was lost says nothing."""
         return [key for key in self._tried if key not in self._refused]
+
+    @property
+    def perhaps_unfinished(self) -> list[str]:
+        """Keys that were sent in parts: whoever sends them ends what failed, and that may fail too."""
+        return [key for key, file in self._tried.items() if len(file.data) >= PARTS_FROM]
 
     def send(self, files: Sequence[File]) -> dict[File, Exception]:
         """Upload side by side; what failed, and how. Ends early when the job's time does."""
@@ -309,7 +341,7 @@ class _Upload:
                 transfer.cancel()
 
         for file in files:
-            self._tried[file.key] = None
+            self._tried[file.key] = file
             headers = {"ContentType": file.content_type}
             transfers.append(self._transfers.upload(io.BytesIO(file.data), self._bucket, file.key, headers, [self]))
         with _ended_with(self._run.deadline, end):

@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -505,11 +506,50 @@ def test_a_half_failed_upload_leaves_nothing(place: Place, what: Any, tries: int
     assert place.is_empty
 
 
-def test_a_busy_storage_is_asked_again_to_delete_what_is_there(place: Place) -> None:
-    place.line.faults = [Fault(403, on="/2-"), Fault(503, "DELETE", times=3)]
+# what happens to the first tries to delete the two pictures that are there
+HARD_TO_DELETE = [
+    [Fault(503, "DELETE", times=3)],
+    [Fault(500, "DELETE", times=1)],
+    [Fault("cut", "DELETE", times=1)],
+    [Fault("cut", "DELETE", "/1-", times=3), Fault("cut", "DELETE", "/3.", times=3)],  # each has its own tries
+    [Fault("lost", "DELETE", times=1)],
+    [Fault("hold", "DELETE", times=1)],  # given up after the read timeout
+]
+
+
+@pytest.mark.parametrize("faults", HARD_TO_DELETE)
+def test_a_storage_that_fails_for_a_moment_is_asked_again_to_delete_what_is_there(
+    place: Place, faults: list[Fault]
+) -> None:
+    place.line.faults = [Fault(403, on="/2-"), *map(replace, faults)]
 
     with pytest.raises(DeliveryFailed, match="AccessDenied"):
         place.deliver(ONE, TWO, THREE)
+
+    assert place.is_empty
+
+
+def test_nobody_waits_long_for_a_storage_that_does_not_delete(
+    s3: Storage, line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(s3, line, s3.new_bucket(), pauses=(3600.0,))
+    line.faults = [Fault(403, on="/2-"), Fault(503, "DELETE")]
+
+    with pytest.raises(DeliveryFailed, match="AccessDenied"):
+        place.deliver(ONE, TWO, THREE)
+
+    assert "up to 2 pictures are left in the bucket (SlowDown)" in caplog.text
+    place.delivery.close()
+
+
+@pytest.mark.parametrize("what", ["cut", "hold", 500])
+def test_a_large_file_of_which_a_part_is_refused_is_ended_even_where_that_fails_at_first(
+    place: Place, what: Any
+) -> None:
+    place.line.faults = [Fault(403, on="/2-"), Fault(what, "DELETE", on="/2-", times=1)]
+
+    with pytest.raises(DeliveryFailed):
+        place.deliver(ONE, bytes(20_000_000))
 
     assert place.is_empty
 
