@@ -25,6 +25,7 @@ from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import DownloadFailed, ModelError, ModelRejected, VolumeFull
 from a1111_worker.leases import Lease, Leases
 from a1111_worker.library import CheckpointSpec, Found, Library
+from a1111_worker.part import PartLost
 from a1111_worker.registry import Record, record_of, url_key, wish_of
 from a1111_worker.safetensors import family_of_base_model
 from a1111_worker.tally import Tally, Tell
@@ -156,7 +157,10 @@ class Arrivals:
                 with lease:
                     self._library.list_again(wanted.ref.kind)
                     found = self._look(wanted) or self._claimed(wanted, deadline, tell)
-                    return found or self._fetch(wanted, home, lease, deadline, tell)
+                    try:
+                        return found or self._fetch(wanted, home, lease, deadline, tell)
+                    except PartLost:
+                        log.warning("%s: this worker was thought dead, and another one goes on with it", wanted.name)
             if (note := self._leases.note(path)) is not None:
                 waiting.say(note.owner)
                 tell(Tally(wanted.name, note.done, note.total or wanted.remote.size, waiting="another worker"))
@@ -278,7 +282,7 @@ class Arrivals:
             else:  # somebody else was as fast, and the WebUI may have that file open
                 home.drop_part(part)
         except FileNotFoundError as error:
-            raise DownloadFailed(f"the part of {wanted.name} was taken away", hint="try again") from error
+            raise PartLost(f"the part of {wanted.name} was taken away", hint="try again") from error
         except OSError as error:
             raise VolumeFull(f"{wanted.name} could not be written ({error.strerror or 'I/O error'})") from error
         record = registry.write(home, replace(record, name=wanted.title, primary=wanted.is_main))

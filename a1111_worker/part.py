@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from a1111_worker.errors import VolumeFull
+from a1111_worker.errors import DownloadFailed, VolumeFull
 from a1111_worker.segments import MiB
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,16 @@ class Memory:
         return sum(end - start for start, end in self.done)
 
 
+class PartLost(DownloadFailed):
+    """Another worker took the part over, or it is gone."""
+
+
 class PartFile:
-    """An open part. `close` it when nobody writes any more."""
+    """An open part. `close` it when nobody writes any more.
+
+    A worker that was silent for a while (paused, cut off) is thought dead, and its part taken over by rename: the open
+    file may be a proven model by then. So whatever changes it looks first whether it still has its name, else PartLost.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,6 +112,7 @@ class PartFile:
 
     def forget(self) -> None:
         """Start over: no bytes, nothing remembered."""
+        self._require_own()
         ranges_file(self.path).unlink(missing_ok=True)
         os.ftruncate(self._fd, 0)
 
@@ -113,6 +122,7 @@ class PartFile:
         fallocate(2) itself, since glibc's posix_fallocate writes every block where a file system (FUSE, most network
         volumes) does not know it; there the file only gets its length, and room is found out while writing.
         """
+        self._require_own()
         before = os.fstat(self._fd).st_size
         try:
             if before > size or not size or not _allocate(self._fd, size):
@@ -123,6 +133,7 @@ class PartFile:
             raise _refused(error, size) from error
 
     def write(self, view: memoryview, at: int) -> None:
+        self._require_own()
         try:
             while view:
                 count = os.pwrite(self._fd, view, at)
@@ -134,10 +145,17 @@ class PartFile:
         return os.preadv(self._fd, [view], at)
 
     def truncate(self, size: int) -> None:
+        self._require_own()
         os.ftruncate(self._fd, size)
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _require_own(self) -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
+                return
+        raise PartLost("what had come of it was taken over by another worker", hint="try again")
 
 
 class Prover:

@@ -39,7 +39,7 @@ from a1111_worker.errors import (
 )
 from a1111_worker.hosts import HostPolicy
 from a1111_worker.line import Body, Busy, Changed, Gone, Hiccup, LinkRefused, Unranged, judge
-from a1111_worker.part import Memory, PartFile, ranges_file
+from a1111_worker.part import Memory, PartFile, PartLost, ranges_file
 from a1111_worker.segments import (
     Growth,
     MiB,
@@ -886,6 +886,28 @@ def test_room_for_the_whole_file_is_taken_before_its_first_byte(world: World) ->
     world.fetch(on_progress=lambda done, total: seen.append(world.part.stat().st_blocks * 512))
 
     assert seen[0] >= SIZE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part.forget(),
+        lambda part: part.settle(1),
+        lambda part: part.truncate(1),
+        lambda part: part.write(memoryview(b"wrong"), 0),
+    ],
+    ids=["forget", "settle", "truncate", "write"],
+)
+def test_a_part_that_was_taken_over_is_not_touched(tmp_path: Path, change: Callable[[PartFile], None]) -> None:
+    part, model = PartFile(tmp_path / "model.part"), tmp_path / "model.safetensors"
+    part.write(memoryview(b"a proven model"), 0)
+    part.path.rename(model)
+
+    with pytest.raises(PartLost):
+        change(part)
+
+    assert model.read_bytes() == b"a proven model"
+    part.close()
 
 
 # --- run in a process of its own, since the limit is the process's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from a1111_worker.errors import (
 from a1111_worker.manager import Held, ModelManager
 from sandbox.civitai import NO_MODEL, SERVER_ERROR
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
+from sandbox.storage import Fault
 from tests.disks import read_only, small_disk
 from tests.fleet import CHECKPOINT, DETAIL, SPEC, Fleet, lora, named, soon
 
@@ -687,6 +689,86 @@ def test_a_killed_workers_lease_is_taken_over_and_its_part_goes_on(fleet: Fleet)
     assert left == ["v77"]
     assert model.sha256 == sha256_of(served)
     assert fleet.civitai.storage.bytes_sent - sent < 1_900_000  # it went on where the dead one stopped
+    assert fleet.debris() == []
+
+
+PAUSED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from a1111_worker.domain import Deadline
+from tests.fleet import TUNING, lora, manager
+
+tuning = replace(TUNING, connections=1, piece_least=100_000, piece_most=100_000)
+with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, tuning=tuning) as worker:
+    with worker.hold([lora(77)], deadline=Deadline(30)) as held:
+        print(held.models[lora(77)].downloaded)
+"""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(),  # it goes on where it was paused
+        Fault(etag='"another"'),  # it starts over
+        Fault(whole=True),  # it starts over, in one stream
+    ],
+    ids=["goes on", "starts over", "one stream"],
+)
+def test_a_worker_that_was_paused_leaves_the_model_alone_that_another_made_of_its_part(
+    fleet: Fleet, fault: Fault
+) -> None:
+    served, storage = fleet.serve(77, size=4 * MB), fleet.civitai.storage
+    storage.rate = 4 * MB
+    stopped = threading.Event()
+    command = [sys.executable, "-c", PAUSED, str(fleet.folder), fleet.civitai.url, storage.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as paused:
+
+        def pause() -> None:
+            paused.send_signal(signal.SIGSTOP)
+            stopped.set()
+
+        storage.at(MB, pause)
+        stopped.wait(30)
+        storage.rate = None
+        model = fetch(fleet.start(stale_after=0.3), lora(77))
+        written = model.path.stat().st_mtime_ns
+        storage.fail(fault, times=None)
+
+        paused.send_signal(signal.SIGCONT)
+        said, _ = paused.communicate(timeout=30)
+
+    assert model.path.stat().st_mtime_ns == written
+    assert sha256_of(model.path) == sha256_of(served)
+    assert said == "False\n"  # it looked again, and the model was there
+    assert fleet.debris() == []
+
+
+def test_a_worker_that_lost_its_lease_goes_on_with_whoever_took_over(fleet: Fleet) -> None:
+    fleet.serve(77, size=2 * MB)
+    storage = fleet.civitai.storage
+    storage.rate = 2 * MB
+    one, other = fleet.start(), fleet.start()
+    waits = threading.Event()
+
+    def job(worker: ModelManager, told: Any) -> str:
+        with worker.hold([lora(77)], deadline=soon(), on_progress=told) as held:
+            return held.models[lora(77)].file
+
+    def lose() -> None:
+        waits.wait(10)
+        (fleet.loras / ".leases/v77").unlink()
+
+    storage.at(MB // 2, lose)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(job, one, lambda look: None)
+        while not (fleet.loras / ".leases/v77").exists():
+            soon().wait(0.005)
+        second = threads.submit(job, other, lambda look: waits.set() if "another worker" in look.detail else None)
+
+        files = {first.result(), second.result()}
+
+    assert files == {"Model-77_77.safetensors"}
     assert fleet.debris() == []
 
 
