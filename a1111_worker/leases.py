@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 EVICTING = "evicting"
 
+State = tuple[int, int, int]
+"""What changes whenever a file's owner gives a sign of life, and with every new file of the name."""
+
 
 def new_owner() -> str:
     """A name for one worker's life: readable, and never used twice."""
@@ -42,25 +45,26 @@ class Watch:
 
     def __init__(self, stale_after: float) -> None:
         self.stale_after = stale_after
-        self._looks: dict[Path, tuple[tuple[int, int, int], float]] = {}
+        self._looks: dict[Path, tuple[State, float]] = {}
         self._lock = threading.Lock()
 
     def is_dead(self, path: Path) -> bool:
         """Whether a file has not changed for `stale_after` seconds of watching. The first look never says so."""
-        try:
-            found = path.stat()
-        except OSError:
-            with self._lock:
-                self._looks.pop(path, None)
-            return False
-        state = (found.st_mtime_ns, found.st_size, found.st_ino)
+        return self.dead_state(path) is not None
+
+    def dead_state(self, path: Path) -> State | None:
+        """The state in which a dead file was seen all the time; None for one that is not dead."""
+        state = state_of(path)
         now = time.monotonic()
         with self._lock:
+            if state is None:
+                self._looks.pop(path, None)
+                return None
             before, since = self._looks.get(path, (None, now))
             if before != state:
                 self._looks[path] = (state, now)
-                return False
-            return now - since >= self.stale_after
+                return None
+            return state if now - since >= self.stale_after else None
 
     def forget_the_gone(self) -> None:
         """Drop what is remembered of files that are no more."""
@@ -68,6 +72,14 @@ class Watch:
             paths = list(self._looks)
         for path in paths:
             self.is_dead(path)
+
+
+def state_of(path: Path) -> State | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Heart:
@@ -180,8 +192,7 @@ class Leases:
 
     def take(self, path: Path) -> Lease | None:
         """The lease, or None where another worker has it. One that cannot be made costs a second download, no more."""
-        if self._watch.is_dead(path):
-            self._bury(path)
+        self._bury_if_dead(path)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -200,8 +211,7 @@ class Leases:
     def watch(self, folder: Path) -> None:
         """Look at everybody's leases, so that the dead are known when one of them is wanted."""
         for name in os.listdir(folder) if folder.is_dir() else ():  # noqa: PTH208 - names are all that is needed
-            if self._watch.is_dead(folder / name):
-                self._bury(folder / name)
+            self._bury_if_dead(folder / name)
 
     def note(self, path: Path) -> Note | None:
         """What the owner of a lease says, if there is one."""
@@ -211,26 +221,28 @@ class Leases:
         except (OSError, ValueError, AttributeError, TypeError):
             return Note("?") if path.exists() else None
 
-    def _bury(self, path: Path) -> None:
-        """Take a dead owner's lease away: by rename, so that of several takers one wins."""
-        dead = self.note(path)
-        grave = path.with_name(f"{path.name}.{self._owner}.dead")
+    def _bury_if_dead(self, path: Path) -> None:
+        dead = self._watch.dead_state(path)
+        if dead is not None:
+            self._bury(path, dead)
+
+    def _bury(self, path: Path, dead: State) -> None:
+        """Take a lease away, if it is still the dead one: by then another worker may have buried it and have its own.
+
+        One at a time may, whoever makes the ticket for this very file: so nobody comes between the look and the end.
+        """
+        ticket = path.with_name(f"{path.name}.{dead[2]}.dead")
         try:
-            path.rename(grave)
+            os.close(os.open(ticket, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         except OSError:
             return
-        buried = self.note(grave)
-        if dead is not None and buried is not None and buried.owner != dead.owner:
-            # Somebody was faster and has a new lease already: give it back.
-            with contextlib.suppress(OSError):
-                os.link(grave, path)
-        else:
-            log.info(
-                "dropping the lease of %s, which has not been heard of for %g s",
-                *(dead.owner if dead else "somebody", self._watch.stale_after),
-            )
         with contextlib.suppress(OSError):
-            grave.unlink()
+            if state_of(path) == dead:
+                owner = (self.note(path) or Note("somebody")).owner
+                path.unlink()
+                log.info("dropped the lease of %s, not heard of for %g s", owner, self._watch.stale_after)
+        with contextlib.suppress(OSError):
+            ticket.unlink()
 
 
 def _whole(value: object) -> int | None:
@@ -293,8 +305,10 @@ class Holds:
                     hold.unlink()
 
     def held(self, folder: Path) -> set[str]:
-        """The files of a folder that anybody alive uses."""
-        return {file for file, owner in self._all(folder) if owner != EVICTING}
+        """The files of a folder that anybody alive uses; what oneself uses is known without a look."""
+        with self._lock:
+            mine = {hold.name.removesuffix(f".{self._owner}") for hold in self._mine if hold.parent == folder}
+        return mine | {file for file, owner in self._all(folder) if owner != EVICTING}
 
     @contextlib.contextmanager
     def claim(self, folder: Path, file: str) -> Iterator[bool]:

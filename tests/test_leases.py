@@ -169,6 +169,49 @@ def test_a_lease_that_cannot_be_made_is_believed_by_its_owner(tmp_path: Path, wo
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_of_many_who_bury_a_dead_owner_one_gets_the_lease(tmp_path: Path, worker: Callable[..., Worker]) -> None:
+    workers = [worker(f"w{number}", stale_after=0) for number in range(6)]
+    paths = [tmp_path / f"v{number}" for number in range(300)]
+    for path in paths:
+        path.write_text('{"owner": "dead"}')
+        for one in workers:
+            one.watch.is_dead(path)
+    start = threading.Barrier(len(workers))
+    taken: dict[Path, list[Lease]] = {path: [] for path in paths}
+
+    def take(one: Worker) -> None:
+        for path in paths:
+            start.wait()
+            lease = one.leases.take(path)
+            if lease is not None:
+                taken[path].append(lease)
+
+    threads = [threading.Thread(target=take, args=(one,)) for one in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {len(leases) for leases in taken.values()} == {1}
+    assert set(tmp_path.iterdir()) == set(paths)
+
+
+def test_a_new_lease_survives_who_still_thinks_of_the_dead_one(tmp_path: Path, worker: Callable[..., Worker]) -> None:
+    worker("dead", alive=False).leases.take(tmp_path / "v1")
+    one, late = worker("one"), worker("late")
+    until(lambda: late.watch.is_dead(tmp_path / "v1"))
+    dead = late.watch.dead_state(tmp_path / "v1")
+    assert dead is not None
+    until(lambda: one.watch.is_dead(tmp_path / "v1"))
+
+    with granted(one.leases.take(tmp_path / "v1")):
+        late.leases._bury(tmp_path / "v1", dead)
+
+        note = late.leases.note(tmp_path / "v1")
+
+    assert note is not None and note.owner == "one"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"done": "many"}', "\x00" * 200, '{"total": true}'])
 def test_a_lease_that_says_nothing_is_a_lease(tmp_path: Path, worker: Callable[..., Worker], text: str) -> None:
     (tmp_path / "v1").write_text(text)
@@ -186,7 +229,7 @@ def test_the_leases_of_the_dead_are_dropped_by_whoever_watches(tmp_path: Path, w
 
     def gone() -> bool:
         one.leases.watch(tmp_path)
-        return not one.leases.is_alive(tmp_path / "v1")
+        return not (tmp_path / "v1").exists()
 
     until(gone)
 
@@ -260,6 +303,18 @@ def test_a_living_worker_whose_hold_was_dropped_makes_it_again(tmp_path: Path, w
     until(hold.exists)
     one.holds.release(tmp_path, "a.safetensors")
     assert not hold.exists()
+
+
+def test_what_oneself_uses_is_in_use_though_its_hold_is_gone(tmp_path: Path, worker: Callable[..., Worker]) -> None:
+    one = worker("one", alive=False)  # its heart has not beaten since
+    one.holds.hold(tmp_path, "a.safetensors", Deadline(1))
+    for hold in tmp_path.iterdir():
+        hold.unlink()
+
+    with one.holds.claim(tmp_path, "a.safetensors") as may_go:
+        answer = may_go
+
+    assert not answer
 
 
 def test_a_hold_that_cannot_be_made_is_no_failure(tmp_path: Path, worker: Callable[..., Worker]) -> None:
