@@ -14,7 +14,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,6 +57,7 @@ class Fetches(Protocol):
         size: int | None = None,
         sha256: str | None = None,
         label: str = "a model",
+        foreground: Callable[[], bool] = lambda: True,
         on_progress: OnProgress | None = None,
     ) -> Fetched: ...
 
@@ -83,10 +84,19 @@ class Arrivals:
         self._flights: dict[str, _Flight] = {}
         self._lock = threading.Lock()
 
-    def bring(self, ref: ModelRef, deadline: Deadline, tell: Tell, *, spec: CheckpointSpec | None = None) -> Found:
+    def bring(
+        self,
+        ref: ModelRef,
+        deadline: Deadline,
+        tell: Tell,
+        *,
+        spec: CheckpointSpec | None = None,
+        foreground: Callable[[], bool] = lambda: True,
+    ) -> Found:
         """The model that a reference with an id or a URL means, in the cache and proven.
 
-        With `spec` it is the fixed checkpoint, to be kept under its name.
+        With `spec` it is the fixed checkpoint, to be kept under its name. `foreground` says whether the GPU waits for
+        it.
         """
         try:
             remote = self._civitai.describe(ref, deadline)
@@ -100,13 +110,8 @@ class Arrivals:
                 f"{ref.label} has the SHA-256 {remote.sha256[:12]}… at its source, and {ref.sha256[:12]}… is wanted"
             )
         wanted = _Wanted(ref, remote, spec)
-        while True:
-            with self._flight(f"{ref.kind.value}:{wanted.key}") as (flight, is_mine):
-                if is_mine:
-                    return flight.landed(self._once_for_the_fleet(wanted, deadline, flight.told(tell)))
-                flight.wait(deadline, tell)
-                if flight.found is not None:
-                    return replace(flight.found, downloaded=False)
+        found = self._once_for_the_process(wanted, deadline, tell, foreground)
+        return replace(found, warnings=(*remote.warnings, *found.warnings))
 
     def _unproven(self, ref: ModelRef, deadline: Deadline, tell: Tell, error: ModelError) -> Found | None:
         """A file that claims to be what is wanted, where CivitAI cannot be asked whether it is."""
@@ -123,6 +128,20 @@ class Arrivals:
         return None
 
     # -- one of a process
+
+    def _once_for_the_process(
+        self, wanted: _Wanted, deadline: Deadline, tell: Tell, foreground: Callable[[], bool]
+    ) -> Found:
+        # Whoever names another hash fetches for itself: a wrong one is nobody else's failure.
+        key = f"{wanted.ref.kind.value}:{wanted.key}:{wanted.sha256}"
+        while True:
+            with self._flight(key) as (flight, is_mine), flight.wanted(foreground):
+                if is_mine:
+                    wanted = replace(wanted, foreground=flight.is_foreground)
+                    return flight.landed(self._once_for_the_fleet(wanted, deadline, flight.told(tell)))
+                flight.wait(deadline, tell)
+                if flight.found is not None:
+                    return replace(flight.found, downloaded=False)
 
     @contextlib.contextmanager
     def _flight(self, key: str) -> Iterator[tuple[_Flight, bool]]:
@@ -146,6 +165,8 @@ class Arrivals:
 
     def _once_for_the_fleet(self, wanted: _Wanted, deadline: Deadline, tell: Tell) -> Found:
         home = self._library.shelves.home(wanted.ref.kind)
+        with contextlib.suppress(OSError):
+            home.prepare()  # somebody may have tidied up
         path = home.leases / wanted.key
         waiting = _Patience(wanted.name)
         while True:
@@ -163,7 +184,8 @@ class Arrivals:
                         log.warning("%s: this worker was thought dead, and another one goes on with it", wanted.name)
             if (note := self._leases.note(path)) is not None:
                 waiting.say(note.owner)
-                tell(Tally(wanted.name, note.done, note.total or wanted.remote.size, waiting="another worker"))
+                who = "another job" if note.owner == self._owner else "another worker"
+                tell(Tally(wanted.name, note.done, note.total or wanted.remote.size, waiting=who))
             is_close = note is not None and note.total is not None and note.done > 0.9 * note.total
             deadline.wait(self._poll / 5 if is_close else self._poll)
 
@@ -192,11 +214,11 @@ class Arrivals:
                 continue
             if wanted.sha256 is None:
                 warning = f"{file} was there already, and no hash is known that would prove it to be {wanted.name}"
-                return Found(shelf, record, warnings=(*wanted.remote.warnings, warning))
+                return Found(shelf, record, warnings=(warning,))
             if record.sha256 == wanted.sha256:
                 known = self._library.registry.write(shelf, wanted.described(record))
                 log.info("%s was here already, proven by its SHA-256 %s", file, record.sha256[:12])
-                return Found(shelf, known, warnings=wanted.remote.warnings)
+                return Found(shelf, known)
             log.warning("%s is not used: its SHA-256 is %s, not %s", file, record.sha256[:12], wanted.sha256[:12])
         return None
 
@@ -255,6 +277,7 @@ class Arrivals:
                     size=wanted.remote.size,
                     sha256=wanted.sha256,
                     label=wanted.name,
+                    foreground=wanted.foreground,
                     on_progress=on_progress,
                 )
             except VolumeFull:
@@ -289,7 +312,7 @@ class Arrivals:
         if wanted.ref.url is not None:
             registry.remember_url(home, wanted.ref.url, file)
         log.info("%s is here: %s, %.1f MB, sha256 %s", wanted.name, file, record.size / 1e6, sha256[:12])
-        return Found(home, record, downloaded=True, warnings=self._warnings(wanted, home))
+        return Found(home, record, downloaded=True)
 
     def _makes_way(self, home: Shelf, file: str, sha256: str, deadline: Deadline) -> bool:
         """Have the name free; False where the very model has it already."""
@@ -302,19 +325,18 @@ class Arrivals:
         self._library.set_aside(home, occupant, deadline)
         return True
 
-    def _warnings(self, wanted: _Wanted, home: Shelf) -> tuple[str, ...]:
-        if not home.local:
-            return wanted.remote.warnings
-        return (*wanted.remote.warnings, "the models folder cannot be written: this model is kept by one worker alone")
-
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A reference and what CivitAI said of it. With `spec` it is the fixed checkpoint."""
+    """A reference and what CivitAI said of it. With `spec` it is the fixed checkpoint.
+
+    `foreground` says whether the GPU waits for one of the jobs that want it.
+    """
 
     ref: ModelRef
     remote: RemoteFile
     spec: CheckpointSpec | None
+    foreground: Callable[[], bool] = lambda: True
 
     @property
     def name(self) -> str:
@@ -421,6 +443,19 @@ class _Flight:
         self.found: Found | None = None
         self.error: ModelError | None = None
         self._tally: Tally | None = None
+        self._wanted: list[Callable[[], bool]] = []
+
+    @contextlib.contextmanager
+    def wanted(self, foreground: Callable[[], bool]) -> Iterator[None]:
+        """One more job wants it until the block ends."""
+        self._wanted.append(foreground)
+        try:
+            yield
+        finally:
+            self._wanted.remove(foreground)
+
+    def is_foreground(self) -> bool:
+        return any(foreground() for foreground in list(self._wanted))
 
     def landed(self, found: Found) -> Found:
         self.found = found

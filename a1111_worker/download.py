@@ -89,16 +89,17 @@ class Downloader:
         size: int | None = None,
         sha256: str | None = None,
         label: str = "a model",
-        foreground: bool = True,
+        foreground: Callable[[], bool] = lambda: True,
         prove: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Fetched:
         """Have the file at `part`, complete, going on where an earlier download of the same file stopped.
 
         `size` is exact or None; `sha256` tells whether what an earlier download left is of the same file, and is not
-        judged. The part, and what is remembered of it beside it, stay on disk whatever happens; only where there was
-        no room for a new part it is gone. Raises ModelError, or what `deadline` raises: every connection is closed
-        and every thread has ended by then.
+        judged. `foreground` says whether the GPU waits for it, and is asked again and again: such files go first. The
+        part, and what is remembered of it beside it, stay on disk whatever happens; only where there was no room for a
+        new part it is gone. Raises ModelError, or what `deadline` raises: every connection is closed and every thread
+        has ended by then.
         """
         transfer = _Transfer(self, source, part, size, sha256, label, foreground, prove, deadline, on_progress)
         try:
@@ -139,7 +140,7 @@ class _Transfer:
         size: int | None,
         sha256: str | None,
         label: str,
-        foreground: bool,
+        foreground: Callable[[], bool],
         prove: bool,
         deadline: Deadline,
         on_progress: OnProgress | None,
@@ -274,10 +275,11 @@ class _Transfer:
         if now >= self._ceiling_until:
             self._ceiling = self.tuning.connections
         want, useful = self._want(now)
-        self._allowed = self._downloader.allowed(self, Want(want, self._foreground))
-        if not self._foreground:  # whoever generates next needs the line now, not at the end of a piece
-            for line in self._lines[self._allowed :]:
-                line.retire = True
+        foreground = self._foreground()
+        self._allowed = self._downloader.allowed(self, Want(want, foreground))
+        # Another file needs the connections now, not at the end of their pieces, which may be minutes away.
+        for line in self._lines[max(self._allowed, int(foreground)) :]:
+            line.retire = True
         if self._restart or now < self._patience.until:
             return
         while len(self._lines) < min(self._allowed, useful) and self._downloader.acquire():

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
 """A source's folders of a kind: as ours, as the WebUI's; a source may also be flat."""
 
+_ALONE = "the models folder cannot be written: this model is kept by one worker alone"
+
 
 @dataclass(frozen=True)
 class CheckpointSpec:
@@ -231,7 +233,8 @@ class Library:
                 self._let_go(shelf, record.file)
                 raise VolumeFull(f"the WebUI's folder of models cannot be written ({error.strerror})") from error
         self.registry.use(shelf, record.file)
-        return record.model(path, downloaded=found.downloaded, warnings=found.warnings)
+        warnings = (*found.warnings, _ALONE) if shelf.local else found.warnings
+        return record.model(path, downloaded=found.downloaded, warnings=warnings)
 
     def release(self, model: Model) -> None:
         for shelf in self.shelves.of(model.kind):

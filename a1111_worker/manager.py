@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,20 +207,28 @@ class ModelManager:
         on_progress: Report = unreported,
         deadline: Deadline,
         tolerate: bool = False,
+        foreground: Callable[[], bool] = lambda: True,
     ) -> Iterator[Held]:
         """Have every model on disk, and keep it there until the block ends.
 
-        Raises the first ModelError; with `tolerate` those are told in `failures` instead.
+        Raises the first ModelError; with `tolerate` those are told in `failures` instead. `foreground` says whether the
+        job that wants them is the one the GPU waits for, and is asked again and again: its downloads go before others'.
         """
         taken: list[Model] = []
         try:
-            yield self._gather(list(dict.fromkeys(refs)), taken, deadline, on_progress, tolerate)
+            yield self._gather(list(dict.fromkeys(refs)), taken, deadline, on_progress, tolerate, foreground)
         finally:
             for model in taken:
                 self.library.release(model)
 
     def _gather(
-        self, refs: list[ModelRef], taken: list[Model], deadline: Deadline, on_progress: Report, tolerate: bool
+        self,
+        refs: list[ModelRef],
+        taken: list[Model],
+        deadline: Deadline,
+        on_progress: Report,
+        tolerate: bool,
+        foreground: Callable[[], bool],
     ) -> Held:
         models: dict[ModelRef, Model] = {}
         failures: dict[ModelRef, ModelError] = {}
@@ -233,7 +241,7 @@ class ModelManager:
                 taken.append(model)
                 models[ref] = model
         if missing:
-            self._bring_all(missing, models, failures, taken, deadline, on_progress, tolerate)
+            self._bring_all(missing, models, failures, taken, deadline, on_progress, tolerate, foreground)
         for ref, model in list(models.items()):
             try:
                 models[ref] = self._fitting(model)
@@ -265,6 +273,7 @@ class ModelManager:
         deadline: Deadline,
         on_progress: Report,
         tolerate: bool,
+        foreground: Callable[[], bool],
     ) -> None:
         """Bring what is missing, all at once. The first failure ends the others, unless it is tolerated."""
         show = Tallies(len(refs), on_progress)
@@ -274,7 +283,7 @@ class ModelManager:
             running: dict[Future[Model], ModelRef] = {}
             for ref in refs:
                 context = contextvars.copy_context()  # log lines carry the job's id
-                running[threads.submit(context.run, self._bring, ref, ours, show)] = ref
+                running[threads.submit(context.run, self._bring, ref, ours, show, foreground)] = ref
             for future in as_completed(running):
                 ref = running[future]
                 error = future.exception()
@@ -293,10 +302,10 @@ class ModelManager:
                     deadline.wait(1.0)  # ours ends a moment before the job's own
                 raise error
 
-    def _bring(self, ref: ModelRef, deadline: Deadline, show: Tallies) -> Model:
+    def _bring(self, ref: ModelRef, deadline: Deadline, show: Tallies, foreground: Callable[[], bool]) -> Model:
         """A model that is not there, or of which nothing is known."""
         while True:
-            found = self._obtain(by_catalog(ref), deadline, show)
+            found = self._obtain(by_catalog(ref), deadline, show, foreground)
             if ref.sha256 is not None and found.record.sha256 != ref.sha256:
                 raise ModelRejected(
                     f"{ref.label} has the SHA-256 {found.record.sha256[:12]}…, and {ref.sha256[:12]}… is wanted"
@@ -306,10 +315,11 @@ class ModelManager:
                 show.ready()
                 return model
 
-    def _obtain(self, ref: ModelRef, deadline: Deadline, show: Tallies) -> Found:
+    def _obtain(self, ref: ModelRef, deadline: Deadline, show: Tallies, foreground: Callable[[], bool]) -> Found:
         if (ref.version_id, ref.model_id, ref.url) != (None, None, None):
-            return self._arrivals.bring(ref, deadline, show.of(ref))
+            return self._arrivals.bring(ref, deadline, show.of(ref), foreground=foreground)
         tell = show.of(ref)
+        self.library.list_again(ref.kind)
         for shelf, file in self.library.candidates(ref, fresh=True):
             return Found(shelf, self.library.read(shelf, file, deadline, lambda d, t: tell(Tally(ref.label, d, t))))
         near = self.library.nearest(ref)

@@ -266,6 +266,7 @@ class Shelf:
 
     def take_away(self, file: str, owner: str) -> Path:
         """Take a model's name away at once, its bytes are still there: the place in the trash."""
+        self.trash.mkdir(exist_ok=True)  # somebody may have tidied up
         away = self.trash / f"{owner}-{threading.get_ident()}-{file}"
         (self.folder / file).rename(away)
         return away

@@ -513,7 +513,7 @@ def test_a_file_that_is_only_prepared_gives_way(tmp_path: Path) -> None:
                 world.source,
                 world.part,
                 deadline=Deadline(60),
-                foreground=False,
+                foreground=lambda: False,
                 on_progress=lambda done, total: flows.set() if done else None,
             )
             order.append("prepared")
@@ -528,6 +528,71 @@ def test_a_file_that_is_only_prepared_gives_way(tmp_path: Path) -> None:
     assert order == ["urgent", "prepared"]
     assert fetched.connections == 4
     assert world.part.read_bytes() == world.content
+
+
+@dataclasses.dataclass
+class Race:
+    """Two files over one downloader, the second one begun when the first one flows."""
+
+    storage: Storage
+    folder: Path
+    tuning: Tuning
+    finished: list[str] = dataclasses.field(default_factory=list)
+
+    def run(
+        self, sizes: tuple[int, int], foreground: tuple[Callable[[], bool], Callable[[], bool]], **listens: Any
+    ) -> None:
+        downloader = Downloader(HostPolicy([self.storage.url]), self.tuning)
+        flows = threading.Event()
+
+        def fetch(number: int) -> None:
+            file = self.folder / f"{number}.safetensors"
+            file.write_bytes(random.Random(number).randbytes(sizes[number]))
+            part = file.with_suffix(".part")
+
+            def listen(done: int, total: int | None) -> None:
+                if done:
+                    flows.set()
+                    listens.get("second" if number else "first", lambda: None)()
+
+            downloader.fetch(
+                Source(self.storage, self.storage.put(file)),
+                part,
+                deadline=Deadline(60),
+                foreground=foreground[number],
+                on_progress=listen,
+            )
+            assert part.read_bytes() == file.read_bytes()
+            self.finished.append("second" if number else "first")
+
+        first = threading.Thread(target=fetch, args=(0,))
+        first.start()
+        flows.wait()
+        fetch(1)
+        first.join()
+
+
+def test_a_file_gives_its_connections_beyond_its_share_to_another_one_at_once(tmp_path: Path) -> None:
+    with Storage() as storage:
+        storage.rate = 500_000
+        # Four pieces are all of it: nobody comes to the end of one before the file is there.
+        tuning = dataclasses.replace(EXACT, connections=4, piece_least=SIZE // 4, piece_most=SIZE, stall_seconds=60)
+        race = Race(storage, tmp_path, dataclasses.replace(tuning, min_speed=1))
+
+        race.run((SIZE, 400_000), (lambda: True, lambda: True))
+
+    assert race.finished == ["second", "first"]
+
+
+def test_whose_turn_it_is_may_change_while_files_are_on_their_way(tmp_path: Path) -> None:
+    with Storage() as storage:
+        storage.rate = 500_000
+        tuning = dataclasses.replace(QUICK, connections=1, min_speed=1, stall_seconds=60)
+        race, turn = Race(storage, tmp_path, tuning), threading.Event()
+
+        race.run((600_000, SIZE), (turn.is_set, lambda: not turn.is_set()), second=turn.set)
+
+    assert race.finished == ["first", "second"]
 
 
 # --- links

@@ -33,7 +33,7 @@ from sandbox.civitai import NO_MODEL, SERVER_ERROR
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from sandbox.storage import Fault
 from tests.disks import read_only, small_disk
-from tests.fleet import CHECKPOINT, DETAIL, SPEC, Fleet, lora, named, soon
+from tests.fleet import CHECKPOINT, DETAIL, SPEC, TUNING, Fleet, lora, named, soon
 
 MB = 1_000_000
 
@@ -239,6 +239,25 @@ def test_a_page_without_a_version_is_its_newest_one(fleet: Fleet) -> None:
 
     assert model.version_id == 77
     assert "newest" in model.warnings[0]
+
+
+def test_a_warning_is_told_to_every_job_that_it_concerns_and_to_no_other(fleet: Fleet) -> None:
+    fleet.serve(77, size=MB)
+    fleet.civitai.storage.rate = 2 * MB
+    page = ModelRef(ModelKind.LORA, model_id=fleet.civitai.versions[77].model_id)
+    worker = fleet.start()
+
+    with ThreadPoolExecutor(2) as threads:  # one of them fetches, the other one waits
+        at_once = list(threads.map(lambda ref: fetch(worker, ref).warnings, (page, lora(77))))
+    again = [fetch(worker, ref).warnings for ref in (page, lora(77), lora(77, size="full", fp="fp32"))]
+
+    assert [[warning.split(":")[0] for warning in warnings] for warnings in (*at_once, *again)] == [
+        [f"{page.label} was named without a version"],
+        [],
+        [f"{page.label} was named without a version"],
+        [],
+        [f"{lora(77).label} has no file of size=full and fp=fp32 on CivitAI"],
+    ]
 
 
 # -- files that somebody put there
@@ -589,6 +608,20 @@ def test_what_another_worker_fetched_is_seen_though_the_folders_time_says_nothin
     assert fleet.civitai.resolves == {77: 1}
 
 
+def test_a_name_that_another_worker_brought_is_found_though_the_folders_time_says_nothing(fleet: Fleet) -> None:
+    fleet.serve(77)
+    one, other = fleet.start(heartbeat=3600), fleet.start(heartbeat=3600)
+    os.utime(fleet.loras, (1000, 1000))
+    with pytest.raises(ModelNotFound):
+        fetch(other, named("nobody"))
+    fetch(one, lora(77))
+    os.utime(fleet.loras, (1000, 1000))
+
+    model = fetch(other, named("Model-77_77"))
+
+    assert model.version_id == 77
+
+
 def test_a_cancelled_job_ends_at_once_and_one_that_waits_goes_on_with_its_part(fleet: Fleet) -> None:
     fleet.serve(77, size=2 * MB)
     fleet.civitai.storage.rate = 2 * MB
@@ -642,6 +675,67 @@ def test_the_failure_of_one_is_told_to_those_who_waited(fleet: Fleet) -> None:
     assert len(set(sentences)) == 1
     assert "abababababab" in sentences[0]
     assert fleet.civitai.links_given == 2
+
+
+@pytest.mark.parametrize(
+    ("another_waits", "order"),
+    [
+        (False, ["urgent", "prepared"]),
+        (True, ["prepared", "urgent"]),  # it was begun for a job that only prepares, and is not for that one alone
+    ],
+)
+def test_what_the_gpu_waits_for_comes_before_what_is_only_prepared(
+    fleet: Fleet, another_waits: bool, order: list[str]
+) -> None:
+    fleet.serve(1, size=MB)
+    fleet.serve(2, size=MB)
+    fleet.civitai.storage.rate = MB
+    tuning = replace(TUNING, connections=1, min_speed=1.0)
+    worker = fleet.start(tuning=tuning)
+    begun, waits = threading.Event(), threading.Event()
+    finished: list[str] = []
+
+    def job(version_id: int, told: Any, foreground: bool) -> None:
+        with worker.hold([lora(version_id)], deadline=soon(), on_progress=told, foreground=lambda: foreground):
+            finished.append("prepared" if version_id == 1 else "urgent")
+
+    def told(look: Progress) -> None:
+        if look.facts["bytes"]:
+            begun.set()
+
+    with ThreadPoolExecutor(3) as threads:
+        jobs = [threads.submit(job, 1, told, False)]
+        begun.wait(10)
+        if another_waits:
+            jobs.append(threads.submit(job, 1, lambda look: waits.set(), True))
+            waits.wait(10)
+        jobs.append(threads.submit(job, 2, lambda look: None, True))
+        for one in jobs:
+            one.result()
+
+    assert list(dict.fromkeys(finished)) == order
+
+
+def test_a_wrong_hash_is_the_failure_of_whoever_named_it(fleet: Fleet) -> None:
+    served = fleet.serve(77, size=MB, sha256="")  # CivitAI has not computed it yet
+    fleet.civitai.storage.rate = 4 * MB
+    worker = fleet.start()
+    begun = threading.Event()
+
+    def wrong() -> None:
+        with worker.hold([lora(77, sha256="ab" * 32)], deadline=soon(), on_progress=lambda look: begun.set()):
+            pass
+
+    with ThreadPoolExecutor(1) as threads:
+        failing = threads.submit(wrong)
+        begun.wait(10)
+        models = [fetch(worker, ref) for ref in (lora(77), lora(77, sha256=sha256_of(served)))]
+
+        with pytest.raises(ModelRejected):
+            failing.result()
+
+    assert {model.sha256 for model in models} == {sha256_of(served)}
+    assert fleet.debris() == []
 
 
 def test_a_job_without_time_says_so_and_its_part_stays(fleet: Fleet) -> None:
@@ -879,6 +973,23 @@ def test_a_disk_that_turns_out_to_be_full_is_cleared_once(fleet: Fleet) -> None:
         assert [path.name for path in (models / "loras").glob("*.safetensors")] == ["Model-2_2.safetensors"]
 
 
+def test_a_cache_that_was_tidied_up_under_a_worker_goes_on(fleet: Fleet) -> None:
+    first, second = sizes(fleet, 1, 2)
+    worker = fleet.start()
+    fetch(worker, first)
+    dots = [path for path in fleet.loras.iterdir() if path.name.startswith(".")]
+    for folder in dots:
+        shutil.rmtree(folder)
+
+    model = fetch(worker, second)
+    shutil.rmtree(fleet.loras / ".trash")
+    removed = worker.remove(model.stem)
+
+    assert model.downloaded
+    assert [entry.file for entry in removed] == [model.file]
+    assert fleet.models_there() == ["Model-1_1.safetensors"]
+
+
 # -- folders that cannot be written, and sources
 
 
@@ -901,6 +1012,7 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
     assert "cannot be written" in fetched.warnings[0]
     assert linked
     assert not again.downloaded
+    assert again.warnings == fetched.warnings
     assert fleet.civitai.resolves == {1: 1, 2: 1}
 
 
