@@ -24,8 +24,8 @@ from a1111_worker.catalog import KnownLora, lora_of_version
 from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import DownloadFailed, ModelError, ModelRejected, VolumeFull
 from a1111_worker.leases import Lease, Leases
-from a1111_worker.library import CheckpointSpec, Found, Library
-from a1111_worker.part import PartLost
+from a1111_worker.library import CheckpointSpec, Found, Library, missing
+from a1111_worker.part import FileTooLong, PartLost
 from a1111_worker.registry import Record, record_of, url_key, wish_of
 from a1111_worker.safetensors import family_of_base_model
 from a1111_worker.tally import Tally, Tell
@@ -234,20 +234,18 @@ class Arrivals:
             )
         # The worker is nothing without its checkpoint: no limit of ours keeps that out.
         limit = self._library.limit if wanted.spec is None else None
-        self._library.make_room(_missing(part, wanted.size), wanted.name, kind=home.kind, limit=limit)
 
         def on_progress(done: int, total: int | None) -> None:
             lease.tell(done, total)
             tell(Tally(wanted.name, done, total))
 
-        try:
+        with (
+            self._library.room(part, wanted.size, wanted.name, kind=home.kind, limit=limit),
+            _kept_if_of_use(home, part),
+        ):
             sha256 = self._bytes(wanted, part, deadline, on_progress)
+        with _kept_if_of_use(home, part):  # a whole part takes what it takes: it needs no more room
             return self._place(wanted, home, part, sha256, deadline)
-        except ModelError as error:
-            # Only a download that may go on keeps what has come of it.
-            if not isinstance(error, DownloadFailed) or _is_empty(part):
-                home.drop_part(part)
-            raise
 
     def _bytes(self, wanted: _Wanted, part: Path, deadline: Deadline, on_progress: OnProgress) -> str:
         """Every byte in the part, of the right hash: once more where it is the wrong one."""
@@ -280,11 +278,13 @@ class Arrivals:
                     foreground=wanted.foreground,
                     on_progress=on_progress,
                 )
+            except FileTooLong:
+                raise
             except VolumeFull:
                 if is_last or not can_write(part.parent, self._owner):
                     raise
                 log.warning("the disk was full before %s was whole: evicting once", wanted.name)
-                self._library.clear(_missing(part, wanted.size), wanted.name)
+                self._library.clear(missing(part, wanted.size), wanted.name, kind=wanted.ref.kind)
             else:
                 if fetched.sha256 is None:
                     raise DownloadFailed(f"{wanted.name} arrived without a proof")
@@ -493,18 +493,19 @@ class _Patience:
             log.info("waiting for %s, which is fetching %s, %.0f s", owner, self._name, waited)
 
 
+@contextlib.contextmanager
+def _kept_if_of_use(home: Shelf, part: Path) -> Iterator[None]:
+    """Only a download that may go on keeps what has come of it."""
+    try:
+        yield
+    except ModelError as error:
+        if not isinstance(error, DownloadFailed) or _is_empty(part):
+            home.drop_part(part)
+        raise
+
+
 def _is_empty(part: Path) -> bool:
     try:
         return part.stat().st_size == 0
     except OSError:
         return True
-
-
-def _missing(part: Path, size: int | None) -> int:
-    """Bytes that a download will still take from the disk."""
-    if size is None:
-        return 0
-    try:
-        return max(0, size - part.stat().st_blocks * 512)
-    except OSError:
-        return size

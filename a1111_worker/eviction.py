@@ -65,5 +65,16 @@ def plan_eviction(
     return Eviction(tuple(chosen), 0, why)
 
 
+def plan_for_a_full_disk(entries: Iterable[Entry], needed: int, *, free: int) -> Eviction:
+    """Make room for `needed` bytes on a disk that refused them: for a little more, where that much may go.
+
+    A disk that says that there is enough, and is full, has a quota that it does not show: then nothing is free.
+    """
+    everything = list(entries)
+    free = free if free < needed else 0
+    freeable = sum(entry.size for entry in everything if entry.keep is None)
+    return plan_eviction(everything, max(needed, min(MARGIN, freeable + free)), limit=None, free=free, margin=0)
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"

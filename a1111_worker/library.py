@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from a1111_worker.catalog import LORAS, lora_named, lora_of_version
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
-from a1111_worker.eviction import MARGIN, Entry, plan_eviction
+from a1111_worker.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
 from a1111_worker.leases import Holds, Leases
 from a1111_worker.registry import Record, Registry, answers
 from a1111_worker.safetensors import read_header
@@ -128,6 +130,8 @@ class Library:
         self._owner = owner
         self._checkpoint = checkpoint
         self.limit = limit
+        self._coming: dict[Path, int | None] = {}  # parts, and the sizes that they will have
+        self._deciding = threading.Lock()
 
     # -- finding
 
@@ -278,6 +282,20 @@ class Library:
         spec = self._checkpoint
         return spec is not None and kind is ModelKind.CHECKPOINT and file == spec.file
 
+    @contextlib.contextmanager
+    def room(self, part: Path, size: int | None, what: str, *, kind: ModelKind, limit: int | None) -> Iterator[None]:
+        """Have room for all that a part will be, beside what the others of this worker will be; it is its own until the
+        block ends. Raises as `make_room`."""
+        with self._deciding:
+            needed = missing(part, size) + sum(missing(*other) for other in self._coming.items())
+            self.make_room(needed, what, kind=kind, limit=limit)
+            self._coming[part] = size
+        try:
+            yield
+        finally:
+            with self._deciding:
+                self._coming.pop(part, None)
+
     def make_room(self, needed: int, what: str, *, kind: ModelKind, limit: int | None = None) -> None:
         """Have room for `needed` bytes more, by evicting; VolumeFull where that cannot be.
 
@@ -297,13 +315,15 @@ class Library:
                 return
         raise VolumeFull(f"there is no room for {what}: everything that could be freed is in use")
 
-    def clear(self, needed: int, what: str) -> None:
-        """Free `needed` bytes, or as many as may go, on a disk that is full, whatever it says is free."""
+    def clear(self, needed: int, what: str, *, kind: ModelKind) -> None:
+        """Have room for `needed` bytes more on a disk that turned out to be full; VolumeFull where that cannot be."""
         entries = self.entries()
-        freeable = sum(entry.size for entry in entries if entry.keep is None)
-        plan = plan_eviction(entries, min(max(needed, MARGIN), freeable), limit=None, free=0, margin=0)
-        if not [entry for entry in plan.remove if self.evict(entry, "the disk is full")]:
-            raise VolumeFull(f"the disk is full, and nothing may go to make room for {what}")
+        plan = plan_for_a_full_disk(entries, needed, free=self.shelves.home(kind).free())
+        if plan.short or not [entry for entry in plan.remove if self.evict(entry, plan.why)]:
+            raise VolumeFull(
+                f"the disk is full, and not enough may go to make room for {what}",
+                hint="enlarge the volume, or ask for fewer models at once",
+            )
 
     def evict(self, entry: Entry, why: str, *, even_fixed: bool = False) -> bool:
         """Take a model away, unless anybody uses it by now. Whether it is gone."""
@@ -367,6 +387,16 @@ class Library:
             self._leases.watch(shelf.leases)
         if self._webui is not None:
             self._webui.prune()
+
+
+def missing(part: Path, size: int | None) -> int:
+    """Bytes that a download will still take from the disk."""
+    if size is None:
+        return 0
+    try:
+        return max(0, size - part.stat().st_blocks * 512)
+    except OSError:
+        return size
 
 
 def show_vaes(webui: WebUIFolder, roots: Sequence[Path]) -> None:

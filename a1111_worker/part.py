@@ -30,7 +30,7 @@ from a1111_worker.segments import MiB
 
 log = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Memory:
     @property
     def present(self) -> int:
         return sum(end - start for start, end in self.done)
+
+
+class FileTooLong(VolumeFull):
+    """The volume takes no file of that size: no other file that goes would help."""
 
 
 class PartLost(DownloadFailed):
@@ -254,8 +258,12 @@ def _allocate(fd: int, size: int) -> bool:
 
 
 def _refused(error: OSError, needed: int | None) -> VolumeFull:
+    wanted = f" for the {needed / 1e6:,.0f} MB of this model" if needed else " to write the rest of this model"
+    if error.errno == errno.EFBIG:
+        return FileTooLong(
+            f"there is no room{wanted} in one file", hint="a volume whose file system takes files of this size"
+        )
     if error.errno in _FULL:
-        wanted = f" for the {needed / 1e6:,.0f} MB of this model" if needed else " to write the rest of this model"
         return VolumeFull(
             f"there is no room{wanted}", hint="a larger volume, or a smaller cache limit so that older models go"
         )

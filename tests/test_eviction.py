@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.eviction import Entry, plan_eviction
+from a1111_worker.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
 
 GB = 10**9
 
@@ -43,6 +43,35 @@ def test_what_goes(needed: int, limit: int | None, free: int, removed: list[str]
 
     assert [gone.file for gone in plan.remove] == removed
     assert plan.short == pytest.approx(short, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "removed", "short"),
+    [
+        (GB, 0, ["old"], 0),
+        (3 * GB, GB, ["old"], 0),  # there is less than needed, and as much as the disk says
+        (3 * GB, 99 * GB, ["old", "middle"], 0),  # what it says cannot be: a quota that does not show
+        (6 * GB, 99 * GB, ["old", "middle", "new"], 0),
+        (7 * GB, 99 * GB, [], GB),  # nothing goes where that would not be enough
+        (7 * GB, GB, ["old", "middle", "new"], 0),
+        (0, 99 * GB, ["old"], 0),  # nobody knows how much: a little
+    ],
+)
+def test_what_goes_when_the_disk_turns_out_to_be_full(needed: int, free: int, removed: list[str], short: int) -> None:
+    plan = plan_for_a_full_disk([NEW, HELD, OLD, FIXED, MIDDLE], needed, free=free)
+
+    assert [gone.file for gone in plan.remove] == removed
+    assert plan.short == short
+
+
+def test_a_little_more_than_needed_goes_from_a_full_disk_where_it_can() -> None:
+    small = [entry(name, 10 << 20, 1.0) for name in "abcdefgh"]
+
+    plan = plan_for_a_full_disk(small, 1, free=0)
+    rest = plan_for_a_full_disk(small[:3], 1, free=0)
+
+    assert plan.freed >= MARGIN
+    assert len(rest.remove) == 3
 
 
 def test_a_plan_says_why() -> None:

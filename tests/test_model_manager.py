@@ -940,6 +940,20 @@ def test_a_file_bigger_than_all_that_could_go_makes_nothing_go(fleet: Fleet) -> 
     assert fleet.debris() == []
 
 
+@pytest.mark.parametrize(("limit", "fits"), [(4 * MB + 50_000, True), (5 * MB // 2, False)])
+def test_the_files_that_come_together_keep_the_limit_together(fleet: Fleet, limit: int, fits: bool) -> None:
+    refs = sizes(fleet, 1, 2, 3, 4)
+    fleet.civitai.storage.latency = 0.3  # room was found for all of them before a byte of any is there
+    worker = fleet.start(checkpoint=None, limit=limit)
+
+    with worker.hold(refs, deadline=soon(), tolerate=True) as held:
+        failures = {type(error) for error in held.failures.values()}
+        taken = sum((fleet.loras / file).stat().st_size for file in fleet.models_there())
+
+    assert failures == (set() if fits else {VolumeFull})
+    assert taken == (4 * MB if fits else 2 * MB)
+
+
 def test_a_full_disk_is_noticed_before_a_byte_is_fetched(fleet: Fleet) -> None:
     (big,) = sizes(fleet, 1, size=9 * MB)
     with small_disk(fleet.folder / "small", 8 << 20):
@@ -988,6 +1002,57 @@ def test_a_cache_that_was_tidied_up_under_a_worker_goes_on(fleet: Fleet) -> None
     assert model.downloaded
     assert [entry.file for entry in removed] == [model.file]
     assert fleet.models_there() == ["Model-1_1.safetensors"]
+
+
+def test_a_full_disk_that_cannot_be_made_large_enough_keeps_what_it_has(fleet: Fleet) -> None:
+    (old,) = sizes(fleet, 1, size=20 * MB)
+    (new,) = sizes(fleet, 2, size=60 * MB)
+    with small_disk(fleet.folder / "small", 160 << 20):
+        models = fleet.folder / "small/models"
+        worker = fleet.start(models=models)
+        fetch(worker, old)
+
+        def fill() -> None:
+            free = shutil.disk_usage(fleet.folder / "small").free
+            (fleet.folder / "small/ballast").write_bytes(bytes(free - 10 * MB))
+            fleet.civitai.before_a_link = None
+
+        fleet.civitai.before_a_link = fill
+        with pytest.raises(VolumeFull):
+            fetch(worker, new)
+
+        assert [path.name for path in (models / "loras").glob("*.safetensors")] == ["Model-1_1.safetensors"]
+
+
+NO_LONG_FILES = """
+import resource, sys
+from pathlib import Path
+from a1111_worker.domain import Deadline
+from a1111_worker.errors import VolumeFull
+from tests.fleet import lora, manager
+
+with manager(Path(sys.argv[1]), *sys.argv[2:], name="1", checkpoint=None) as worker:
+    with worker.hold([lora(1)], deadline=Deadline(30)):
+        pass
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    try:
+        with worker.hold([lora(2)], deadline=Deadline(30)):
+            pass
+    except VolumeFull as error:
+        print(error.sentence)
+"""
+
+
+def test_nothing_is_evicted_for_a_file_that_is_longer_than_the_volume_takes(fleet: Fleet) -> None:
+    sizes(fleet, 1, size=MB // 2)
+    sizes(fleet, 2, size=2 * MB)
+    command = [sys.executable, "-c", NO_LONG_FILES, str(fleet.folder), fleet.civitai.url, fleet.civitai.storage.url]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert "in one file" in done.stdout, done.stderr
+    assert fleet.models_there() == ["Model-1_1.safetensors"]
+    assert fleet.debris() == []
 
 
 # -- folders that cannot be written, and sources
