@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from a1111_worker import catalog
 from a1111_worker.domain import BucketSettings
 from a1111_worker.errors import ConfigError
-from a1111_worker.hosts import STORAGE_HOSTS
+from a1111_worker.hosts import STORAGE_HOSTS, HostRefused, parse_origin
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Config:
         """Read every setting; an unset or empty one has its default. Raises ConfigError, one line a bad value."""
         env = _Environment(environ)
         init_timeout = env.read("RUNPOD_INIT_TIMEOUT", _seconds, RUNPOD_INIT_TIMEOUT)
-        civitai_url = env.read("CIVITAI_URL", _origin, CIVITAI)
+        civitai_url = env.read("CIVITAI_URL", _api, CIVITAI)
         checkpoint_url = env.read("CHECKPOINT_URL", _text, catalog.CHECKPOINT_URL)
         config = cls(
             webui_url=env.read("WEBUI_URL", _url, "http://127.0.0.1:3000"),
@@ -315,6 +315,12 @@ def _origin(value: str) -> str:
     return value.rstrip("/")
 
 
+def _api(value: str) -> str:
+    if "*" in value:
+        raise ValueError("one origin, not a family of them")
+    return _reachable(_origin(value))
+
+
 def _hosts(value: str) -> tuple[str, ...]:
     """Hosts or origins separated by commas or spaces; `cdn.example.com` means `https://cdn.example.com`."""
     hosts = tuple(host if "://" in host else f"https://{host}" for host in re.split(r"[,\s]+", value) if host)
@@ -325,7 +331,16 @@ def _hosts(value: str) -> tuple[str, ...]:
             raise ValueError("https hosts, or exactly http://127.0.0.1:PORT or http://localhost:PORT")
         if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
             raise ValueError("hosts separated by commas, without a path")
-    return tuple(host.rstrip("/") for host in hosts)
+    return tuple(_reachable(host.rstrip("/")) for host in hosts)
+
+
+def _reachable(origin: str) -> str:
+    """An origin as it is, if the host policy takes it."""
+    try:
+        parse_origin(origin)
+    except HostRefused as error:
+        raise ValueError(f"hosts that can be reached: {error}") from error
+    return origin
 
 
 def _model_file(value: str) -> str:

@@ -246,9 +246,11 @@ def test_a_stopped_command_says_so_and_the_next_one_goes_on(shell: Shell) -> Non
         ([], {}, 2, "COMMAND"),
         (["evict", "--to-gb", "many"], {}, 2, "--to-gb"),
         (["list"], {"MODEL_CACHE_LIMIT_GB": "lots"}, 1, "MODEL_CACHE_LIMIT_GB='lots'"),
+        (["list"], {"MODEL_HOSTS": "https://host:99999"}, 1, "MODEL_HOSTS='https://host:99999'"),
+        (["list"], {"CIVITAI_URL": "http://10.0.0.5:8080"}, 1, "CIVITAI_URL='http://10.0.0.5:8080'"),
         (["list"], {"CHECKPOINT_URL": "http://10.0.0.1/x", "CHECKPOINT_FILE": "x.safetensors"}, 1, "CHECKPOINT_URL"),
     ],
-    ids=["help", "help of one", "nothing", "no number", "bad setting", "bad checkpoint"],
+    ids=["help", "help of one", "nothing", "no number", "bad setting", "bad host", "bad API", "bad checkpoint"],
 )
 def test_what_a_stranger_types_first(
     shell: Shell, arguments: list[str], settings: dict[str, str], status: int, says: str

@@ -54,6 +54,16 @@ BAD = [
     ("MODEL_HOSTS", "http://example.com"),  # not https
     ("MODEL_HOSTS", "http://127.0.0.1"),  # a local origin names its port
     ("STORAGE_HOSTS", "https://user@example.com"),
+    ("MODEL_HOSTS", "https://host:99999"),
+    ("MODEL_HOSTS", "https://host:abc"),
+    ("MODEL_HOSTS", "https://münchen.de"),  # its name in the DNS is xn--mnchen-3ya.de
+    ("MODEL_HOSTS", "https://host#frag"),
+    ("MODEL_HOSTS", "https://host."),
+    ("MODEL_HOSTS", "https://[::1"),
+    ("STORAGE_HOSTS", "https://*"),
+    ("CIVITAI_URL", "http://10.0.0.5:8080"),  # not https, and not this machine
+    ("CIVITAI_URL", "https://civitai.com:99999"),
+    ("CIVITAI_URL", "https://*.civitai.com"),
     ("JOBS_IN_FLIGHT", "0"),
     ("JOBS_IN_FLIGHT", "2.5"),
     ("MAX_STEPS", "²"),  # a digit to Python, a number to nobody
