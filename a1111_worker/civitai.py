@@ -224,11 +224,18 @@ class CivitAI:
         if remote.version_id is None:
             self._check_listed(remote.url, repr(remote.name))
             return remote.url
-        url = urlsplit(remote.url)
         # By file id, where it is known: CivitAI's own answer to a query may be 404 where a word of it does not match.
-        query = f"fileId={remote.file_id}" if remote.file_id is not None else url.query
+        query = f"fileId={remote.file_id}" if remote.file_id is not None else urlsplit(remote.url).query
         label = f"{_shown(remote.name)!r} (version {remote.version_id})"
-        return self._until(f"{_download_path(remote.version_id)}?{query}", label, deadline, self._read_link)
+        path = _download_path(remote.version_id)
+        try:
+            return self._until(f"{path}?{query}", label, deadline, self._read_link)
+        except ModelNotFound:
+            plain = urlencode(_ANY_MODEL)
+            if remote.file_id is not None or query == plain:
+                raise
+            log.warning("CivitAI: %s has no file of %s, perhaps: any model file of it is asked for", label, query)
+            return self._until(f"{path}?{plain}", label, deadline, self._read_link)
 
     def close(self) -> None:
         self._session.close()
@@ -317,7 +324,7 @@ class CivitAI:
             raise InvalidRequest(f"the URL of {label} may not be fetched: {error}", hint="see MODEL_HOSTS") from error
 
     def _unseen(self, version_id: int, ref: ModelRef, warnings: tuple[str, ...]) -> RemoteFile:
-        wishes = {"type": "Model", "format": "SafeTensor", "size": ref.size, "fp": ref.fp}
+        wishes = {**_ANY_MODEL, "size": ref.size, "fp": ref.fp}
         query = (
             {"fileId": ref.file_id} if ref.file_id is not None else {key: wish for key, wish in wishes.items() if wish}
         )
@@ -336,6 +343,7 @@ class CivitAI:
 _KINDS = {ModelKind.LORA: ("lora", "locon", "lycoris", "dora"), ModelKind.CHECKPOINT: ("checkpoint",)}
 _NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
 _MODEL_FILES = ("Model", "Pruned Model")
+_ANY_MODEL = {"type": "Model", "format": "SafeTensor"}
 
 
 def newest_version(model: Mapping[str, Any], ref: ModelRef) -> int:
@@ -366,7 +374,7 @@ def remote_file(version: Mapping[str, Any], ref: ModelRef, api_url: str, warning
     if ref.sha256 and sha256 and ref.sha256 != sha256:
         raise ModelRejected(f"CivitAI's file of {ref.label} has the SHA-256 {sha256}, and {ref.sha256} was asked for")
     size, size_at_most = size_of(file.get("sizeKB"))
-    query = {"fileId": file_id} if file_id is not None else {"type": "Model", "format": "SafeTensor"}
+    query = {"fileId": file_id} if file_id is not None else _ANY_MODEL
     return RemoteFile(
         url=f"{api_url}{_download_path(version_id)}?{urlencode(query)}",
         name=_shown(_text(model.get("name"))) or ref.name or f"CivitAI version {version_id}",

@@ -214,6 +214,16 @@ def test_an_unseen_file_is_linked_by_what_was_wished(service: sandbox.CivitAI, t
     assert ["add-detail-xl" in link for link in links] == [True, False, False]
 
 
+def test_an_unseen_file_that_is_not_as_wished_is_any_model_file_of_its_version(service: sandbox.CivitAI) -> None:
+    service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
+    client = client_of(service)
+    wished = dataclasses.replace(LORA, size="pruned", fp="fp32")  # which it does not have
+
+    link = client.link(client.describe(wished, Deadline()), Deadline())
+
+    assert "add-detail-xl" in link
+
+
 def test_what_cannot_be_without_metadata_fails(service: sandbox.CivitAI) -> None:
     service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
 
