@@ -12,21 +12,22 @@ What holds them is a1111_worker/manager.py; here it is built from the settings.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from a1111_worker import logs
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import Config
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Progress, Report, unreported
-from a1111_worker.errors import ConfigError, JobCancelled, ModelError, WorkerError
+from a1111_worker.errors import ConfigError, DownloadFailed, JobCancelled, ModelError, VolumeFull, WorkerError
 from a1111_worker.eviction import Entry
 from a1111_worker.library import CheckpointSpec
 from a1111_worker.manager import Held, ModelManager
@@ -34,6 +35,8 @@ from a1111_worker.manager import Held, ModelManager
 if TYPE_CHECKING:
     from a1111_worker.civitai import Waits
     from a1111_worker.segments import Tuning
+
+T = TypeVar("T")
 
 __all__ = ["CheckpointSpec", "Held", "ModelManager", "main", "open_manager"]
 
@@ -188,14 +191,15 @@ class _Command:
                     "cache": shelf.writable,
                 }
             )
-        lines = [f"{'KIND':<10} {'MB':>8} {'USES':>5}  {'LAST USED':<20} {'VERSION':>8}  FILE"]
+        lines = [f"{'KIND':<10} {'MB':>8} {'USES':>5}  {'SINCE':<20}  {'LAST USED':<20} {'VERSION':>8}  FILE"]
         for row in rows:
             notes = ", ".join(filter(None, [row["keep"], None if row["cache"] else "in a source"]))
             lines.append(
-                f"{row['kind']:<10} {row['size'] / 1e6:>8.1f} {row['uses']:>5}  {row['last_used']:<20} "
-                f"{row['version_id'] or '-':>8}  {row['file']}{f'  ({notes})' if notes else ''}"
+                f"{row['kind']:<10} {row['size'] / 1e6:>8.1f} {row['uses']:>5}  "
+                f"{row['downloaded_at'] or '-':<20}  {row['last_used']:<20} {row['version_id'] or '-':>8}  "
+                f"{row['file']}{f'  ({notes})' if notes else ''}"
             )
-        lines.append(f"{len(rows)} models, {sum(e.size for _, e in self._manager.library.stock()) / 1e9:.2f} GB")
+        lines.append(f"{len(rows)} models, {sum(row['size'] for row in rows) / 1e9:.2f} GB")
         self._say(rows, lines)
         return 0
 
@@ -206,7 +210,8 @@ class _Command:
         refs: dict[ModelRef, str] = {}
         bad: dict[str, str] = {}
         for text in self._options.references:
-            value = {"version_id": int(text)} if text.isascii() and text.isdigit() else text
+            is_id = text.isascii() and text.isdigit() and len(text) < 20
+            value = {"version_id": int(text)} if is_id else text
             try:
                 refs[parse_reference(value, kind=kind, allowed_hosts=self._config.model_hosts)] = text
             except BadReference as error:
@@ -251,15 +256,35 @@ class _Command:
         return 0 if all(verdict.ok for verdict in verdicts) else 1
 
     def _evict(self) -> int:
-        return self._removed(self._manager.shrink(self._options.to_gb))
+        self._tell_removed(self._patiently(functools.partial(self._manager.shrink, self._options.to_gb)))
+        return 0
 
     def _remove(self) -> int:
-        return self._removed([entry for name in self._options.names for entry in self._manager.remove(name)])
+        gone: list[Entry] = []
+        failed: dict[str, str] = {}
+        for name in self._options.names:
+            try:
+                gone += self._patiently(functools.partial(self._manager.remove, name))
+            except ModelError as error:
+                failed[name] = _sentence(error)
+        if gone or self._options.json:
+            self._tell_removed(gone)
+        for sentence in failed.values():
+            print(sentence, file=sys.stderr)
+        return 1 if failed else 0
 
-    def _removed(self, entries: Iterable[Entry]) -> int:
+    def _patiently(self, do: Callable[[], T]) -> T:
+        """Do it; where somebody is in the way, once more when it is known who of them still lives."""
+        try:
+            return do()
+        except (DownloadFailed, VolumeFull):
+            if not self._manager.library.tell_living_from_dead(self._deadline):
+                raise
+        return do()
+
+    def _tell_removed(self, entries: Iterable[Entry]) -> None:
         told = [{"kind": entry.kind.value, "file": entry.file, "size": entry.size} for entry in entries]
         self._say(told, [f"removed {row['kind']} {row['file']}" for row in told] or ["nothing had to go"])
-        return 0
 
     def _paths(self) -> int:
         shelves = self._manager.library.shelves

@@ -343,6 +343,10 @@ class Holds:
             else:
                 yield file, owner
 
+    def others(self, folder: Path) -> list[Path]:
+        """The holds and claims of other owners who are not known to be dead."""
+        return [folder / f"{file}.{owner}" for file, owner in self._all(folder) if owner != self._owner]
+
     def watch(self, folder: Path) -> None:
         """Look at everybody's holds, so that the dead are known when room is needed."""
         for _ in self._all(folder):

@@ -15,7 +15,7 @@ from a1111_worker.catalog import LORAS, lora_named, lora_of_version
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
 from a1111_worker.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
-from a1111_worker.leases import Holds, Leases
+from a1111_worker.leases import Holds, Leases, state_of
 from a1111_worker.registry import Record, Registry, answers
 from a1111_worker.safetensors import read_header
 from a1111_worker.volume import SUFFIX, Shelf, WebUIFolder, can_write, digest_file
@@ -154,6 +154,13 @@ class Library:
                 known = lora_of_version(ref.version_id) if ref.kind is ModelKind.LORA else None
                 if known is not None and known.file in names.files:
                     yield shelf, known.file
+                spec = self._checkpoint
+                if (
+                    spec is not None
+                    and (spec.ref.kind, spec.ref.version_id) == (ref.kind, ref.version_id)
+                    and spec.file in names.files  # a name that says nothing of its version
+                ):
+                    yield shelf, spec.file
                 for file in names.by_version.get(ref.version_id, ()):
                     yield shelf, file
             elif ref.url is not None:
@@ -252,13 +259,16 @@ class Library:
 
     # -- room
 
-    def stock(self) -> Iterator[tuple[Shelf, Entry]]:
-        """Every model there is, sources included."""
+    def stock(self) -> list[tuple[Shelf, Entry]]:
+        """Every model there is, sources included. A file of a flat source is of the kind that is known of it."""
+        told: dict[Path, tuple[Shelf, Entry]] = {}
         for kind in ModelKind:
             for shelf in self.shelves.of(kind):
                 for entry in self._entries_of(shelf):
-                    if entry.path.parent == shelf.folder:
-                        yield shelf, entry
+                    is_new = entry.path not in told or self.registry.look(shelf, entry.file) is not None
+                    if entry.path.parent == shelf.folder and is_new:
+                        told[entry.path] = shelf, entry
+        return list(told.values())
 
     def entries(self) -> list[Entry]:
         """Everything that takes room where we write, parts included."""
@@ -379,6 +389,22 @@ class Library:
         if file in names.files:
             return file
         return next(iter(names.by_stem.get(file.removesuffix(SUFFIX).casefold(), (file,))))
+
+    def tell_living_from_dead(self, deadline: Deadline, *, poll: float = 0.5) -> bool:
+        """Watch everybody's holds and leases until each has changed or gone; False where there are none.
+
+        A worker knows of the others anyway; a new process has seen nobody twice yet.
+        """
+        notes = [path for shelf in self.shelves.writable() for path in self._holds.others(shelf.holds)]
+        notes += [path for shelf in self.shelves.writable() for path in shelf.leases.glob("*")]
+        unknown = {path: state for path in notes if (state := state_of(path)) is not None}
+        if unknown:
+            log.warning("watching whether the owners of %d holds and leases still live", len(unknown))
+        while unknown:
+            deadline.wait(poll)
+            self.watch()
+            unknown = {path: state for path, state in unknown.items() if state_of(path) == state}
+        return bool(notes)
 
     def watch(self) -> None:
         """What a heartbeat looks after: who else is alive, links that lead nowhere."""

@@ -19,6 +19,7 @@ from a1111_worker.arrival import Arrivals, Describes, Fetches
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Report, unreported
 from a1111_worker.errors import (
     DownloadFailed,
+    InvalidRequest,
     JobCancelled,
     JobTimeout,
     ModelError,
@@ -351,32 +352,48 @@ class ModelManager:
             if not shelf.writable:
                 continue
             known = self.library.registry.look(shelf, entry.file) or self.library.registry.claim(shelf, entry.file)
+            spec = self._spec if self.library.is_fixed(entry.kind, entry.file) else None
+            is_damaged = True
             try:
                 found = self.library.registry.rebuild(shelf, entry.file, deadline, keep=known is None)
             except ModelError as error:
-                problem = error.sentence
+                problem = f"damaged: {error.sentence}"
             else:
-                if known is None or known.sha256 == found.sha256:
+                if known is not None and known.sha256 != found.sha256:
+                    problem = f"damaged: its SHA-256 is {found.sha256[:12]}…, and was {known.sha256[:12]}…"
+                elif spec is not None and not spec.may_be(found):
+                    is_damaged = False
+                    problem = f"another model: its SHA-256 is {found.sha256[:12]}…, not {(spec.sha256 or '')[:12]}…"
+                else:
                     yield Verdict(entry, found.sha256, "proven" if known else "read for the first time", ok=True)
                     continue
-                problem = f"its SHA-256 is {found.sha256[:12]}…, and was {known.sha256[:12]}…"
-            outcome = self._replace(entry, known, deadline) if repair else ""
-            yield Verdict(entry, None, f"damaged: {problem}{outcome}", ok=outcome == REPLACED)
+            outcome = ""
+            if repair and (not is_damaged or self._taken_away(entry, deadline)):
+                outcome = self._had_again(entry, known, deadline)
+            elif repair:
+                outcome = "; in use, and left alone"
+            yield Verdict(entry, None, f"{problem}{outcome}", ok=outcome == REPLACED)
 
-    def _replace(self, entry: Entry, known: Record | None, deadline: Deadline) -> str:
-        if not self.library.evict(entry, "it is damaged", even_fixed=True):
-            return "; in use, and left alone"
-        if known is None or known.version_id is None:
-            return "; removed"
-        ref = ModelRef(entry.kind, known.version_id, None if known.primary else known.file_id)
+    def _taken_away(self, entry: Entry, deadline: Deadline) -> bool:
+        why = "it is damaged"
+        return self.library.evict(entry, why, even_fixed=True) or (
+            self.library.tell_living_from_dead(deadline) and self.library.evict(entry, why, even_fixed=True)
+        )
+
+    def _had_again(self, entry: Entry, known: Record | None, deadline: Deadline) -> str:
+        ref = None if known is None else _source_of(known)
         try:
             if self.library.is_fixed(entry.kind, entry.file):
                 self.prepare_checkpoint(deadline=deadline)
-                return REPLACED
-            with self.hold([ref], deadline=deadline):
-                return REPLACED
-        except ModelError as error:
-            return f"; removed, and not to be had again: {error.sentence}"
+            elif ref is not None:
+                with self.hold([ref], deadline=deadline):
+                    pass
+            else:
+                return "; removed"
+        except (ModelError, InvalidRequest) as error:
+            gone = "" if entry.path.exists() else "removed, and "
+            return f"; {gone}not to be had again: {error.sentence}"
+        return REPLACED
 
     def remove(self, name: str) -> list[Entry]:
         """Take models away by their file name or stem, of either kind; ModelNotFound, or ModelError for one in use."""
@@ -402,3 +419,12 @@ class ModelManager:
             self._swept = True
             for shelf in self.library.shelves.writable():
                 shelf.sweep(PART_LIFE)
+
+
+def _source_of(known: Record) -> ModelRef | None:
+    """What a model's file can be had by again, if it did not come by hand."""
+    if known.version_id is not None:
+        return ModelRef(known.kind, known.version_id, None if known.primary else known.file_id)
+    if known.url is not None:
+        return ModelRef(known.kind, url=known.url, name=known.name, sha256=known.sha256)
+    return None

@@ -156,7 +156,8 @@ class Registry:
         for sidecar in self._sidecars(shelf, file):
             with contextlib.suppress(OSError, ValueError):
                 record = Record.from_json(sidecar.read_bytes())
-                if record.file == file and record.kind is shelf.kind and record.version_id is not None:
+                comes_from = record.version_id or record.url
+                if record.file == file and record.kind is shelf.kind and comes_from is not None:
                     return record
         return None
 

@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 
+import model_manager
 from a1111_worker import catalog
+from a1111_worker.config import Config
+from a1111_worker.domain import ModelKind
+from a1111_worker.errors import WorkerError
 from sandbox.civitai import REGION_BLOCKED
-from sandbox.models import sha256_of
+from sandbox.models import sdxl_lora, sha256_of
 from tests.fleet import DETAIL, KEY, Fleet, lora, soon
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +45,8 @@ class Shell(Fleet):
         command = [sys.executable, str(ROOT / "model_manager.py"), *arguments]
         return subprocess.run(command, env=self.environ(**more), capture_output=True, text=True, timeout=60)
 
-    def told(self, *arguments: str) -> Any:
-        done = self.run(*arguments, "--json")
+    def told(self, *arguments: str, **more: str) -> Any:
+        done = self.run(*arguments, "--json", **more)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -121,7 +125,22 @@ def test_list_says_what_is_there_and_how_often_it_was_used(shell: Shell) -> None
     assert by_file["Snow_77.safetensors"]["keep"] == "in use"
     assert by_file["by hand.safetensors"]["sha256"] is None  # nobody has read it yet
     assert "Snow_77.safetensors  (in use)" in text
+    (line,) = (line for line in text.splitlines() if "Snow_77" in line)
+    since = text.index("SINCE")
+    assert line[since : since + 20] == by_file["Snow_77.safetensors"]["downloaded_at"]
     assert text.splitlines()[-1].startswith("2 models, ")
+
+
+@pytest.mark.parametrize("read_as", [None, ModelKind.LORA])
+def test_a_file_of_a_flat_source_is_listed_once(shell: Shell, read_as: ModelKind | None) -> None:
+    sdxl_lora(shell.folder / "flat/style.safetensors", 3)
+    if read_as is not None:
+        shell.told("fetch", "style", MODEL_SOURCES=str(shell.folder / "flat"))
+
+    rows = shell.told("list", MODEL_SOURCES=str(shell.folder / "flat"))
+
+    assert [row["file"] for row in rows] == ["style.safetensors"]
+    assert read_as is None or rows[0]["kind"] == read_as.value
 
 
 def test_verify_finds_what_is_damaged_and_repair_fetches_it_again(shell: Shell) -> None:
@@ -208,6 +227,71 @@ def test_remove_takes_a_model_away_unless_it_is_in_use_or_not_there(shell: Shell
     assert shell.models_there() == ["Model-1_1.safetensors"]
 
 
+def test_remove_removes_what_it_can_and_says_what_it_cannot(shell: Shell) -> None:
+    shell.put("a.safetensors", 1)
+    shell.put("b.safetensors", 2)
+
+    done = shell.run("remove", "a", "nobody", "b", "--json")
+
+    assert done.returncode == 1
+    assert [gone["file"] for gone in json.loads(done.stdout)] == ["a.safetensors", "b.safetensors"]
+    assert "there is no nobody.safetensors" in done.stderr
+    assert shell.models_there() == []
+
+
+HOLDER = """
+import sys, threading
+from pathlib import Path
+from tests.fleet import lora, manager, soon
+
+with manager(Path(sys.argv[1]), *sys.argv[2:], name="holder", checkpoint=None) as worker:
+    with worker.hold([lora(1)], deadline=soon()):
+        print("held", flush=True)
+        threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["remove", "Model-1_1"], "removed lora Model-1_1.safetensors"),
+        (["evict", "--to-gb", "0"], "removed lora Model-1_1.safetensors"),
+        (["verify", "--repair"], "Model-1_1.safetensors: damaged"),
+    ],
+    ids=["remove", "evict", "repair"],
+)
+@pytest.mark.parametrize("lives", [True, False], ids=["by a living worker", "by a dead one"])
+def test_a_model_stays_in_use_as_long_as_its_user_lives(
+    shell: Shell, arguments: list[str], says: str, lives: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = shell.serve(1)
+    model = shell.loras / "Model-1_1.safetensors"
+    command = [sys.executable, "-c", HOLDER, str(shell.folder), shell.civitai.url, shell.civitai.storage.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        if not lives:
+            holder.kill()
+            holder.wait()
+        with model.open("r+b") as file:
+            file.truncate(1000)
+        options = model_manager._parser().parse_args(arguments)
+        # As a command has it, but for the minute after which silence is death.
+        manager = shell.start(checkpoint=None, heartbeat=10.0, stale_after=60.0 if lives else 1.0)
+
+        try:
+            status = model_manager._Command(manager, Config.from_env({}), options, soon()).run()
+        except WorkerError:
+            status = 1
+        holder.kill()
+
+    assert status == (1 if lives else 0)
+    assert (model.exists() and model.stat().st_size == 1000) is lives
+    if not lives:
+        assert says in capsys.readouterr().out
+        assert not model.exists() or sha256_of(model) == sha256_of(served)
+
+
 def test_paths_says_where_everything_lies(shell: Shell) -> None:
     told = shell.told("paths")
 
@@ -244,13 +328,24 @@ def test_a_stopped_command_says_so_and_the_next_one_goes_on(shell: Shell) -> Non
         (["--help"], {}, 0, "A REFERENCE is a CivitAI URL"),
         (["fetch", "--help"], {}, 0, "--kind"),
         ([], {}, 2, "COMMAND"),
+        (["fetch", "1" * 5000], {}, 1, "11111"),
         (["evict", "--to-gb", "many"], {}, 2, "--to-gb"),
         (["list"], {"MODEL_CACHE_LIMIT_GB": "lots"}, 1, "MODEL_CACHE_LIMIT_GB='lots'"),
         (["list"], {"MODEL_HOSTS": "https://host:99999"}, 1, "MODEL_HOSTS='https://host:99999'"),
         (["list"], {"CIVITAI_URL": "http://10.0.0.5:8080"}, 1, "CIVITAI_URL='http://10.0.0.5:8080'"),
         (["list"], {"CHECKPOINT_URL": "http://10.0.0.1/x", "CHECKPOINT_FILE": "x.safetensors"}, 1, "CHECKPOINT_URL"),
     ],
-    ids=["help", "help of one", "nothing", "no number", "bad setting", "bad host", "bad API", "bad checkpoint"],
+    ids=[
+        "help",
+        "help of one",
+        "nothing",
+        "endless",
+        "no number",
+        "bad setting",
+        "bad host",
+        "bad API",
+        "bad checkpoint",
+    ],
 )
 def test_what_a_stranger_types_first(
     shell: Shell, arguments: list[str], settings: dict[str, str], status: int, says: str

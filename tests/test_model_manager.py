@@ -544,6 +544,63 @@ def test_a_checkpoint_that_was_removed_under_a_worker_is_fetched_again(fleet: Fl
     assert fleet.civitai.resolves[CHECKPOINT] == 2
 
 
+def test_the_fixed_checkpoint_is_its_version_too(fleet: Fleet) -> None:
+    fleet.serve_checkpoint()
+    worker = fleet.start()
+    fixed = worker.prepare_checkpoint(deadline=soon())
+
+    model = fetch(worker, ModelRef(ModelKind.CHECKPOINT, version_id=CHECKPOINT))
+
+    assert model.file == fixed.file
+    assert fleet.civitai.resolves[CHECKPOINT] == 1
+
+
+def verdicts(worker: ModelManager) -> list[tuple[str, bool]]:
+    return [(verdict.finding.split(":")[0], verdict.ok) for verdict in worker.verify(soon(), repair=True)]
+
+
+def test_a_damaged_checkpoint_is_had_again_though_it_came_by_hand(fleet: Fleet) -> None:
+    served = fleet.serve_checkpoint()
+    path = fleet.models / "checkpoints/jib_mix.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(served.read_bytes()[:MB])
+
+    found = verdicts(fleet.start())
+
+    assert found == [("damaged", True)]
+    assert sha256_of(path) == sha256_of(served)
+
+
+def test_another_checkpoint_than_the_configured_one_is_set_aside(fleet: Fleet) -> None:
+    served = fleet.serve_checkpoint()
+    path = sdxl_checkpoint(fleet.models / "checkpoints/jib_mix.safetensors", 5)
+    stranger = sha256_of(path)
+
+    found = verdicts(fleet.start(checkpoint=replace(SPEC, sha256=sha256_of(served))))
+
+    assert found == [("another model", True)]
+    assert {sha256_of(file) for file in path.parent.glob("*.safetensors")} == {sha256_of(served), stranger}
+    assert sha256_of(path) == sha256_of(served)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "other bytes"])
+def test_a_damaged_file_from_a_url_is_had_again(fleet: Fleet, harm: str) -> None:
+    served = sdxl_lora(fleet.folder / "served/own.safetensors", 8)
+    worker = fleet.start(checkpoint=None)
+    model = fetch(worker, ModelRef(ModelKind.LORA, url=fleet.civitai.storage.publish(served), name="My own"))
+    with model.path.open("r+b") as file:
+        if harm == "cut short":
+            file.truncate(1000)
+        else:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"xxxxx")
+
+    found = verdicts(worker)
+
+    assert found == [("damaged", True)]
+    assert sha256_of(model.path) == sha256_of(served)
+
+
 def test_a_lora_of_another_family_is_refused_and_an_unknown_one_comes_with_a_warning(fleet: Fleet) -> None:
     fleet.serve_checkpoint()
     fleet.serve(15, sd15_lora(fleet.folder / "sd15.safetensors", 1), base_model="SD 1.5")
