@@ -15,9 +15,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -80,6 +79,7 @@ class Worker:
         )
         self.generator = Generator(self._webui, self.readiness, generation_timeout=config.generation_timeout)
         self.gpu = Turns()
+        self._preparing: list[Story] = []  # in the order in which they came
         self.shutdown = Shutdown(config.shutdown_grace)
         self.lookout = Lookout(
             config.worker_state_file,
@@ -144,14 +144,24 @@ class Worker:
             async with telling(str(job["id"]), deadline, self._threads, self._status) as story:
                 yield story
 
-    def models_of(self, request: GenerationRequest, story: Story) -> AbstractContextManager[Held]:
-        """The LoRAs of a job, to be held while it runs."""
-        return self.models.hold(
-            [wish.ref for wish in request.loras],
-            on_progress=story.report,
-            deadline=story.deadline,
-            tolerate=request.on_lora_error is OnLoraError.WARN,
-        )
+    @contextlib.contextmanager
+    def models_of(self, request: GenerationRequest, story: Story) -> Iterator[Held]:
+        """The LoRAs of a job, to be held while it runs. Of the jobs that prepare, the line is the oldest one's first:
+        it is the one that the GPU waits for, or will next."""
+        self._preparing.append(story)
+        try:
+            with self.models.hold(
+                [wish.ref for wish in request.loras],
+                on_progress=story.report,
+                deadline=story.deadline,
+                tolerate=request.on_lora_error is OnLoraError.WARN,
+                foreground=lambda: self._preparing[0] is story,
+            ) as held:
+                self._preparing.remove(story)
+                yield held
+        finally:
+            with contextlib.suppress(ValueError):
+                self._preparing.remove(story)
 
     def jobs_in_flight(self, _current: int) -> int:
         """How many jobs the SDK may hold: its `concurrency_modifier`, which it calls in its loop before every take."""
