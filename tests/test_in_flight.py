@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from a1111_worker.domain import Deadline, unreported
+from a1111_worker.request import parse_request
+from a1111_worker.story import Story
+from handler import Worker
 from sandbox import civitai as c
 from sandbox.server import Exchange
 from tests.world import DETAIL, HAND, SMALL, World, world
@@ -72,6 +78,51 @@ def test_a_download_of_one_does_not_keep_the_gpu_from_another(it: World) -> None
         assert "error" not in await slow
 
     play(it, scene())
+
+
+class Line:
+    """In place of the cache: tells who asked for it when two have come, and again when the first one has left."""
+
+    def __init__(self) -> None:
+        self.first: list[bool] = []
+        self.second: list[bool] = []
+        self._came = 0
+        self.begun, self._two, self._one_left = threading.Event(), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def hold(self, refs: Any, *, foreground: Callable[[], bool], **more: Any) -> Iterator[None]:
+        self._came += 1
+        self.begun.set()
+        if self._came == 1:
+            self._two.wait(20)
+            self.first.append(foreground())
+            yield
+            self._one_left.set()
+            return
+        self.second.append(foreground())
+        self._two.set()
+        self._one_left.wait(20)
+        self.second.append(foreground())
+        yield
+
+
+def test_of_those_that_prepare_the_oldest_has_the_line_first(it: World) -> None:
+    line: Any = Line()
+    worker = Worker(it.config(), models=line)
+    request = parse_request({"prompt": "a lighthouse"}, worker.limits)
+
+    def prepare(name: str) -> None:
+        with ThreadPoolExecutor() as pool, worker.models_of(request, Story(name, Deadline(), unreported, pool)):
+            pass
+
+    threads = [threading.Thread(target=prepare, args=(name,)) for name in ("first", "second")]
+    threads[0].start()
+    line.begun.wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join(20)
+
+    assert (line.first, line.second) == ([True], [False, True])
 
 
 def test_one_that_waits_and_is_cancelled_is_simply_gone(it: World) -> None:
