@@ -265,7 +265,7 @@ class Registry:
     def _from(self, sidecar: Path, shelf: Shelf, file: str) -> Record | None:
         try:
             found = os.stat(sidecar)  # noqa: PTH116 - the fast path
-            model = os.stat(shelf.path(file))  # noqa: PTH116
+            model = os.stat(shelf.path(file))  # noqa: PTH116 - the same
         except OSError:
             return None
         state = (found.st_mtime_ns, found.st_size, found.st_ino)

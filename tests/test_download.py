@@ -177,9 +177,9 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 def _open_parts() -> list[str]:
     found = []
-    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers, some gone by the next line
         with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115
+            found.append(os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115 - what it leads to need not exist
     return [name for name in found if name.endswith(".part")]
 
 
