@@ -228,3 +228,59 @@ def test_a_request_is_never_changed() -> None:
     composed(request, model("x_7", 7))
 
     assert json.dumps(dict(request.body)) == before
+
+
+HIRES = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5}
+
+
+def test_a_hires_scheduler_is_sent_as_the_webui_spells_it_with_and_without_a_sampler() -> None:
+    alone = resolve(parse(hr_scheduler="karras", **HIRES), lists()).body
+    combined = resolve(parse(hr_sampler_name="dpm++ 2m exponential", **HIRES), lists()).body
+
+    assert alone["hr_scheduler"] == "Karras"
+    assert (combined["hr_sampler_name"], combined["hr_scheduler"]) == ("DPM++ 2M", "Exponential")
+
+
+def test_a_style_that_brings_a_lora_keeps_the_loras_of_the_job() -> None:
+    request = resolve(parse(styles=["detailed"], loras=[{"version_id": 7, "scale": 0.5}]), lists(styles=STYLES))
+
+    assert [(wish.ref.version_id, wish.scale) for wish in request.loras] == [(7, 0.5), (135867, 0.4)]
+    assert any("detailed" in warning for warning in request.warnings)
+
+
+def test_a_style_that_brings_a_lora_is_for_the_second_pass_too_and_only_where_it_has_a_prompt() -> None:
+    own = resolve(parse(styles=["plain", "detailed"], hr_prompt="sharper", **HIRES), lists(styles=STYLES)).body
+    same = resolve(parse(styles=["plain", "detailed"], **HIRES), lists(styles=STYLES)).body
+
+    assert own["hr_prompt"] == "photo of sharper, film grain, <lora:detail_tweaker_xl:0.4>"
+    assert "hr_prompt" not in same  # the WebUI takes the first pass's prompt
+
+
+def test_a_tag_of_a_style_that_cannot_be_used_is_a_complaint() -> None:
+    bad = {"bad": {"name": "bad", "prompt": "<lora:fine:1> <lora:x:much>", "negative_prompt": ""}}
+
+    with pytest.raises(InvalidRequest, match="its weight must be a number"):
+        resolve(parse(styles=["bad"]), lists(styles=bad))
+
+
+def test_the_weights_of_a_tag_stay_as_the_caller_wrote_them() -> None:
+    request = parse(prompt="a <lora:some_style_7:0.3:0.8> lighthouse")
+
+    assert composed(request, model("some_style_7", 7))["prompt"] == "a <lora:some_style_7:0.3:0.8> lighthouse"
+
+
+def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
+    request = parse(prompt="a <lora:My Style:0.5> lighthouse", loras=[{"name": "my style", "scale": 0.8}])
+
+    body = composed(request, *(model("my style") for _ in request.loras))
+
+    assert body["prompt"] == "a <lora:my style:0.8> lighthouse"
+
+
+def test_two_loras_of_urls_that_cannot_be_had_are_both_told() -> None:
+    limits = Limits(model_hosts=("https://cdn.example.com",))
+    urls = [{"url": f"https://cdn.example.com/{name}"} for name in "ab"]
+    request = parse_request({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
+    failures = {wish.ref: ModelNotFound("it is gone") for wish in request.loras}
+
+    assert len(compose(request, {}, failures).loras) == 2

@@ -182,3 +182,35 @@ def test_a_lora_that_was_not_loaded_is_a_warning_where_the_job_says_so() -> None
 def test_without_loras_there_are_no_hashes() -> None:
     assert lora_hashes({"extra_generation_params": {}}) == {}
     assert lora_hashes({}) == {}
+
+
+def test_a_script_decides_over_samplers_and_how_many_pictures_but_not_whether() -> None:
+    plot = {"script_name": "x/y/z plot", "sampler_name": "Euler a"}
+    found = answer(images=["iVBORw0KGgoAAAA"] * 3, info={"sampler_name": "DPM++ 2M"})
+
+    assert prove(found, Plan(plot), CHECKPOINT).answer is found
+    with pytest.raises(GenerationFailed, match="without a picture"):
+        prove(answer(images=[]), Plan(plot), CHECKPOINT)
+
+
+def test_more_pictures_than_asked_for_are_not_the_jobs() -> None:
+    with pytest.raises(GenerationFailed):
+        prove(answer(images=["iVBORw0KGgoAAAA"] * 2), Plan({}), CHECKPOINT)
+
+
+def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
+    gone = AppliedLora(name="gone", scale=1.0, model=None, loaded=False)
+
+    generation = prove(answer(), Plan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
+
+    assert generation.warnings == ("it was left out",)
+
+
+@pytest.mark.parametrize("picture", ["iVBORw0KGgoÄ", "iVBORw0KGgo\u2028"])
+def test_a_picture_that_is_no_base64_is_none(picture: str) -> None:
+    with pytest.raises(GenerationFailed, match="no PNG"):
+        prove(answer(images=[picture]), Plan({}), CHECKPOINT)
+
+
+def test_a_seed_that_is_no_number_is_no_seed() -> None:
+    assert prove(answer(info={"all_seeds": [42, None, "x"]}), Plan({}), CHECKPOINT).seeds == (42,)
