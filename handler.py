@@ -20,19 +20,20 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
-from a1111_worker import logs, memory
+from a1111_worker import logs
 from a1111_worker.config import Config, settle_sdk
-from a1111_worker.delivery import Bucket, Delivery, save_pictures
+from a1111_worker.delivery.deliver import Bucket, Delivery, save_pictures
 from a1111_worker.domain import Deadline, GenerationRequest, OnLoraError, Run, Stage
 from a1111_worker.errors import ConfigError, Internal, WebUINotReady, WorkerError
-from a1111_worker.generation import Generator, Started
-from a1111_worker.lookout import Lookout
-from a1111_worker.progress import StatusPage
-from a1111_worker.readiness import Readiness, Waits
-from a1111_worker.request import Limits, parse_request
-from a1111_worker.story import Shutdown, Story, Turns, seconds_for, telling
-from a1111_worker.supervisor import Supervisor
-from a1111_worker.webui import WebUI
+from a1111_worker.job import memory
+from a1111_worker.job.health import Lookout
+from a1111_worker.job.run import Shutdown, Story, Turns, seconds_for, telling
+from a1111_worker.job.status import StatusPage
+from a1111_worker.request.parse import Limits, parse_request
+from a1111_worker.webui.client import WebUI
+from a1111_worker.webui.generation import Generator, Started
+from a1111_worker.webui.readiness import Readiness, Waits
+from a1111_worker.webui.supervisor import Supervisor
 from model_manager import Held, ModelManager, open_manager
 
 log = logging.getLogger("worker")

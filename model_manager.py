@@ -28,13 +28,13 @@ from a1111_worker.catalog import LORAS
 from a1111_worker.config import Config
 from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Progress, Report, unreported
 from a1111_worker.errors import ConfigError, DownloadFailed, JobCancelled, ModelError, VolumeFull, WorkerError
-from a1111_worker.eviction import Entry
-from a1111_worker.library import CheckpointSpec
-from a1111_worker.manager import Held, ModelManager
+from a1111_worker.models.cache import CheckpointSpec
+from a1111_worker.models.eviction import Entry
+from a1111_worker.models.manager import Held, ModelManager
 
 if TYPE_CHECKING:
-    from a1111_worker.civitai import Waits
-    from a1111_worker.segments import Tuning
+    from a1111_worker.models.civitai import Waits
+    from a1111_worker.transfer.ranges import Tuning
 
 T = TypeVar("T")
 
@@ -48,10 +48,10 @@ def open_manager(
 
     `waits` are CivitAI's periods, `tuning` the downloads'; None are the measured defaults.
     """
-    from a1111_worker.civitai import CivitAI, Waits
-    from a1111_worker.download import Downloader
-    from a1111_worker.hosts import HostPolicy
-    from a1111_worker.references import BadReference, parse_reference
+    from a1111_worker.models.civitai import CivitAI, Waits
+    from a1111_worker.models.references import BadReference, parse_reference
+    from a1111_worker.transfer.download import Downloader
+    from a1111_worker.transfer.egress import HostPolicy
 
     policy = HostPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls))
     try:
@@ -204,7 +204,7 @@ class _Command:
         return 0
 
     def _fetch(self) -> int:
-        from a1111_worker.references import BadReference, parse_reference
+        from a1111_worker.models.references import BadReference, parse_reference
 
         kind = ModelKind(self._options.kind)
         refs: dict[ModelRef, str] = {}

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from a1111_worker import catalog
 from a1111_worker.domain import BucketSettings
 from a1111_worker.errors import ConfigError
-from a1111_worker.hosts import STORAGE_HOSTS, HostRefused, parse_origin
+from a1111_worker.transfer.egress import STORAGE_HOSTS, HostRefused, parse_origin
 
 T = TypeVar("T")
 

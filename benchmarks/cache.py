@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.civitai import CivitAI
 from a1111_worker.domain import Deadline, ModelKind, ModelRef
-from a1111_worker.download import Downloader
-from a1111_worker.hosts import HostPolicy
-from a1111_worker.manager import ModelManager
-from a1111_worker.registry import Record
+from a1111_worker.models.civitai import CivitAI
+from a1111_worker.models.manager import ModelManager
+from a1111_worker.models.sidecars import Record
+from a1111_worker.transfer.download import Downloader
+from a1111_worker.transfer.egress import HostPolicy
 from benchmarks.report import Row, run
 from sandbox.models import sdxl_lora, sha256_of
 

@@ -261,8 +261,8 @@ def _client(arguments: Sequence[str]) -> dict[str, Any]:
     if name == "requests":
         return _timed(lambda: _with_requests(f"{url}/big", Path(out)))
     from a1111_worker.domain import Deadline
-    from a1111_worker.download import Downloader
-    from a1111_worker.hosts import HostPolicy
+    from a1111_worker.transfer.download import Downloader
+    from a1111_worker.transfer.egress import HostPolicy
 
     asked: list[bool] = []
 

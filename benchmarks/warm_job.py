@@ -20,7 +20,7 @@ from functools import partial
 import requests
 
 from a1111_worker.config import Config
-from a1111_worker.pictures import is_blank
+from a1111_worker.images import is_blank
 from benchmarks.place import place
 from benchmarks.report import Row, run
 from handler import Worker

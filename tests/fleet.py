@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.civitai import CivitAI as Client
-from a1111_worker.civitai import Waits
 from a1111_worker.domain import Deadline, ModelKind, ModelRef
-from a1111_worker.download import Downloader
-from a1111_worker.hosts import HostPolicy
-from a1111_worker.library import CheckpointSpec
-from a1111_worker.manager import ModelManager
-from a1111_worker.segments import Tuning
+from a1111_worker.models.cache import CheckpointSpec
+from a1111_worker.models.civitai import CivitAI as Client
+from a1111_worker.models.civitai import Waits
+from a1111_worker.models.manager import ModelManager
+from a1111_worker.transfer.download import Downloader
+from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.ranges import Tuning
 from sandbox.civitai import CivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.server import Exchange

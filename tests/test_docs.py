@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from a1111_worker import errors
-from a1111_worker.answers import Delivered, answer_of
 from a1111_worker.catalog import LORAS
-from a1111_worker.civitai import POLICY
 from a1111_worker.config import SETTINGS
+from a1111_worker.delivery.answer import Delivered, answer_of
 from a1111_worker.domain import AppliedLora, Deadline, Generation, Model, ModelKind, OutputOptions, Run, Stage
-from a1111_worker.fields import MAX_LORAS, OUTPUT, OVERRIDABLE, FieldClass, Limits, fields
-from a1111_worker.registry import Record
-from a1111_worker.request import parse_request
+from a1111_worker.models.civitai import POLICY
+from a1111_worker.models.sidecars import Record
+from a1111_worker.request.parse import parse_request
+from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE, FieldClass, Limits, fields
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from a1111_worker import logs
 from a1111_worker.errors import CheckpointNotLoaded, WebUINotReady
-from a1111_worker.webui import WebUI
+from a1111_worker.webui.client import WebUI
 from handler import Worker
 from sandbox import civitai as c
 from sandbox.models import sd15_lora, sdxl_lora

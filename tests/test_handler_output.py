@@ -14,7 +14,7 @@ import requests
 from PIL import Image
 
 from tests.buckets import KEY_ID, SECRET, Fault, Line, Storage, storage
-from tests.test_pictures import infotext_of
+from tests.test_images import infotext_of
 from tests.world import DETAIL, World, world
 
 

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from a1111_worker.domain import Deadline, unreported
-from a1111_worker.request import parse_request
-from a1111_worker.story import Story
+from a1111_worker.job.run import Story
+from a1111_worker.request.parse import parse_request
 from handler import Worker
 from sandbox import civitai as c
 from sandbox.server import Exchange

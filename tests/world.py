@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from a1111_worker import civitai as civitai_client
 from a1111_worker.config import Config
-from a1111_worker.readiness import Waits
-from a1111_worker.segments import Tuning
+from a1111_worker.models import civitai as civitai_client
+from a1111_worker.transfer.ranges import Tuning
+from a1111_worker.webui.readiness import Waits
 from handler import Worker
 from model_manager import ModelManager, open_manager
 from sandbox.civitai import CivitAI

@@ -1,0 +1,383 @@
+"""The one table of what a job may contain: `fields`, and of the WebUI's settings it may override: `OVERRIDABLE`.
+
+Every field of the txt2img body of A1111 1.9.3 and 1.10.1 is in one of four classes: ours, passed as it is, checked
+later against the WebUI's live lists, or refused with its reason. Whatever A1111 answers with a 500 is out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from a1111_worker.domain import DeliveryMode, OnLoraError, OutputOptions, PictureFormat
+from a1111_worker.request.values import (
+    MAX_PROBLEMS,
+    Value,
+    Wrong,
+    any_list,
+    any_object,
+    flag,
+    list_of,
+    multiple_of_8,
+    number,
+    object_of,
+    one_of,
+    said,
+    shown,
+    squashed,
+    text,
+    unlike,
+    whole,
+)
+from a1111_worker.webui.samplers import nearest
+
+MAX_LORAS = 16
+MAX_PROMPT = 20_000  # bytes of UTF-8
+MAX_NAME = 200
+MAX_STYLES = 32
+MAX_SEED = 2**32 - 1
+MIN_SIDE = 64
+MAX_SIDE = 2048
+MAX_CFG = 100
+MAX_SAMPLING = 1000  # eta and the s_ parameters: A1111's own sliders end at 999
+
+LORA_SCALE = number(-10, 10)
+LORA_KEYS = ("url", "version_id", "name", "hash", "scale")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows. `model_hosts` are the origins of MODEL_HOSTS; `has_bucket` is whether one is set up."""
+
+    max_steps: int = 150
+    max_pixels: int = 4_194_304
+    max_images: int = 16
+    model_hosts: tuple[str, ...] = ()
+    has_bucket: bool = False
+
+
+class FieldClass(str, Enum):
+    """What becomes of a field."""
+
+    OURS = "ours"
+    PASSED = "passed"
+    CHECKED = "checked"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a job's input. `reason` is why a refused one is, `harmless` what of it changes nothing: dropped.
+
+    `is_a1111s` is False for what only this worker knows.
+    """
+
+    kind: FieldClass
+    value: Value
+    reason: str = ""
+    harmless: tuple[bool | str, ...] = ()
+    is_a1111s: bool = True
+
+
+@lru_cache(maxsize=8)
+def fields(limits: Limits) -> Mapping[str, Field]:
+    """Every field a job may contain, and those it may not with the reason why."""
+    ours, passed, checked = FieldClass.OURS, FieldClass.PASSED, FieldClass.CHECKED
+    side = multiple_of_8(MIN_SIDE, MAX_SIDE)
+    first_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(0,))
+    noise_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(-1, 0))
+    hires_side = multiple_of_8(MIN_SIDE, limits.max_pixels // MIN_SIDE // 8 * 8, or_else=(0,))
+    seed = whole(-1, MAX_SEED)
+    images = whole(1, limits.max_images)
+    sampling = number(0, MAX_SAMPLING)
+    share = number(0, 1)
+    prompt = text(MAX_PROMPT, blank=True)
+    name = text(MAX_NAME, blank=True)
+    return {
+        "prompt": Field(ours, text(MAX_PROMPT)),
+        "negative_prompt": Field(ours, prompt),
+        "steps": Field(ours, whole(1, limits.max_steps)),
+        "cfg_scale": Field(ours, number(0, MAX_CFG)),
+        "width": Field(ours, side),
+        "height": Field(ours, side),
+        "seed": Field(ours, seed),
+        "override_settings": Field(ours, _settings()),
+        "sampler_name": Field(checked, name),
+        "scheduler": Field(checked, name),
+        "sampler_index": Field(checked, name),
+        "batch_size": Field(passed, images),
+        "n_iter": Field(passed, images),
+        "styles": Field(checked, list_of(text(MAX_NAME), MAX_STYLES, "names of styles")),
+        "subseed": Field(passed, seed),
+        "subseed_strength": Field(passed, share),
+        "seed_resize_from_h": Field(passed, noise_side),
+        "seed_resize_from_w": Field(passed, noise_side),
+        "restore_faces": Field(passed, flag()),
+        "tiling": Field(passed, flag()),
+        "eta": Field(passed, sampling),
+        "s_min_uncond": Field(passed, sampling),
+        "s_churn": Field(passed, sampling),
+        "s_tmax": Field(passed, sampling),
+        "s_tmin": Field(passed, sampling),
+        "s_noise": Field(passed, sampling),
+        # Below 0.01 A1111 plans (steps / strength) steps: 2.5 million of them for 0.00001.
+        "denoising_strength": Field(passed, number(0.01, 1, or_else=(0,))),
+        "enable_hr": Field(passed, flag()),
+        "firstphase_width": Field(passed, first_side),
+        "firstphase_height": Field(passed, first_side),
+        "hr_scale": Field(passed, number(1, 8)),
+        "hr_upscaler": Field(checked, name),
+        "hr_second_pass_steps": Field(passed, whole(0, limits.max_steps)),
+        "hr_resize_x": Field(passed, hires_side),
+        "hr_resize_y": Field(passed, hires_side),
+        "hr_sampler_name": Field(checked, name),
+        "hr_scheduler": Field(checked, name),
+        "hr_prompt": Field(passed, prompt),
+        "hr_negative_prompt": Field(passed, prompt),
+        "refiner_switch_at": Field(passed, share),
+        "comments": Field(passed, any_object()),
+        "script_name": Field(checked, name),
+        "script_args": Field(passed, any_list()),
+        "alwayson_scripts": Field(checked, object_of(_always_on, 'an object like {"a script\'s name": {"args": […]}}')),
+        "loras": Field(ours, replace(any_list(), takes=f"a list of at most {MAX_LORAS} LoRAs"), is_a1111s=False),
+        "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_a1111s=False),
+        "clip_skip": Field(ours, OVERRIDABLE["CLIP_stop_at_last_layers"].value, is_a1111s=False),
+        "vae": Field(ours, name, is_a1111s=False),
+        "output": Field(ours, _output(has_bucket=limits.has_bucket), is_a1111s=False),
+        "allow_blank": Field(ours, flag(), is_a1111s=False),
+        **_refused(),
+    }
+
+
+BLANK_IS_ABSENT = ("sampler_name", "scheduler", "sampler_index", "hr_upscaler", "script_name", "vae")
+"""Fields in which A1111's clients send "" for what they leave alone."""
+
+SAME_AS_FIRST_PASS = {"hr_sampler_name": ("", "use same sampler"), "hr_scheduler": ("", "use same scheduler")}
+"""What A1111's own page says for "as in the first pass"; its API would take that for a name and fail."""
+
+_A_CHECKPOINT = "the checkpoint is this worker's, not the job's"
+_A_FILE = "nothing is kept on the worker's disk"
+
+
+def _refused() -> dict[str, Field]:
+    def text_field(reason: str, *harmless: str, is_a1111s: bool = True) -> Field:
+        return Field(FieldClass.REFUSED, text(MAX_NAME), reason, harmless, is_a1111s)
+
+    def flag_field(harmless: bool, reason: str) -> Field:
+        return Field(FieldClass.REFUSED, flag(), reason, (harmless,))
+
+    return {
+        "refiner_checkpoint": text_field(_A_CHECKPOINT, "", "None", "none"),
+        "hr_checkpoint_name": text_field(_A_CHECKPOINT, "", "Use same checkpoint"),
+        "checkpoint": text_field(_A_CHECKPOINT, is_a1111s=False),
+        "model": text_field(_A_CHECKPOINT, is_a1111s=False),
+        "sd_model": text_field(_A_CHECKPOINT, is_a1111s=False),
+        "sd_model_checkpoint": text_field(_A_CHECKPOINT, is_a1111s=False),
+        "override_settings_restore_afterwards": flag_field(True, "a job's settings end with the job"),
+        "infotext": text_field("it sets other fields unseen; give each of them by its name", ""),
+        "disable_extra_networks": flag_field(False, "the WebUI would go on with the LoRAs of the job before"),
+        "send_images": flag_field(True, "the pictures are the answer"),
+        "save_images": flag_field(False, _A_FILE),
+        "do_not_save_samples": flag_field(True, _A_FILE),
+        "do_not_save_grid": flag_field(True, _A_FILE),
+        # 1.9.3 and 1.10.1 hand the text on as it is, and fail where they take it for a picture.
+        "firstpass_image": text_field("the WebUI's API does not decode it, and fails", ""),
+        "force_task_id": text_field("the worker names its own tasks", ""),
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of the WebUI that a job may override. `default` is A1111's own, set once when the worker starts.
+
+    The WebUI restores after a job only what was set before it: without that a job's settings leak into the next one.
+    """
+
+    default: bool | float | str
+    value: Value
+
+
+OVERRIDABLE: Mapping[str, Setting] = {
+    "CLIP_stop_at_last_layers": Setting(1, whole(1, 12)),
+    "sd_vae": Setting("Automatic", text(MAX_NAME)),
+    "emphasis": Setting("Original", one_of("None", "Ignore", "Original", "No norm")),
+    "comma_padding_backtrack": Setting(20, whole(0, 74)),
+    "randn_source": Setting("GPU", one_of("GPU", "CPU", "NV")),
+    "eta_noise_seed_delta": Setting(0, whole(0, MAX_SEED)),
+    "eta_ancestral": Setting(1.0, number(0, 1)),
+    "eta_ddim": Setting(0.0, number(0, 1)),
+    "s_churn": Setting(0.0, number(0, 100)),
+    "s_tmin": Setting(0.0, number(0, 10)),
+    "s_tmax": Setting(0.0, number(0, 999)),
+    "s_noise": Setting(1.0, number(0, 1.1)),
+    "s_min_uncond": Setting(0.0, number(0, 15)),
+    "token_merging_ratio": Setting(0.0, number(0, 0.9)),
+    "token_merging_ratio_hr": Setting(0.0, number(0, 0.9)),
+    "sgm_noise_multiplier": Setting(False, flag()),
+    "always_discard_next_to_last_sigma": Setting(False, flag()),
+    "upcast_attn": Setting(False, flag()),
+}
+
+
+def _settings() -> Value:
+    def setting(name: str, value: object) -> object:
+        if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
+            raise Wrong(f"is refused: {_A_CHECKPOINT}")
+        if name not in OVERRIDABLE:
+            near = nearest(name, OVERRIDABLE, 1)
+            known = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE)}"
+            raise Wrong(f"is no setting that a job may override; {known}")
+        return None if value is None else OVERRIDABLE[name].value.check(value)
+
+    every = object_of(setting, "an object of settings a job may override")
+    # null means absent here too: A1111 would set the option to it, and fail.
+    return replace(every, check=lambda value: {key: one for key, one in every.check(value).items() if one is not None})
+
+
+OUTPUT: Mapping[str, Value] = {
+    "format": one_of(*(choice.value for choice in PictureFormat)),
+    "quality": whole(1, 100),
+    "delivery": one_of(*(choice.value for choice in DeliveryMode)),
+    "metadata": flag(),
+    "raw": flag(),
+}
+
+
+def _output(*, has_bucket: bool) -> Value:
+    """How a job wants its pictures; what is checked is `OutputOptions` already."""
+
+    def option(name: str, value: object) -> object:
+        if name not in OUTPUT:
+            raise Wrong(unknown_name(name, OUTPUT, _OUTPUT_ALIASES))
+        return None if value is None else OUTPUT[name].check(value)
+
+    every = object_of(option, 'an object like {"format": "webp", "quality": 90}')
+
+    def check(value: object) -> OutputOptions:
+        given = {name: one for name, one in every.check(value).items() if one is not None}
+        delivery = DeliveryMode(given.pop("delivery", DeliveryMode.AUTO))
+        if delivery is DeliveryMode.BUCKET and not has_bucket:
+            raise Wrong((".delivery", "is refused: this worker has no bucket"))
+        if delivery is DeliveryMode.BUCKET and given.get("raw"):
+            raise Wrong((".raw", "leaves no place for a bucket's links: they are in the worker block"))
+        return OutputOptions(PictureFormat(given.pop("format", PictureFormat.PNG)), delivery=delivery, **given)
+
+    return replace(every, check=check)
+
+
+_BUILT_IN = {  # always-on scripts of A1111 itself that set fields around the checks
+    "refiner": _A_CHECKPOINT,
+    "sampler": "use steps, sampler_name and scheduler",
+    "seed": "use seed, subseed and subseed_strength",
+    "extra options": "use override_settings",
+}
+
+
+def _always_on(name: str, value: object) -> dict[str, Any]:
+    if reason := _BUILT_IN.get(name.strip().casefold()):
+        raise Wrong(f"is refused: {reason}")
+    if not isinstance(value, dict):
+        raise unlike('an object like {"args": […]}', value)
+    unknown = islice((key for key in value if key != "args"), MAX_PROBLEMS)
+    problems = [(f".{shown(key)}", unknown_name(key, ("args",))) for key in unknown]
+    if "args" in value and not isinstance(value["args"], (list, tuple)):
+        problems.append((".args", f"must be a list, not {said(value['args'])}"))
+    if problems:
+        raise Wrong(*problems)
+    return dict(value)
+
+
+_ALIASES = {  # what people write who come from other APIs, without case and separators
+    "numinferencesteps": "steps",
+    "inferencesteps": "steps",
+    "samplingsteps": "steps",
+    "guidancescale": "cfg_scale",
+    "guidance": "cfg_scale",
+    "cfg": "cfg_scale",
+    "numimages": "batch_size",
+    "numimagesperprompt": "batch_size",
+    "numoutputs": "batch_size",
+    "samples": "batch_size",
+    "n": "n_iter",
+    "batchcount": "n_iter",
+    "iterations": "n_iter",
+    "sampler": "sampler_name",
+    "samplingmethod": "sampler_name",
+    "scheduletype": "scheduler",
+    "hires": "enable_hr",
+    "hiresfix": "enable_hr",
+    "enablehires": "enable_hr",
+    "upscaler": "hr_upscaler",
+    "hiresupscaler": "hr_upscaler",
+    "hiresscale": "hr_scale",
+    "upscaleby": "hr_scale",
+    "hiressteps": "hr_second_pass_steps",
+    "strength": "denoising_strength",
+    "denoise": "denoising_strength",
+    "lora": "loras",
+    "loraweights": "loras",
+    "clipstopatlastlayers": "clip_skip",
+    "sdvae": "vae",
+    "style": "styles",
+    "stylepreset": "styles",
+    "text": "prompt",
+    "uc": "negative_prompt",
+    "imagewidth": "width",
+    "imageheight": "height",
+    "script": "script_name",
+    "scripts": "alwayson_scripts",
+    "controlnet": "alwayson_scripts",
+    "settings": "override_settings",
+    "options": "override_settings",
+    "outputformat": "output",
+    "outputquality": "output",
+    "imageformat": "output",
+}
+_OUTPUT_ALIASES = {
+    "type": "format",
+    "mode": "delivery",
+    "infotext": "metadata",
+}
+_LORA_ALIASES = {
+    "weight": "scale",
+    "strength": "scale",
+    "multiplier": "scale",
+    "sha256": "hash",
+    "id": "version_id",
+    "modelversionid": "version_id",
+    "air": "url",
+    "urn": "url",
+    "path": "url",
+    "model": "url",
+    "title": "name",
+}
+_IMAGES_IN = frozenset({"initimages", "initimage", "image", "images", "mask", "inpaintimage", "controlimage"})
+
+
+def unknown_field(name: str, known: Mapping[str, Field]) -> str:
+    """The complaint about a field that no job has."""
+    if squashed(name) in _IMAGES_IN:
+        return "is unknown: this worker makes pictures from text alone (txt2img)"
+    usable = [one for one, field in known.items() if field.kind is not FieldClass.REFUSED]
+    return unknown_name(name, usable, _ALIASES)
+
+
+def unknown_lora_key(key: object) -> str:
+    """The complaint about a key that no LoRA has."""
+    return unknown_name(key, LORA_KEYS, _LORA_ALIASES)
+
+
+def unknown_name(name: object, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str:
+    """The complaint about a name that is none, with the one that was probably meant."""
+    written = str(name)[:60]
+    plain = squashed(written)
+    meant = (aliases or {}).get(plain) or next((one for one in known if squashed(one) == plain), None)
+    if meant is None:
+        meant = next(iter(nearest(written, known, 1)), None)
+    if meant is not None:
+        return f"is unknown; did you mean {meant!r}?"
+    return f"is unknown; known here: {', '.join(known)}" if len(known) < 8 else "is unknown"

@@ -1,0 +1,770 @@
+"""start.sh with real processes and signals; the WebUI, the worker and the GPU's tool are small programs on its PATH."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent.parent
+START = CHECKOUT / "start.sh"
+DEADLINE = 20.0  # seconds; only a failing test ever waits so long
+TOOLS = (
+    *("awk", "bash", "cat", "env", "ldconfig", "ln", "mkdir", "mv", "realpath", "rm", "sed", "setsid", "sleep"),
+    *("stdbuf", "timeout", "true"),
+)
+
+PROGRAM = """\
+import json, os, signal, subprocess, sys, time
+
+who = {"launch.py": "webui", "handler.py": "worker"}[os.path.basename(sys.argv[0])]
+plan = os.environ.get(who.upper() + "_PLAN", "serve")
+
+def tell(what, **more):
+    line = json.dumps({"who": who, "what": what, "pid": os.getpid(), **more}) + "\\n"
+    with open(os.environ["EVENTS"], "a") as events:
+        events.write(line)
+
+def on_term(*_):
+    tell("TERM")
+    if plan == "talk":
+        for number in range(500):
+            print("last words", number)
+    if plan != "stubborn":
+        tell("end")
+        sys.exit(0)
+
+signal.signal(signal.SIGTERM, on_term)
+child = subprocess.Popen(["sleep", "1000"]).pid if plan == "spawn" else None
+try:
+    state = open(os.environ.get("WEBUI_STATE_FILE", "/nowhere")).read().strip()
+except OSError:
+    state = None
+if plan == "talk":
+    print("hello")
+    print('{"level": "INFO", "message": "one object a line"}')
+tell("start", arguments=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), state=state, child=child)
+if plan.startswith("exit:"):
+    while who == "worker" and state and '"webui", "what": "start"' not in open(os.environ["EVENTS"]).read():
+        time.sleep(0.005)
+    sys.exit(int(plan[5:]))
+while True:
+    time.sleep(1000)
+"""
+
+PYTHON = """\
+#!/usr/bin/env bash
+case "$*" in
+  -c*xformers*) [[ "${XFORMERS:-yes}" == yes ]] ;;
+  -c*torch*) [[ -n "${TORCH_SAYS:-}" ]] && echo "$TORCH_SAYS" ;;
+  *) exec "$REAL_PYTHON" -S "$@" ;;
+esac
+"""
+
+
+class Container:
+    """A folder that looks to start.sh like the image, and a run of start.sh in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.events_file = folder / "events"
+        self.state_file = folder / "webui.state"
+        self.models = folder / "models"
+        self.webui_models = folder / "webui-models"
+        for tool in TOOLS:
+            found = shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+            assert found, f"these tests need {tool}"
+            self.bin.mkdir(parents=True, exist_ok=True)
+            (self.bin / tool).symlink_to(found)
+        for name in ("webui/launch.py", "worker/handler.py"):
+            (folder / name).parent.mkdir()
+            (folder / name).write_text(PROGRAM, encoding="utf-8")
+        self.program("python", PYTHON)
+        self.gpu("8.9")
+        self.program("ldconfig", "#!/usr/bin/env bash\n")
+        self.environment = {
+            "PATH": str(self.bin),
+            "EVENTS": str(self.events_file),
+            "REAL_PYTHON": sys.executable,
+            "WEBUI_DIR": str(folder / "webui"),
+            "WEBUI_PYTHON": str(self.bin / "python"),
+            "WORKER_DIR": str(folder / "worker"),
+            "WORKER_PYTHON": str(self.bin / "python"),
+            "WEBUI_STATE_FILE": str(self.state_file),
+            "WEBUI_MODELS_DIR": str(self.webui_models),
+            "MODELS_DIR": str(self.models),
+            "MODEL_SOURCES": str(folder / "source"),
+            "CHECKPOINT_FILE": "the.safetensors",
+            "SHUTDOWN_GRACE": "10",
+            "WEBUI_RESTART_BACKOFF": "0.01",
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).unlink(missing_ok=True)
+        (self.bin / name).write_text(text, encoding="utf-8")
+        (self.bin / name).chmod(0o755)
+
+    def gpu(self, capabilities: str | None) -> None:
+        """What nvidia-smi says; None: it fails, as without a driver."""
+        says = "exit 9" if capabilities is None else f"printf '{capabilities}\\n'"
+        self.program("nvidia-smi", f"#!/usr/bin/env bash\n{says}\n")
+
+    def start(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            # A background job of a shell ignores INT, and so would all that it starts, traps or not.
+            ["env", "--default-signal=INT", str(START), *arguments],
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for start.sh: its status, and what it wrote on stdout and stderr."""
+        assert self.process
+        output, errors = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, output, errors
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        self.start(*arguments, **environment)
+        return self.end()
+
+    def signal(self, number: int) -> None:
+        assert self.process
+        self.process.send_signal(number)
+
+    def functions(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a script that has sourced start.sh."""
+        return subprocess.run(
+            ["bash", "-c", f"source {START}\nsettle\n{script}"],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+
+    def events(self, who: str | None = None, what: str | None = None) -> list[dict[str, Any]]:
+        lines = self.events_file.read_text(encoding="utf-8").splitlines() if self.events_file.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [e for e in found if who in (None, e["who"]) and what in (None, e["what"])]
+
+    def event(self, who: str, what: str, number: int = 1) -> dict[str, Any]:
+        """Wait for the n-th of its kind."""
+        wait_until(lambda: len(self.events(who, what)) >= number, f"{what} of the {who}, number {number}")
+        return self.events(who, what)[number - 1]
+
+    def flags(self, **environment: str) -> list[str]:
+        """What the WebUI would be started with."""
+        done = self.functions('look_at_gpu && webui_flags "$(own_webui_port)"', **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.rstrip("\0").split("\0")
+
+    def put_checkpoint(self, place: str, *, proven: bool = True) -> Path:
+        path = self.folder / place / "the.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"weights")
+        if proven:
+            path.with_name(f"{path.name}.json").write_text("{}", encoding="utf-8")
+        return path
+
+    def clean(self) -> None:
+        """End what a test has left running."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.communicate(timeout=DEADLINE)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)  # the supervisor too, or it would start another WebUI
+                self.process.wait()
+        for event in self.events(what="start"):
+            for pid in (event["pid"], event["child"]):
+                if pid and is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Iterator[Container]:
+    container = Container(tmp_path)
+    yield container
+    container.clean()
+
+
+def wait_until(holds: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {DEADLINE:.0f} s for {what}"
+        time.sleep(0.005)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def value_of(flags: list[str], flag: str) -> str:
+    return flags[flags.index(flag) + 1]
+
+
+def test_sourcing_it_runs_nothing(container: Container) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"source {START}; declare -F main"], env=container.environment, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "main\n", "")
+    assert container.events() == []
+
+
+# The GPU
+
+GPUS = [
+    # nvidia-smi, xformers, torch, expected
+    ("8.6", "yes", "", "--xformers"),  # Ampere
+    ("9.0", "yes", "", "--xformers"),  # Hopper, the last one that A1111 lets xformers run on
+    ("10.0", "yes", "", "--opt-sdp-attention"),  # Blackwell: --xformers would be ignored in silence
+    ("12.0", "yes", "", "--opt-sdp-attention"),
+    ("5.2", "yes", "", "--opt-sdp-attention"),  # Maxwell: too old for it
+    ("8.9", "no", "", "--opt-sdp-attention"),  # an image without xformers
+    ("8.6\\n12.0", "yes", "", "--xformers"),  # two: A1111 uses the first
+    ("[N/A]", "yes", "7.5", "--xformers"),  # a driver that does not know the question: torch is asked
+    (None, "yes", "12.0", "--opt-sdp-attention"),  # nvidia-smi is broken, CUDA is not
+]
+
+
+@pytest.mark.parametrize(("says", "xformers", "torch", "expected"), GPUS)
+def test_the_gpu_decides_how_attention_is_computed(
+    container: Container, says: str | None, xformers: str, torch: str, expected: str
+) -> None:
+    container.gpu(says)
+
+    done = container.functions('look_at_gpu; echo "${gpu_flags[*]}"', XFORMERS=xformers, TORCH_SAYS=torch)
+
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n")
+
+
+@pytest.mark.parametrize("capabilities", [None, "no devices were found"])
+def test_without_a_gpu_it_ends_with_1_and_one_clear_line(container: Container, capabilities: str | None) -> None:
+    container.gpu(capabilities)
+
+    status, output, errors = container.run()
+
+    assert (status, output) == (1, "")
+    assert len(errors.splitlines()) == 1
+    assert "no GPU found" in errors
+    assert "ALLOW_CPU=1" in errors
+    assert container.events() == []
+
+
+def test_with_allow_cpu_it_starts_without_a_gpu(container: Container) -> None:
+    container.gpu(None)
+
+    flags = container.flags(ALLOW_CPU="1")
+
+    assert " ".join(flags).find("--use-cpu all --no-half ") > 0
+    assert "--skip-torch-cuda-test" in flags
+    assert "--xformers" not in flags
+
+
+def test_without_nvidia_smi_and_without_a_device_torch_is_not_even_asked(container: Container) -> None:
+    if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists():
+        pytest.skip("this machine has a GPU")
+    (container.bin / "nvidia-smi").unlink()
+
+    done = container.functions("look_at_gpu", TORCH_SAYS="8.6")
+
+    assert done.returncode == 1
+
+
+def test_with_a_gpu_nothing_is_computed_at_full_precision_but_the_vae(container: Container) -> None:
+    flags = container.flags(ALLOW_CPU="1")  # allows it, does not ask for it
+
+    assert "--no-half" not in flags
+    assert "--no-half-vae" in flags
+
+
+# What the WebUI is started with
+
+
+def test_the_webui_is_started_with_its_flags(container: Container) -> None:
+    container.put_checkpoint("models/checkpoints")
+
+    container.run(WORKER_PLAN="exit:0", WEBUI_ARGS="--medvram-sdxl")
+
+    assert container.event("webui", "start")["arguments"] == container.flags(WEBUI_ARGS="--medvram-sdxl")
+
+
+WARNED_OF = {
+    "--listen",  # every address
+    "--share",
+    "--api-server-stop",
+    "--disable-safe-unpickle",
+    "--enable-insecure-extension-access",
+    "--no-hashing",  # takes the proof of checkpoint and LoRA away
+    "--disable-nan-check",
+    "--no-half",
+}
+
+
+def test_the_webui_listens_on_loopback_alone(container: Container) -> None:
+    flags = container.flags()
+
+    assert {"--api", "--nowebui"} <= set(flags)
+    assert value_of(flags, "--server-name") == "127.0.0.1"
+    assert value_of(flags, "--port") == "3000"
+    assert not WARNED_OF & set(flags)
+
+
+def test_the_port_is_that_of_webui_url(container: Container) -> None:
+    assert value_of(container.flags(WEBUI_URL="http://localhost:3456/"), "--port") == "3456"
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+def test_a1111_knows_every_flag(container: Container, version: str) -> None:
+    known = json.loads((CHECKOUT / "sandbox" / "data" / version / "cmd-flags.json").read_bytes())
+    container.put_checkpoint("models/checkpoints")
+    container.gpu(None)
+
+    flags = container.flags(ALLOW_CPU="1")
+    flags += container.functions(
+        "attention_flag 8.9 yes; attention_flag 12.0 yes; echo --skip-load-model-at-start"
+    ).stdout.split()
+
+    asked = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    assert asked <= set(known)
+
+
+def test_the_webui_sees_the_folder_of_links(container: Container) -> None:
+    flags = container.flags()
+
+    for flag, folder in (("--ckpt-dir", "Stable-diffusion"), ("--lora-dir", "Lora"), ("--vae-dir", "VAE")):
+        assert value_of(flags, flag) == str(container.webui_models / folder)
+        assert (container.webui_models / folder).is_dir()
+
+
+def test_webui_args_come_last_and_are_split_at_spaces(container: Container) -> None:
+    flags = container.flags(WEBUI_ARGS="--medvram-sdxl  --port 3333\n--loglevel=*")
+
+    assert flags[-4:] == ["--medvram-sdxl", "--port", "3333", "--loglevel=*"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "models/checkpoints",  # the cache
+        "source/checkpoints",  # baked into the image, or a volume that is only read
+        "source/Stable-diffusion",
+        "source",
+    ],
+)
+def test_a_checkpoint_that_is_on_disk_is_loaded_at_once_under_the_workers_link(
+    container: Container, place: str
+) -> None:
+    path = container.put_checkpoint(place)
+
+    flags = container.flags()
+
+    link = container.webui_models / "Stable-diffusion" / "the.safetensors"
+    assert value_of(flags, "--ckpt") == str(link)
+    assert "--skip-load-model-at-start" not in flags
+    assert link.readlink() == path
+
+
+def test_the_workers_own_link_is_left_as_it_is(container: Container) -> None:
+    container.put_checkpoint("models/checkpoints")
+    elsewhere = container.put_checkpoint("elsewhere")
+    link = container.webui_models / "Stable-diffusion" / "the.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+
+    flags = container.flags()
+
+    assert value_of(flags, "--ckpt") == str(link)
+    assert link.readlink() == elsewhere
+
+
+def test_where_the_checkpoint_is_not_on_disk_nothing_else_is_loaded_first(container: Container) -> None:
+    flags = container.flags()
+
+    assert "--skip-load-model-at-start" in flags
+    assert "--ckpt" not in flags
+
+
+def test_a_checkpoint_that_was_never_proven_is_not_shown_to_the_webui(container: Container) -> None:
+    container.put_checkpoint("models/checkpoints", proven=False)
+
+    flags = container.flags()
+
+    assert "--skip-load-model-at-start" in flags
+    assert list((container.webui_models / "Stable-diffusion").iterdir()) == []
+
+
+def test_tcmalloc_is_for_the_webuis_process_alone(container: Container) -> None:
+    library = a_library()
+    container.program("ldconfig", ldconfig_says("/nowhere/libtcmalloc.so.4", library))
+
+    container.run(WORKER_PLAN="exit:0")
+
+    assert container.event("webui", "start")["environment"]["LD_PRELOAD"] == library
+    assert "LD_PRELOAD" not in container.event("worker", "start")["environment"]
+
+
+def test_without_tcmalloc_the_webui_starts_all_the_same(container: Container) -> None:
+    container.program("ldconfig", ldconfig_says("/nowhere/libtcmalloc.so.4"))
+
+    container.run(WORKER_PLAN="exit:0")
+
+    assert "LD_PRELOAD" not in container.event("webui", "start")["environment"]
+
+
+def ldconfig_says(*libraries: str) -> str:
+    lines = "".join(f"\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}\n" for library in libraries)
+    return f"#!/usr/bin/env bash\ncat <<'END'\n2 libs found in cache\n\tlibz.so.1 (libc6) => /libz.so.1\n{lines}END\n"
+
+
+def a_library() -> str:
+    """Any one that can be preloaded here."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return next(words[-1] for words in map(str.split, maps.splitlines()) if "/libc.so" in words[-1])
+
+
+def test_keys_are_not_the_webuis_business(container: Container) -> None:
+    keys = dict.fromkeys(
+        ("CIVITAI_API_KEY", "RUNPOD_AI_API_KEY", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"), "secret"
+    )
+
+    container.run(WORKER_PLAN="exit:0", **keys)
+
+    assert "secret" not in container.event("webui", "start")["environment"].values()
+    assert keys.items() <= container.event("worker", "start")["environment"].items()
+
+
+# The worker
+
+ARGUMENTS: list[tuple[list[str], Mapping[str, str], list[str]]] = [
+    # given, environment, what handler.py gets
+    ([], {}, ["--rp_serve_api", "--rp_api_host", "127.0.0.1"]),  # off RunPod: the SDK's API, for this machine alone
+    ([], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:1/?x"}, []),  # RunPod's queue
+    (["--test_input", '{"input": {}}'], {}, ["--test_input", '{"input": {}}']),  # whatever is asked for
+    (["--rp_serve_api", "--rp_api_host", "0.0.0.0"], {}, ["--rp_serve_api", "--rp_api_host", "0.0.0.0"]),
+]
+
+
+@pytest.mark.parametrize(("given", "environment", "expected"), ARGUMENTS)
+def test_arguments_go_to_the_handler(
+    container: Container, given: list[str], environment: Mapping[str, str], expected: list[str]
+) -> None:
+    container.run(*given, WORKER_PLAN="exit:0", **environment)
+
+    assert container.event("worker", "start")["arguments"] == expected
+
+
+def test_both_run_unbuffered_in_their_own_folder_and_process_group(container: Container) -> None:
+    container.start()
+    webui, worker = container.event("webui", "start"), container.event("worker", "start")
+
+    groups = {os.getpgid(event["pid"]) for event in (webui, worker)}
+
+    assert groups == {webui["pid"], worker["pid"]}
+    assert (webui["folder"], worker["folder"]) == (str(container.folder / "webui"), str(container.folder / "worker"))
+    assert {event["environment"]["PYTHONUNBUFFERED"] for event in (webui, worker)} == {"1"}
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_container_ends_with_the_worker_and_its_status(container: Container, status: int) -> None:
+    done, _, _ = container.run(WORKER_PLAN=f"exit:{status}")
+
+    assert done == status
+    assert not any(is_alive(event["pid"]) for event in container.events(what="start"))
+
+
+def test_a_worker_that_is_killed_ends_the_container_too(container: Container) -> None:
+    container.start()
+    worker = container.event("worker", "start")
+    container.event("webui", "start")
+
+    os.kill(worker["pid"], signal.SIGKILL)
+    status, _, _ = container.end()
+
+    assert status == 128 + signal.SIGKILL
+    assert container.events("webui", "TERM")
+
+
+def test_nothing_of_the_workers_process_group_outlives_it(container: Container) -> None:
+    container.start(WORKER_PLAN="spawn")
+    worker = container.event("worker", "start")
+
+    os.kill(worker["pid"], signal.SIGKILL)  # the SDK's ping process goes on reporting a healthy worker then
+    container.end()
+
+    assert not is_alive(worker["child"])
+
+
+def test_somebody_elses_webui_is_not_started_and_takes_no_gpu(container: Container) -> None:
+    container.gpu(None)
+
+    status, _, errors = container.run(WORKER_PLAN="exit:0", WEBUI_URL="http://10.0.0.7:3000")
+
+    assert status == 0
+    assert "http://10.0.0.7:3000" in errors
+    assert container.events("webui") == []
+    assert "WEBUI_STATE_FILE" not in container.event("worker", "start")["environment"]
+
+
+# The supervisor
+
+
+def test_the_pid_is_in_the_state_file_before_the_worker_starts(container: Container) -> None:
+    container.state_file.write_text("4242\n", encoding="utf-8")  # of an earlier life of this container
+
+    container.start()
+    webui, worker = container.event("webui", "start"), container.event("worker", "start")
+
+    assert worker["state"] == str(webui["pid"])
+    assert container.state_file.read_text(encoding="utf-8") == f"{webui['pid']}\n"
+    assert [path.name for path in container.folder.glob("webui.state*")] == ["webui.state"]
+
+
+def test_a_stale_health_of_the_worker_is_forgotten(container: Container) -> None:
+    health = container.folder / "worker.state.json"
+    health.write_text('{"state": "ready"}', encoding="utf-8")
+
+    container.run(WORKER_PLAN="exit:0", WORKER_STATE_FILE=str(health))
+
+    assert not health.exists()
+
+
+def test_a_webui_that_ends_is_started_again_and_the_worker_does_not_notice(container: Container) -> None:
+    container.start()
+    first = container.event("webui", "start")
+    container.event("worker", "start")
+
+    os.kill(first["pid"], signal.SIGKILL)
+    second = container.event("webui", "start", 2)
+
+    wait_until(lambda: container.state_file.read_text(encoding="utf-8") == f"{second['pid']}\n", "the new pid")
+    assert len(container.events("worker")) == 1
+
+
+def test_what_the_webui_left_in_its_process_group_is_gone_before_it_starts_again(container: Container) -> None:
+    container.start(WEBUI_PLAN="spawn")
+    first = container.event("webui", "start")
+
+    os.kill(first["pid"], signal.SIGKILL)
+    container.event("webui", "start", 2)
+
+    assert not is_alive(first["child"])
+
+
+def test_a_webui_that_ends_too_often_is_given_up_on_and_the_worker_is_told(container: Container) -> None:
+    container.start(WEBUI_PLAN="exit:0")
+
+    wait_until(lambda: container.state_file.exists() and "failed" in container.state_file.read_text(), "failed")
+    container.signal(signal.SIGTERM)
+    status, _, errors = container.end()
+
+    assert container.state_file.read_text(encoding="utf-8") == "failed\n"
+    assert len(container.events("webui", "start")) == 1 + 3
+    assert status == 143  # the worker ran until it was told to end
+    assert "given up on the WebUI" in errors
+    assert [line.split()[-2] for line in errors.splitlines() if "started again" in line] == ["0.01", "0.02", "0.04"]
+
+
+def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_is_told(container: Container) -> None:
+    (container.folder / "a file").touch()
+    folder = container.folder / "a file" / "webui-models"
+
+    container.start(WEBUI_MODELS_DIR=str(folder))
+    worker = container.event("worker", "start")
+    container.signal(signal.SIGTERM)
+    status, _, errors = container.end()
+
+    assert worker["state"] == "failed"
+    assert container.events("webui") == []
+    assert status == 143  # the worker ran until it was told to end, and could answer jobs
+    assert f"start | given up on the WebUI: WEBUI_MODELS_DIR={folder} cannot be made" in errors.splitlines()
+
+
+RESTARTS = [
+    # hundredths of a second at which it was restarted, now, the delay
+    ([], 100, "1"),
+    ([100], 200, "2"),
+    ([100, 200], 300, "4"),
+    ([100, 200, 300], 400, None),  # the window has had three
+    ([100, 200, 300], 60_100, "4"),  # the first of them left it a moment ago
+    ([100, 200, 300], 60_099, None),
+    ([100, 200, 300], 200_000, "1"),  # all long ago
+]
+
+
+@pytest.mark.parametrize(("restarts", "now", "delay"), RESTARTS)
+def test_three_restarts_in_ten_minutes_each_after_twice_the_time(
+    container: Container, restarts: list[int], now: int, delay: str | None
+) -> None:
+    script = f"restart_delay {now} {' '.join(map(str, restarts))}"
+
+    done = container.functions(script, WEBUI_RESTART_BACKOFF="1")
+
+    assert (done.returncode, done.stdout) == ((0, f"{delay}\n") if delay else (1, ""))
+
+
+# The end
+
+
+def test_term_goes_to_the_worker_first_and_to_the_webui_only_after_the_worker_has_ended(container: Container) -> None:
+    container.start()
+    container.event("webui", "start")
+    container.event("worker", "start")
+
+    container.signal(signal.SIGTERM)
+    status, _, _ = container.end()
+
+    assert status == 143
+    story = [(event["who"], event["what"]) for event in container.events() if event["what"] != "start"]
+    assert story == [("worker", "TERM"), ("worker", "end"), ("webui", "TERM"), ("webui", "end")]
+
+
+def test_an_interrupt_from_a_terminal_ends_it_the_same_way_and_no_line_is_lost(container: Container) -> None:
+    container.start(WORKER_PLAN="talk")
+    container.event("webui", "start")
+    container.event("worker", "start")
+
+    assert container.process
+    os.killpg(container.process.pid, signal.SIGINT)  # a terminal tells everything in the group, what prefixes lines too
+    status, output, _ = container.end()
+
+    assert status == 130
+    assert container.events("worker", "end")
+    assert container.events("webui", "end")
+    assert output.splitlines()[-1] == "worker | last words 499"
+
+
+def test_a_worker_that_does_not_end_is_killed_when_the_grace_is_over(container: Container) -> None:
+    container.start(WORKER_PLAN="stubborn", SHUTDOWN_GRACE="0.2")
+    worker = container.event("worker", "start")
+    container.event("webui", "start")
+
+    container.signal(signal.SIGTERM)
+    status, _, _ = container.end()
+
+    assert status == 143
+    assert container.events("worker", "TERM")
+    assert not is_alive(worker["pid"])
+    assert container.events("webui", "end")
+
+
+@pytest.mark.parametrize("seconds", ["20", "20.5", "20 ", " 20", "20\n"])  # the worker reads all of these too
+def test_blanks_around_the_grace_do_not_shorten_it(container: Container, seconds: str) -> None:
+    done = container.functions('sleep 0.5 & await_within "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
+
+    assert (done.stdout, done.stderr) == ("ended\n", "")  # read as 0.2 s it would have been killed before
+
+
+def test_a_webui_that_does_not_end_is_killed_without_a_word_of_bash(container: Container) -> None:
+    container.start(WEBUI_PLAN="stubborn")
+    webui = container.event("webui", "start")
+    container.event("worker", "start")
+
+    container.signal(signal.SIGTERM)
+    status, _, errors = container.end()
+
+    assert status == 143
+    assert [line for line in errors.splitlines() if not line.startswith("start | ")] == []
+    assert container.events("webui", "TERM")
+    assert not is_alive(webui["pid"])
+
+
+def test_no_webui_is_left_behind_by_a_supervisor_that_was_killed(container: Container) -> None:
+    container.start()
+    webui = container.event("webui", "start")
+    container.event("worker", "start")
+
+    os.kill(int(Path(f"/proc/{webui['pid']}/stat").read_text(encoding="utf-8").split()[3]), signal.SIGKILL)
+    container.signal(signal.SIGTERM)
+    status, _, _ = container.end()
+
+    assert status == 143
+    wait_until(lambda: not is_alive(webui["pid"]), "the WebUI's end")
+
+
+def test_term_ends_it_also_while_the_webui_waits_to_be_started_again(container: Container) -> None:
+    container.start(WEBUI_PLAN="exit:1", WEBUI_RESTART_BACKOFF="1000")
+    webui = container.event("webui", "start")
+    container.event("worker", "start")
+    wait_until(lambda: not is_alive(webui["pid"]), "the WebUI's end")
+
+    container.signal(signal.SIGTERM)
+    status, _, _ = container.end()
+
+    assert status == 143
+    assert len(container.events("webui", "start")) == 1
+
+
+def test_a_term_during_the_look_at_the_gpu_is_not_forgotten(container: Container) -> None:
+    looking = container.folder / "looking"
+    os.mkfifo(container.folder / "go")
+    container.program(
+        "nvidia-smi", f"#!/usr/bin/env bash\n: >{looking}\nread -r _ <{container.folder / 'go'}\necho 8.9\n"
+    )
+    container.start()
+    wait_until(looking.exists, "the look at the GPU")
+
+    container.signal(signal.SIGTERM)
+    (container.folder / "go").write_text("\n", encoding="utf-8")
+    status, _, _ = container.end()
+
+    assert status == 143
+    assert not container.state_file.exists()  # nothing was started any more
+
+
+# The log
+
+
+def test_every_line_says_whose_it_is_and_the_last_ones_are_not_lost(container: Container) -> None:
+    container.start(WORKER_PLAN="talk", WEBUI_PLAN="talk")
+    container.event("webui", "start")
+    container.event("worker", "start")
+
+    container.signal(signal.SIGTERM)
+    _, output, _ = container.end()
+
+    lines = output.splitlines()
+    for name in ("webui", "worker"):
+        said = [line.removeprefix(f"{name} | ") for line in lines if line.startswith(f"{name} | ")]
+        assert said == ["hello", *(f"last words {number}" for number in range(500))]
+
+
+@pytest.mark.parametrize(("webui", "logs"), [("http://127.0.0.1:3000", 2), ("http://10.0.0.7:3000", 1)])
+def test_the_container_does_not_end_before_its_log_is_written(container: Container, webui: str, logs: int) -> None:
+    real = (container.bin / "sed").readlink()
+    container.program("sed", f'#!/usr/bin/env bash\n{real} "$@"\nsleep 0.2\necho written\n')  # a slow reader
+    log = container.folder / "log"
+    environment = container.environment | {"WORKER_PLAN": "exit:0", "WEBUI_URL": webui}
+    with log.open("w") as file:
+        subprocess.run([START], env=environment, stdout=file, start_new_session=True, timeout=DEADLINE, check=True)
+
+    assert log.read_text(encoding="utf-8").count("written") == logs
+
+
+def test_an_object_of_json_stays_one(container: Container) -> None:
+    container.start(WORKER_PLAN="talk")
+    container.event("worker", "start")
+
+    container.signal(signal.SIGTERM)
+    _, output, _ = container.end()
+
+    assert '{"level": "INFO", "message": "one object a line"}' in output.splitlines()

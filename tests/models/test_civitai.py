@@ -1,0 +1,888 @@
+"""The client of CivitAI: which file is meant, what every answer means, and that the key stays where it belongs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_plus
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a1111_worker import __version__
+from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
+from a1111_worker.errors import (
+    DownloadFailed,
+    InvalidRequest,
+    JobCancelled,
+    JobTimeout,
+    ModelAccessDenied,
+    ModelError,
+    ModelNotFound,
+    ModelRejected,
+    WorkerError,
+)
+from a1111_worker.models.civitai import (
+    POLICY,
+    Answer,
+    CivitAI,
+    Refusal,
+    Waits,
+    choose_file,
+    newest_version,
+    refusal_of,
+    remote_file,
+    size_of,
+)
+from a1111_worker.transfer.egress import HostPolicy
+from sandbox import civitai as sandbox
+from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
+from sandbox.server import Exchange, Server
+
+KEY = "0123456789abcdef-the-key"
+LORA = ModelRef(ModelKind.LORA, version_id=135867)
+QUICK = Waits(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_many=1.0)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[sandbox.CivitAI]:
+    with sandbox.CivitAI(key=KEY) as service:
+        service.add(
+            135867,
+            sdxl_lora(tmp_path / "add-detail-xl.safetensors"),
+            name="Detail Tweaker XL",
+            model_id=122359,
+            file_id=99264,
+            trained_words=("detail", " more "),
+        )
+        yield service
+
+
+def client_of(*services: sandbox.CivitAI, key: str | None = KEY, waits: Waits = QUICK, **options: Any) -> CivitAI:
+    urls = [service.url for service in services]
+    policy = HostPolicy([*urls, *(service.storage.url for service in services)])
+    return CivitAI(policy=policy, urls=urls, key=key, waits=waits, **options)
+
+
+def asked_of(server: Server) -> list[str]:
+    return [
+        asked.path + ("?" if asked.query else "") + "&".join(map("=".join, asked.query.items()))
+        for asked in server.asked
+    ]
+
+
+def told(error: WorkerError) -> str:
+    return f"{error.sentence} | {error.hint}"
+
+
+# -- describe ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_is_described_by_its_metadata(service: sandbox.CivitAI) -> None:
+    path = service.versions[135867].files[0].path
+
+    remote = client_of(service).describe(LORA, Deadline())
+
+    assert remote == RemoteFile(
+        url=f"{service.url}/api/download/models/135867?fileId=99264",
+        name="Detail Tweaker XL",
+        version_id=135867,
+        file_id=99264,
+        primary=True,
+        size=path.stat().st_size,
+        size_at_most=path.stat().st_size,
+        sha256=sha256_of(path),
+        base_model="SDXL 1.0",
+        trained_words=("detail", "more"),
+    )
+
+
+def test_a_version_is_asked_for_once_while_it_is_remembered(service: sandbox.CivitAI, tmp_path: Path) -> None:
+    client, forgetful = client_of(service), client_of(service, remembered_for=0.0)
+
+    first = [client.describe(LORA, Deadline()) for _ in range(3)]
+    at_first = service.metadata_asked
+    second = [forgetful.describe(LORA, Deadline()) for _ in range(3)]
+
+    assert (at_first, service.metadata_asked) == (1, 4)
+    assert len({*first, *second}) == 1
+
+
+def test_a_model_without_a_version_is_its_newest_one_and_says_so(service: sandbox.CivitAI, tmp_path: Path) -> None:
+    older = service.add(99, sdxl_lora(tmp_path / "old.safetensors", seed=1), model_id=122359)
+    older.published_at = "2023-01-01T00:00:00.000Z"
+
+    remote = client_of(service).describe(ModelRef(ModelKind.LORA, model_id=122359), Deadline())
+
+    assert remote.version_id == 135867
+    assert "without a version: the newest one (135867)" in remote.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "listed", "fits"),
+    [
+        (ModelKind.LORA, "LORA", True),
+        (ModelKind.LORA, "LoCon", True),
+        (ModelKind.LORA, "DoRA", True),
+        (ModelKind.CHECKPOINT, "Checkpoint", True),
+        (ModelKind.LORA, "Checkpoint", False),
+        (ModelKind.CHECKPOINT, "LORA", False),
+        (ModelKind.LORA, "TextualInversion", False),
+        (ModelKind.CHECKPOINT, "VAE", False),
+    ],
+)
+def test_a_model_must_be_of_the_kind_that_was_asked_for(
+    kind: ModelKind, listed: str, fits: bool, service: sandbox.CivitAI
+) -> None:
+    service.versions[135867].model_type = listed
+    client, ref = client_of(service), ModelRef(kind, version_id=135867)
+
+    if fits:
+        assert client.describe(ref, Deadline()).version_id == 135867
+    else:
+        with pytest.raises(ModelRejected, match=f"CivitAI lists it as {listed}"):
+            client.describe(ref, Deadline())
+
+
+def test_a_version_that_may_not_be_downloaded_is_denied_before_a_link_is_asked_for(service: sandbox.CivitAI) -> None:
+    service.versions[135867].usage_control = "Generation"
+
+    with pytest.raises(ModelAccessDenied, match="has disabled its download"):
+        client_of(service).describe(LORA, Deadline())
+
+    assert service.links_given == 0
+
+
+def test_an_archived_version_is_not_found(service: sandbox.CivitAI) -> None:
+    service.versions[135867].archived = True
+
+    with pytest.raises(ModelNotFound, match="archived"):
+        client_of(service).describe(LORA, Deadline())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        sandbox.SERVER_ERROR,
+        sandbox.CLOUDFLARE_522,
+        sandbox.HTML_PAGE,
+        sandbox.RESET,
+        sandbox.BAD_REQUEST,
+        sandbox.Fault(200, b'{"id": 135867, "files": [', {"content-type": "application/json"}),
+        sandbox.Fault(200, b"[" * 100_000, {"content-type": "application/json"}),
+        sandbox.json_fault(200, ["no object"]),
+        sandbox.json_fault(200, {"id": 4711, "files": []}),  # another version's metadata
+        sandbox.redirect("http://127.0.0.1:9/elsewhere"),
+    ],
+)
+def test_a_file_without_metadata_is_tried_unseen_with_a_warning(
+    fault: sandbox.Fault, service: sandbox.CivitAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.fail(fault, times=None, on="/api/v1/")
+    wished = ModelRef(ModelKind.LORA, version_id=135867, size="full", fp="fp16", sha256="ab" * 32)
+    client = client_of(service)
+
+    remote = client.describe(wished, Deadline())
+
+    assert remote.url == f"{service.url}/api/download/models/135867?type=Model&format=SafeTensor&size=full&fp=fp16"
+    assert (remote.size, remote.sha256, remote.base_model, remote.file_id) == (None, "ab" * 32, None, None)
+    assert remote.warnings == (
+        "CivitAI could not be asked about CivitAI version 135867: only the file itself was checked",
+    )
+    assert "tried unseen" in caplog.text
+
+
+def test_an_unseen_file_is_linked_by_what_was_wished(service: sandbox.CivitAI, tmp_path: Path) -> None:
+    service.add(135867, sdxl_lora(tmp_path / "b.safetensors", seed=2), size="pruned", fp="fp16", file_id=7)
+    service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
+    client = client_of(service)
+
+    links = [
+        client.link(client.describe(ref, Deadline()), Deadline())
+        for ref in (
+            LORA,
+            dataclasses.replace(LORA, size="pruned", fp="fp16"),
+            dataclasses.replace(LORA, file_id=7),
+        )
+    ]
+
+    assert ["add-detail-xl" in link for link in links] == [True, False, False]
+
+
+def test_an_unseen_file_that_is_not_as_wished_is_any_model_file_of_its_version(service: sandbox.CivitAI) -> None:
+    service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
+    client = client_of(service)
+    wished = dataclasses.replace(LORA, size="pruned", fp="fp32")  # which it does not have
+
+    link = client.link(client.describe(wished, Deadline()), Deadline())
+
+    assert "add-detail-xl" in link
+
+
+def test_what_cannot_be_without_metadata_fails(service: sandbox.CivitAI) -> None:
+    service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
+
+    with pytest.raises(DownloadFailed, match=r"CivitAI failed when it was asked for CivitAI model 122359 \(500\)"):
+        client_of(service).describe(ModelRef(ModelKind.LORA, model_id=122359), Deadline())
+
+
+def test_a_file_of_another_host_is_its_url(service: sandbox.CivitAI) -> None:
+    client = CivitAI(policy=HostPolicy([service.url, "https://cdn.example.com"]), urls=[service.url], key=KEY)
+    ref = ModelRef(ModelKind.LORA, url="https://cdn.example.com/a/My%20style.safetensors?v=2", sha256="cd" * 32)
+
+    remote = client.describe(ref, Deadline())
+
+    assert remote == RemoteFile(url=ref.url or "", name="My style", sha256="cd" * 32)
+    assert client.link(remote, Deadline()) == ref.url
+    assert service.asked == []
+
+
+def test_a_url_of_a_host_that_is_not_listed_is_the_caller_s_error(service: sandbox.CivitAI) -> None:
+    ref = ModelRef(ModelKind.LORA, url="https://evil.example.com/a.safetensors?sig=secret")
+
+    with pytest.raises(InvalidRequest, match=r"https://evil\.example\.com is not among") as refused:
+        client_of(service).describe(ref, Deadline())
+
+    assert "secret" not in told(refused.value)
+
+
+def test_a_bare_name_is_not_civitai_s_to_find(service: sandbox.CivitAI) -> None:
+    with pytest.raises(ModelNotFound, match="'some style' is neither"):
+        client_of(service).describe(ModelRef(ModelKind.LORA, name="some style"), Deadline())
+
+
+# -- which file --------------------------------------------------------------------------------------------------------
+
+
+def a_file(file_id: int, **about: Any) -> dict[str, Any]:
+    """A file as /api/v1/model-versions/{id} shows it; `size`, `fp` and `format` are its metadata."""
+    metadata = {
+        "format": about.pop("format", "SafeTensor"),
+        "size": about.pop("size", None),
+        "fp": about.pop("fp", None),
+    }
+    return {
+        "id": file_id,
+        "name": f"{file_id}.safetensors",
+        "type": "Model",
+        "sizeKB": 1.5,
+        "pickleScanResult": "Success",
+        "virusScanResult": "Success",
+        "metadata": metadata,
+        "hashes": {"SHA256": f"{file_id:064X}"},
+    } | about
+
+
+FULL = a_file(1, size="full", fp="fp32")
+PRUNED = a_file(2, size="pruned", fp="fp16", primary=True)
+PRUNED_BF16 = a_file(3, size="pruned", fp="bf16")
+PICKLE = a_file(4, format="PickleTensor", name="4.ckpt", primary=True)
+VAE = a_file(5, type="VAE")
+OLD_PRUNED = a_file(6, type="Pruned Model")
+NAMED_CKPT = a_file(7, name="7.ckpt")
+TRAINING = a_file(8, type="Training Data", format="Other", name="8.zip")
+
+# Files, what the job says besides the version → the file, the beginning of a warning.
+CHOICES: list[tuple[list[dict[str, Any]], dict[str, Any], int, str | None]] = [
+    # nothing wished: the primary one, else the first
+    ([FULL, PRUNED, PRUNED_BF16], {}, 2, None),
+    ([FULL, PRUNED_BF16], {}, 1, None),
+    # a pickle is not looked at, primary or not; a VAE and training data neither
+    ([PICKLE, FULL], {}, 1, None),
+    ([VAE, TRAINING, FULL], {}, 1, None),
+    # the URL's wishes
+    ([FULL, PRUNED, PRUNED_BF16], {"size": "full"}, 1, None),
+    ([FULL, PRUNED, PRUNED_BF16], {"size": "pruned"}, 2, None),
+    ([FULL, PRUNED, PRUNED_BF16], {"size": "pruned", "fp": "bf16"}, 3, None),
+    ([FULL, PRUNED], {"size": "pruned", "fp": "bf16"}, 2, "'x' has no file of size=pruned and fp=bf16"),
+    ([FULL], {"fp": "fp8"}, 1, "'x' has no file of fp=fp8"),
+    # an old upload that says it by its type alone
+    ([FULL, OLD_PRUNED], {"size": "pruned"}, 6, None),
+    # the hash that was asked for goes before wishes
+    ([FULL, PRUNED, PRUNED_BF16], {"sha256": f"{3:064x}", "size": "full"}, 3, None),
+    # the file id before everything
+    ([FULL, PRUNED, PRUNED_BF16], {"file_id": 3, "size": "full"}, 3, None),
+    # metadata that says nothing: the name decides
+    ([a_file(9, metadata=None, type=None)], {}, 9, None),
+    # scans
+    ([a_file(9, pickleScanResult="Pending")], {}, 9, "CivitAI's scan of 'x' is not finished"),
+    ([a_file(9, virusScanResult="Error")], {}, 9, "CivitAI's scan of 'x' is not finished"),
+    ([a_file(9, pickleScanResult=None, virusScanResult=None)], {}, 9, None),
+    ([FULL, a_file(9, pickleScanResult="Danger")], {}, 1, None),
+]
+
+
+@pytest.mark.parametrize(("files", "wishes", "chosen", "warning"), CHOICES)
+def test_the_right_file_of_a_version_is_chosen(
+    files: list[dict[str, Any]], wishes: dict[str, Any], chosen: int, warning: str | None
+) -> None:
+    file, doubts = choose_file(files, ModelRef(ModelKind.CHECKPOINT, version_id=5, name="x", **wishes))
+
+    assert file["id"] == chosen
+    assert [doubt[: len(warning or "")] for doubt in doubts] == ([warning] if warning else [])
+
+
+# Files, what the job says → the error.
+NO_CHOICE: list[tuple[list[dict[str, Any]], dict[str, Any], type[ModelError], str]] = [
+    ([], {}, ModelNotFound, "archived"),
+    ([PICKLE, VAE, TRAINING], {}, ModelRejected, "no safetensors file"),
+    ([NAMED_CKPT], {}, ModelRejected, "no safetensors file"),  # called safetensors, and named otherwise
+    ([FULL], {"file_id": 99}, ModelNotFound, "has no file 99"),
+    ([FULL, PICKLE], {"file_id": 4}, ModelRejected, "file 4 of 'x' is not the model as a safetensors file"),
+    ([FULL, VAE], {"file_id": 5}, ModelRejected, "file 5 of 'x' is not the model as a safetensors file"),
+    ([a_file(9, pickleScanResult="Danger")], {}, ModelRejected, "a danger"),
+    ([a_file(9, virusScanResult="Danger")], {"file_id": 9}, ModelRejected, "a danger"),
+]
+
+
+@pytest.mark.parametrize(("files", "wishes", "error", "sentence"), NO_CHOICE)
+def test_a_version_without_a_file_to_load_is_refused(
+    files: list[dict[str, Any]], wishes: dict[str, Any], error: type[ModelError], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        choose_file(files, ModelRef(ModelKind.CHECKPOINT, version_id=5, name="x", **wishes))
+
+
+def test_another_hash_than_the_one_asked_for_is_refused_before_a_byte_is_fetched() -> None:
+    version = {"id": 5, "model": {"type": "Checkpoint"}, "files": [FULL]}
+
+    with pytest.raises(ModelRejected, match=f"{1:064x}, and {2:064x} was asked for"):
+        remote_file(version, ModelRef(ModelKind.CHECKPOINT, version_id=5, sha256=f"{2:064x}"), "https://civitai.com")
+
+
+# What CivitAI says in KiB → bytes, and bytes at most.
+@pytest.mark.parametrize(
+    ("kib", "size"),
+    [
+        (223097.9921875, (228452344, 228452344)),  # what CivitAI computes: bytes / 1024
+        (6775430.353515625, (6938040682, 6938040682)),
+        (1024, (1048576, 1048576)),
+        (223097.99, (None, 228453366)),  # rounded by somebody
+        (0, (None, None)),
+        (-1.5, (None, None)),
+        (float("nan"), (None, None)),
+        (float("inf"), (None, None)),
+        (1e300, (None, None)),
+        (True, (None, None)),
+        ("12", (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_a_size_is_exact_or_a_bound(kib: object, size: tuple[int | None, int | None]) -> None:
+    assert size_of(kib) == size
+
+
+def test_the_newest_version_is_the_one_published_last() -> None:
+    versions = [
+        {"id": 3, "status": "Draft", "publishedAt": "2026-01-01T00:00:00.000Z"},
+        {"id": 1, "status": "Published", "publishedAt": "2024-01-01T00:00:00.000Z"},
+        {"id": 2, "status": "Published", "publishedAt": "2025-01-01T00:00:00.000Z"},
+        {"id": "4", "publishedAt": "2027-01-01T00:00:00.000Z"},
+        None,
+    ]
+
+    assert newest_version({"modelVersions": versions}, LORA) == 2
+
+
+@pytest.mark.parametrize("versions", [[], None, [{"id": 1, "status": "Draft"}], {"id": 1}])
+def test_a_model_without_a_published_version_is_not_found(versions: object) -> None:
+    with pytest.raises(ModelNotFound, match="no published version"):
+        newest_version({"modelVersions": versions}, LORA)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FILE = st.fixed_dictionaries(
+    {"name": st.just("a.safetensors") | JSON, "id": st.just(1) | JSON},
+    optional=dict.fromkeys(("type", "sizeKB", "metadata", "hashes", "pickleScanResult", "primary"), JSON),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    version=st.fixed_dictionaries(
+        {"id": st.just(5), "files": st.lists(FILE | JSON, max_size=3) | JSON},
+        optional=dict.fromkeys(("model", "baseModel", "trainedWords", "usageControl"), JSON),
+    )
+)
+def test_whatever_metadata_says_the_outcome_is_a_file_or_an_error_of_ours(version: dict[str, Any]) -> None:
+    try:
+        remote = remote_file(version, LORA, "https://civitai.com")
+    except ModelError:
+        return
+
+    assert re.fullmatch(r"https://civitai\.com/api/download/models/5\?[A-Za-z0-9=&]+", remote.url)
+    for text in (remote.name, remote.base_model or "", *remote.trained_words):
+        assert len(text) <= 120
+        assert text.isprintable()
+        text.encode()
+
+
+# -- link --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_leads_to_the_storage_and_the_key_went_no_further(service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+
+    link = client.link(client.describe(LORA, Deadline()), Deadline())
+
+    assert link.startswith(f"{service.storage.url}/")
+    assert "X-Amz-Signature" in link
+    assert asked_of(service) == ["/api/v1/model-versions/135867", "/api/download/models/135867?fileId=99264"]
+    assert {asked.method for asked in service.asked} == {"GET"}
+    assert {asked.headers["authorization"] for asked in service.asked} == {f"Bearer {KEY}"}
+    assert {asked.headers["user-agent"] for asked in service.asked} == {f"a1111-worker/{__version__}"}
+    assert {asked.headers["accept-encoding"] for asked in service.asked} == {"identity"}
+    assert service.storage.asked == []
+
+
+def test_without_a_key_none_is_sent(service: sandbox.CivitAI) -> None:
+    service.key = None
+    client = client_of(service, key=None)
+
+    client.link(client.describe(LORA, Deadline()), Deadline())
+
+    assert not any("authorization" in asked.headers for asked in service.asked)
+
+
+def test_a_link_is_never_remembered(service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+
+    links = {client.link(remote, Deadline()) for _ in range(3)}
+
+    assert len(links) == 3
+    assert service.links_given == 3
+
+
+def test_hops_between_the_api_s_own_origins_are_followed_with_the_key(service: sandbox.CivitAI, tmp_path: Path) -> None:
+    with sandbox.CivitAI(key=KEY, storage=service.storage) as red:
+        red.versions = service.versions
+        service.redirects = [2]
+        client = client_of(service, red)
+        remote = client.describe(LORA, Deadline())
+        first = client.link(remote, Deadline())
+        service.fail(sandbox.redirect(f"{red.url}/api/download/models/135867?fileId=99264"), on="/api/download/")
+        second = client.link(remote, Deadline())
+
+        assert {link.partition("?")[0] for link in (first, second)} == {first.partition("?")[0]}
+        assert red.asked[-1].headers["authorization"] == f"Bearer {KEY}"
+        assert service.links_given + red.links_given == 2
+
+
+# What CivitAI answers to a download → the error, its sentence or hint, how often one origin is asked.
+LINK_REFUSALS: dict[str, tuple[sandbox.Fault, type[ModelError], str, int]] = {
+    "400": (sandbox.BAD_REQUEST, DownloadFailed, "did not understand", 1),
+    "401, a wrong key": (sandbox.LOGIN_REQUIRED, ModelAccessDenied, "refused the worker's API key", 1),
+    "401, downloads disabled": (sandbox.DOWNLOADS_DISABLED, ModelAccessDenied, "has disabled its download", 1),
+    "403, black list": (sandbox.FORBIDDEN, ModelAccessDenied, "refuses to serve", 1),
+    "403, a page of Cloudflare's": (sandbox.html_fault(403, "Just a moment"), ModelAccessDenied, "refuses to serve", 1),
+    "403, early access": (sandbox.EARLY_ACCESS, ModelAccessDenied, "is in early access until 2027-01-31", 1),
+    "403, early access without a date": (
+        sandbox.json_fault(403, {"error": "Early Access", "deadline": "<b>"}),
+        ModelAccessDenied,
+        r"is in early access \|",
+        1,
+    ),
+    "403, private": (sandbox.PRIVATE, ModelAccessDenied, "is private", 1),
+    "404": (sandbox.NOT_FOUND, ModelNotFound, r"does not have 'Detail Tweaker XL' \(version 135867\)", 3),
+    "410": (sandbox.ARCHIVED, ModelNotFound, "archived", 1),
+    "418": (sandbox.json_fault(418, {}), DownloadFailed, r"not understood.*418", 1),
+    "451": (sandbox.REGION_BLOCKED, ModelAccessDenied, "United Kingdom and Australia", 1),
+    "500": (sandbox.SERVER_ERROR, DownloadFailed, r"CivitAI failed .*\(500\)", 4),
+    "522": (sandbox.CLOUDFLARE_522, DownloadFailed, r"CivitAI failed .*\(522\)", 4),
+    "408": (sandbox.json_fault(408, {}), DownloadFailed, r"CivitAI failed .*\(408\)", 4),
+    "200, a page": (sandbox.HTML_PAGE, DownloadFailed, "something else than was asked", 3),
+    "200, JSON": (sandbox.json_fault(200, {"url": "…"}), DownloadFailed, "something else than was asked", 3),
+    "200, a page of 9 MB": (
+        sandbox.Fault(200, b"x" * 9_000_000, {"content-type": "text/plain"}),
+        DownloadFailed,
+        "something else",
+        3,
+    ),
+    "RST": (sandbox.RESET, DownloadFailed, "no connection to CivitAI", 3),
+    "FIN": (sandbox.CUT, DownloadFailed, "no connection to CivitAI", 3),
+    "half a refusal": (
+        sandbox.Fault(404, b"{", {"content-length": "9", "connection": "close"}),
+        DownloadFailed,
+        "no connection to CivitAI",
+        3,
+    ),
+    "to the login page": (
+        sandbox.redirect("/login?reason=download-auth"),
+        ModelAccessDenied,
+        "refused the worker's",
+        1,
+    ),
+    "a redirect without a place": (sandbox.Fault(307), DownloadFailed, "not understood", 1),
+}
+
+
+@pytest.mark.parametrize(("fault", "error", "sentence", "asks"), LINK_REFUSALS.values(), ids=LINK_REFUSALS)
+def test_every_refusal_of_a_download_has_its_error(
+    fault: sandbox.Fault, error: type[ModelError], sentence: str, asks: int, service: sandbox.CivitAI
+) -> None:
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+    service.fail(fault, times=None, on="/api/download/")
+
+    with pytest.raises(ModelError) as refused:
+        client.link(remote, Deadline())
+
+    assert type(refused.value) is error
+    assert re.search(sentence, told(refused.value))
+    assert "Detail Tweaker XL" in told(refused.value) or "451" in told(refused.value)
+    assert not re.search(r"<|fileId|\?|login|/tmp", told(refused.value))
+    assert KEY not in told(refused.value)
+    assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == asks
+
+
+def test_a_download_that_needs_a_key_says_which_setting_it_is(service: sandbox.CivitAI) -> None:
+    client = client_of(service, key=None)
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(ModelAccessDenied, match="to logged-in users only") as refused:
+        client.link(remote, Deadline())
+
+    assert "CIVITAI_API_KEY" in (refused.value.hint or "")
+
+
+def test_a_refused_key_is_told_from_a_missing_one(service: sandbox.CivitAI) -> None:
+    client = client_of(service, key="another-key")
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(ModelAccessDenied, match="refused the worker's API key") as refused:
+        client.link(remote, Deadline())
+
+    assert "another-key" not in told(refused.value)
+
+
+@pytest.mark.parametrize("key", ["two words", "new\nline", "schlüssel"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_told(key: str) -> None:
+    with pytest.raises(ValueError, match="holds characters") as refused:
+        CivitAI(policy=HostPolicy([]), key=key)
+
+    assert key not in str(refused.value)
+
+
+def test_a_passing_failure_is_not_noticed(service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+    for fault in (sandbox.SERVER_ERROR, sandbox.RESET, sandbox.NOT_FOUND, sandbox.HTML_PAGE, sandbox.CLOUDFLARE_522):
+        service.fail(fault, on="/api/download/")
+
+    link = client.link(client.describe(LORA, Deadline()), Deadline())
+
+    assert link.startswith(service.storage.url)
+    assert service.links_given == 1
+
+
+def test_what_the_first_origin_hides_the_second_one_gives_at_once(service: sandbox.CivitAI) -> None:
+    waits = dataclasses.replace(QUICK, shortest=60.0, longest=60.0)  # a wait would be noticed
+    with sandbox.CivitAI(key=KEY) as com:
+        client = client_of(com, service, waits=waits)
+
+        remote = client.describe(LORA, Deadline())
+        link = client.link(remote, Deadline())
+
+        assert link.startswith(service.storage.url)
+        assert asked_of(com) == asked_of(service)
+        assert com.links_given == 0
+
+
+def test_a_404_is_believed_after_every_origin_and_two_more_tries() -> None:
+    with sandbox.CivitAI() as com, sandbox.CivitAI() as red:
+        with pytest.raises(ModelNotFound, match=r"does not have CivitAI version 135867 \(404\)"):
+            client_of(com, red).describe(LORA, Deadline())
+
+        assert (len(com.asked), len(red.asked)) == (2, 2)
+
+
+@pytest.mark.parametrize("fault", [sandbox.REGION_BLOCKED, sandbox.LOGIN_REQUIRED, sandbox.TOO_MANY, sandbox.ARCHIVED])
+def test_what_is_no_other_elsewhere_is_not_asked_elsewhere(fault: sandbox.Fault, service: sandbox.CivitAI) -> None:
+    with sandbox.CivitAI(key=KEY) as red:
+        client = client_of(service, red)
+        remote = client.describe(LORA, Deadline())
+        service.fail(fault, times=None, on="/api/download/")
+
+        with pytest.raises(ModelError):
+            client.link(remote, Deadline())
+
+        assert red.asked == []
+
+
+def test_an_origin_that_is_down_is_passed_over(service: sandbox.CivitAI) -> None:
+    with sandbox.CivitAI() as gone:
+        pass
+    client = client_of(gone, service)
+
+    link = client.link(client.describe(LORA, Deadline()), Deadline())
+
+    assert link.startswith(service.storage.url)
+
+
+# -- 429 ---------------------------------------------------------------------------------------------------------------
+
+
+# Retry-After of the first answer.
+@pytest.mark.parametrize("said", [None, "0", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "-5", ""])
+def test_a_429_is_waited_out(said: str | None, service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+    service.fail(sandbox.TOO_MANY if said is None else sandbox.too_many(said), times=2, on="/api/download/")
+
+    link = client.link(remote, Deadline())
+
+    assert link.startswith(service.storage.url)
+    assert service.links_given == 1
+
+
+# Retry-After, the patience of all waits, the job's time left → how often it is asked.
+@pytest.mark.parametrize(
+    ("said", "too_many", "left", "asks"),
+    [
+        ("3600", 60.0, 500.0, 1),  # longer than we wait for anything
+        ("30", 60.0, 5.0, 1),  # longer than the job lasts
+        ("Fri, 31 Dec 2100 23:59:59 GMT", 60.0, 500.0, 1),
+        (None, 0.0, 500.0, 1),  # 10 ms of a patience of none
+        (None, 0.035, 500.0, 4),  # three waits of 10 ms fit, a fourth does not
+        (None, 500.0, 500.0, 11),  # never more often than that
+    ],
+)
+def test_a_429_is_not_waited_out_for_ever(
+    said: str | None, too_many: float, left: float, asks: int, service: sandbox.CivitAI
+) -> None:
+    client = client_of(service, waits=dataclasses.replace(QUICK, shortest=0.01, longest=0.01, too_many=too_many))
+    remote = client.describe(LORA, Deadline())
+    service.fail(sandbox.TOO_MANY if said is None else sandbox.too_many(said), times=None, on="/api/download/")
+
+    with pytest.raises(DownloadFailed, match=r"downloaded too much \(429\)") as refused:
+        client.link(remote, Deadline(left))
+
+    assert refused.value.retryable
+    assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == asks
+
+
+def test_a_retry_after_of_a_server_error_is_honoured_within_bounds(service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+    service.fail(sandbox.json_fault(503, {}, **{"retry-after": "3600"}), times=None, on="/api/download/")
+
+    with pytest.raises(DownloadFailed, match="503"):
+        client.link(remote, Deadline())
+
+    assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == 1
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+class Trickle(Server):
+    """Promises much and sends a byte now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = threading.Event()
+
+    def answer(self, exchange: Exchange) -> None:
+        exchange.begin(200, {"content-type": "application/json", "content-length": "100000"})
+        while not self.over.wait(0.02):
+            exchange.write(b" ")
+            exchange._handler.wfile.flush()
+
+
+@pytest.mark.parametrize("waits", [dataclasses.replace(QUICK, answer=0.2)])
+def test_an_answer_that_trickles_is_given_up(waits: Waits) -> None:
+    with Trickle() as server:
+        client = CivitAI(policy=HostPolicy([server.url]), urls=[server.url], waits=waits)
+
+        with pytest.raises(DownloadFailed, match="no connection to CivitAI"):
+            client.describe(ModelRef(ModelKind.LORA, model_id=5), Deadline())
+
+        server.over.set()
+        assert len(server.asked) == 3
+
+
+def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
+    service.fail(sandbox.SILENCE, times=None, on="/api/download/")
+    client = client_of(service, waits=dataclasses.replace(QUICK, answer=0.1))
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(DownloadFailed, match="no connection to CivitAI"):
+        client.link(remote, Deadline())
+
+
+def test_the_job_s_time_ends_a_question(service: sandbox.CivitAI) -> None:
+    service.fail(sandbox.SILENCE, times=None, on="/api/download/")
+    client = client_of(service, waits=dataclasses.replace(QUICK, answer=60.0))
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(JobTimeout):
+        client.link(remote, Deadline(0.2))
+
+
+@pytest.mark.parametrize(
+    ("fault", "waits"),
+    [
+        (sandbox.SILENCE, dataclasses.replace(QUICK, answer=1000.0)),  # while it is asked
+        (
+            sandbox.SERVER_ERROR,
+            dataclasses.replace(QUICK, shortest=1000.0, longest=1000.0),
+        ),  # while it waits to ask again
+    ],
+)
+def test_a_cancelled_job_waits_for_nothing(fault: sandbox.Fault, waits: Waits, service: sandbox.CivitAI) -> None:
+    service.fail(fault, times=None, on="/api/download/")
+    client = client_of(service, waits=waits)
+    remote = client.describe(LORA, Deadline())
+    deadline = Deadline()
+    cancelling = threading.Timer(0.2, deadline.cancel)
+    cancelling.start()
+
+    with pytest.raises(JobCancelled):
+        client.link(remote, deadline)
+
+    cancelling.join()
+
+
+def test_a_cancelled_job_asks_nothing(service: sandbox.CivitAI) -> None:
+    deadline = Deadline()
+    deadline.cancel()
+
+    with pytest.raises(JobCancelled):
+        client_of(service).describe(LORA, deadline)
+
+    assert service.asked == []
+
+
+# -- where links lead --------------------------------------------------------------------------------------------------
+
+
+STRAYS = [
+    "http://169.254.169.254/latest/meta-data/iam",
+    "https://169.254.169.254/latest",
+    "http://127.0.0.1:1/x",
+    "https://10.0.0.1/x",
+    "https://b2.civitai.com.evil.example/x",
+    "https://user:secret@b2.civitai.com/x",
+    "http://b2.civitai.com/file?Authorization=secret",  # not https
+    "file:///etc/passwd",
+    "//evil.example/x",
+    "https://evil.example/?Signature=secret",
+]
+
+
+@pytest.mark.parametrize("target", STRAYS)
+def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service: sandbox.CivitAI) -> None:
+    client = CivitAI(
+        policy=HostPolicy([service.url, "https://b2.civitai.com"]), urls=[service.url], key=KEY, waits=QUICK
+    )
+    remote = client.describe(LORA, Deadline())
+    service.fail(sandbox.redirect(target), times=None, on="/api/download/")
+
+    with pytest.raises(DownloadFailed, match="to where this worker may not fetch") as refused:
+        client.link(remote, Deadline())
+
+    assert not re.search(r"secret|Authorization|passwd|latest|/x", told(refused.value))
+    assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == 1
+
+
+def test_a_circle_ends(service: sandbox.CivitAI) -> None:
+    service.redirects = [-1]
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(DownloadFailed, match="go in a circle"):
+        client.link(remote, Deadline())
+
+
+def test_a_chain_of_20_hops_ends(service: sandbox.CivitAI) -> None:
+    service.redirects = [20]
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+
+    with pytest.raises(DownloadFailed, match="more than 5 redirects"):
+        client.link(remote, Deadline())
+
+
+def test_the_key_is_not_sent_to_another_origin_that_may_be_reached(service: sandbox.CivitAI) -> None:
+    with sandbox.CivitAI() as other:
+        client = CivitAI(policy=HostPolicy([service.url, other.url]), urls=[service.url], key=KEY, waits=QUICK)
+        remote = client.describe(LORA, Deadline())
+        service.fail(sandbox.redirect(f"{other.url}/file?sig=1"), on="/api/download/")
+
+        link = client.link(remote, Deadline())
+
+        assert link == f"{other.url}/file?sig=1"
+        assert other.asked == []
+
+
+def test_a_mirror_may_hand_out_the_file_itself(service: sandbox.CivitAI) -> None:
+    client = client_of(service)
+    remote = client.describe(LORA, Deadline())
+    service.fail(
+        sandbox.Fault(200, b"x" * 1_000_000, {"content-type": "application/octet-stream"}), on="/api/download/"
+    )
+
+    link = client.link(remote, Deadline())
+
+    assert link == f"{service.url}/api/download/models/135867?fileId=99264"
+
+
+def test_a_link_is_never_logged(service: sandbox.CivitAI, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="a1111_worker")
+    service.fail(sandbox.SERVER_ERROR, on="/api/download/")
+    client = client_of(service)
+
+    link = client.link(client.describe(LORA, Deadline()), Deadline())
+
+    assert f"the link leads to {service.storage.url}" in caplog.text
+    assert "5xx for 'Detail Tweaker XL' (version 135867), asked again" in caplog.text
+    assert not re.search(r"X-Amz|signature|fileId", caplog.text, re.IGNORECASE)
+    assert KEY not in caplog.text
+    assert link not in caplog.text
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_refusal_has_its_rule() -> None:
+    assert set(POLICY) == set(Refusal)
+    for rule in POLICY.values():
+        assert rule.sentence.format(model="M", detail="D")
+
+
+@settings(deadline=None)
+@given(status=st.integers(200, 599), body=st.binary(max_size=50), keyed=st.booleans(), after=st.text(max_size=12))
+def test_any_answer_but_200_is_a_refusal(status: int, body: bytes, keyed: bool, after: str) -> None:
+    refused = refusal_of(Answer("https://civitai.com", status, body=body, retry_after=after), keyed=keyed)
+
+    assert (refused is None) == (status == 200)
+    assert refused is None or refused.retry_after is None or refused.retry_after >= 0
+
+
+def test_sixteen_threads_share_a_client(service: sandbox.CivitAI, tmp_path: Path) -> None:
+    for number in range(1, 17):
+        service.add(number, sdxl_checkpoint(tmp_path / f"{number}.safetensors", seed=number), model_type="Checkpoint")
+    client = client_of(service)
+    found: dict[int, str] = {}
+
+    def resolve(number: int) -> None:
+        remote = client.describe(ModelRef(ModelKind.CHECKPOINT, version_id=number), Deadline())
+        found[number] = client.link(remote, Deadline())
+
+    threads = [threading.Thread(target=resolve, args=(number,)) for number in range(1, 17)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(found) == list(range(1, 17))
+    assert all(f'filename="{number}.safetensors"' in unquote_plus(link) for number, link in found.items())

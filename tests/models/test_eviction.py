@@ -1,0 +1,112 @@
+"""Which models go when room is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a1111_worker.domain import ModelKind
+from a1111_worker.models.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
+
+GB = 10**9
+
+
+def entry(name: str, size: int, last_used: float, keep: str | None = None) -> Entry:
+    return Entry(ModelKind.LORA, name, Path(name), size, last_used, keep)
+
+
+OLD, MIDDLE, NEW = entry("old", 2 * GB, 1.0), entry("middle", GB, 2.0), entry("new", 3 * GB, 3.0)
+HELD, FIXED = entry("held", 5 * GB, 0.0, "in use"), entry("fixed", 6 * GB, 0.0, "the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("needed", "limit", "free", "removed", "short"),
+    [
+        (GB, None, 2 * GB, [], 0),  # there is room
+        (GB, None, GB, ["old"], 0),  # none, once the margin is kept
+        (3 * GB, None, GB, ["old", "middle"], 0),  # least recently used first, and no more than needed
+        (6 * GB, None, GB, ["old", "middle", "new"], 0),
+        (8 * GB, None, GB, [], GB),  # nothing goes where that would not be enough
+        (GB, 18 * GB, 99 * GB, [], 0),  # exactly at the limit
+        (GB, 17 * GB, 99 * GB, ["old"], 0),
+        (GB, 12 * GB, 99 * GB, ["old", "middle", "new"], 0),
+        (GB, 11 * GB, 99 * GB, [], GB),  # held ones and the checkpoint alone are more than that
+        (0, 12 * GB, 0, ["old", "middle", "new"], 0),  # the limit alone: what the disk has free does not matter
+        (0, None, 0, [], 0),
+    ],
+)
+def test_what_goes(needed: int, limit: int | None, free: int, removed: list[str], short: int) -> None:
+    plan = plan_eviction([NEW, HELD, OLD, FIXED, MIDDLE], needed, limit=limit, free=free, margin=1)
+
+    assert [gone.file for gone in plan.remove] == removed
+    assert plan.short == pytest.approx(short, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "removed", "short"),
+    [
+        (GB, 0, ["old"], 0),
+        (3 * GB, GB, ["old"], 0),  # there is less than needed, and as much as the disk says
+        (3 * GB, 99 * GB, ["old", "middle"], 0),  # what it says cannot be: a quota that does not show
+        (6 * GB, 99 * GB, ["old", "middle", "new"], 0),
+        (7 * GB, 99 * GB, [], GB),  # nothing goes where that would not be enough
+        (7 * GB, GB, ["old", "middle", "new"], 0),
+        (0, 99 * GB, ["old"], 0),  # nobody knows how much: a little
+    ],
+)
+def test_what_goes_when_the_disk_turns_out_to_be_full(needed: int, free: int, removed: list[str], short: int) -> None:
+    plan = plan_for_a_full_disk([NEW, HELD, OLD, FIXED, MIDDLE], needed, free=free)
+
+    assert [gone.file for gone in plan.remove] == removed
+    assert plan.short == short
+
+
+def test_a_little_more_than_needed_goes_from_a_full_disk_where_it_can() -> None:
+    small = [entry(name, 10 << 20, 1.0) for name in "abcdefgh"]
+
+    plan = plan_for_a_full_disk(small, 1, free=0)
+    rest = plan_for_a_full_disk(small[:3], 1, free=0)
+
+    assert plan.freed >= MARGIN
+    assert len(rest.remove) == 3
+
+
+def test_a_plan_says_why() -> None:
+    plan = plan_eviction([OLD, NEW], GB, limit=5 * GB, free=99 * GB)
+
+    assert plan.why == "1.00 GB needed, over the limit of 5.00 GB"
+    assert plan.freed == 2 * GB
+
+
+entries = st.lists(
+    st.builds(
+        entry,
+        st.text("abc", min_size=1, max_size=4),
+        st.integers(0, 100),
+        st.floats(0, 100),
+        st.sampled_from([None, None, "in use"]),
+    ),
+    max_size=12,
+)
+
+
+@given(entries, st.integers(0, 300), st.none() | st.integers(0, 300), st.integers(0, 300))
+def test_a_plan_is_enough_or_empty_and_never_touches_what_must_stay(
+    there: list[Entry], needed: int, limit: int | None, free: int
+) -> None:
+    plan = plan_eviction(there, needed, limit=limit, free=free, margin=0)
+
+    total = sum(one.size for one in there)
+    assert all(one.keep is None for one in plan.remove)
+    if plan.short:
+        assert plan.remove == ()
+        freeable = sum(one.size for one in there if one.keep is None)
+        assert needed - free > freeable or (limit is not None and total + needed - limit > freeable)
+    else:
+        assert needed <= free + plan.freed
+        assert limit is None or total - plan.freed + needed <= limit
+        survivors = [one for one in there if one.keep is None and one not in plan.remove]
+        assert all(gone.last_used <= one.last_used for gone in plan.remove for one in survivors)

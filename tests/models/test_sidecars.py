@@ -1,0 +1,267 @@
+"""What is known of models, however it is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.errors import JobCancelled, ModelNotFound, ModelRejected
+from a1111_worker.models.sidecars import Record, Registry, answers
+from a1111_worker.models.volume import Shelf
+from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
+from tests.disks import read_only
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    shelf = Shelf(tmp_path / "loras", ModelKind.LORA, writable=True)
+    shelf.prepare()
+    return shelf
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "notes", "me")
+
+
+def kept(shelf: Shelf, registry: Registry, file: str = "a_12.safetensors", **facts: Any) -> Record:
+    """A record of a real file."""
+    path = sdxl_lora(shelf.path(file), 1)
+    record = Record(
+        ModelKind.LORA,
+        "Ä model",
+        file,
+        sha256_of(path),
+        path.stat().st_size,
+        url="https://civitai.com/api/download/models/12",
+        version_id=12,
+        wishes=("pruned/fp16",),
+        trained_words=("snow", "“quoted”"),
+    )
+    return registry.write(shelf, replace(record, **facts))
+
+
+def sidecar(shelf: Shelf, file: str = "a_12.safetensors") -> Path:
+    return shelf.folder / f"{file}.json"
+
+
+def test_what_was_written_is_known(shelf: Shelf, registry: Registry) -> None:
+    record = kept(shelf, registry)
+
+    assert registry.look(shelf, "a_12.safetensors") == record
+    assert Registry(shelf.folder, "another worker").look(shelf, "a_12.safetensors") == record
+
+
+def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: Shelf, registry: Registry) -> None:
+    kept(shelf, registry)
+    whole = sidecar(shelf).read_bytes()
+
+    for length in range(0, len(whole), 5):
+        sidecar(shelf).write_bytes(whole[:length])
+        assert Registry(shelf.folder, "me").look(shelf, "a_12.safetensors") is None, whole[:length]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},  # from the future
+        {"schema": None},
+        {"schema": True},
+        {"kind": "checkpoint"},
+        {"kind": "hologram"},
+        {"file": "b.safetensors"},
+        {"size": 1},  # another file
+        {"size": "1"},
+        {"size": True},
+        {"sha256": "0d9b"},
+        {"sha256": None},
+        {"version_id": "12"},
+        {"version_id": 1.5},
+        {"primary": 1},
+        {"wishes": "pruned"},
+        {"trained_words": [1]},
+        {"name": 7},
+    ],
+)
+def test_a_sidecar_that_says_something_else_is_not_believed(
+    shelf: Shelf, registry: Registry, change: dict[str, Any]
+) -> None:
+    kept(shelf, registry)
+    sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | change))
+
+    assert registry.look(shelf, "a_12.safetensors") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b"\x00" * 4096])
+def test_any_sidecar_is_survived(shelf: Shelf, registry: Registry, content: bytes) -> None:
+    kept(shelf, registry)
+    sidecar(shelf).write_bytes(content)
+
+    assert registry.look(shelf, "a_12.safetensors") is None
+
+
+def test_unknown_facts_of_the_same_schema_are_passed_over(shelf: Shelf, registry: Registry) -> None:
+    record = kept(shelf, registry)
+    sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | {"rating": 5}))
+
+    assert registry.look(shelf, "a_12.safetensors") == record
+
+
+def test_a_model_is_known_again_by_reading_it(shelf: Shelf, registry: Registry) -> None:
+    path = sdxl_lora(shelf.path("mine.safetensors"), 3)
+    looks: list[tuple[int, int]] = []
+
+    record = registry.rebuild(
+        shelf, "mine.safetensors", Deadline(), on_progress=lambda done, total: looks.append((done, total))
+    )
+
+    assert record.sha256 == sha256_of(path)
+    assert record.lora_hash == tensor_hash(path)[:12]
+    assert (record.family, record.version_id, record.name) == ("sdxl", None, "mine")
+    assert looks[-1] == (path.stat().st_size, path.stat().st_size)
+    assert registry.look(shelf, "mine.safetensors") == record
+
+
+def test_a_file_that_somebody_replaced_by_hand_is_read_again(shelf: Shelf, registry: Registry) -> None:
+    path = sdxl_lora(shelf.path("mine.safetensors"), 1)
+    registry.rebuild(shelf, "mine.safetensors", Deadline())
+    size = path.stat().st_size
+
+    sdxl_lora(path, 2)
+    os.utime(path, (1_000_000, 1_000_000))
+
+    assert path.stat().st_size == size
+    assert registry.look(shelf, "mine.safetensors") is None
+
+
+def test_a_downloaded_file_may_be_copied_with_another_time(shelf: Shelf, registry: Registry) -> None:
+    record = kept(shelf, registry)
+
+    os.utime(shelf.path(record.file), (0, 0))  # as image layers do
+
+    assert registry.look(shelf, record.file) == record
+
+
+def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(shelf: Shelf, registry: Registry) -> None:
+    shelf.path("bad.safetensors").write_bytes(b"<html>not a model</html>" * 10)
+
+    with pytest.raises(ModelRejected):
+        registry.rebuild(shelf, "bad.safetensors", Deadline())
+    with pytest.raises(ModelNotFound):
+        registry.rebuild(shelf, "gone.safetensors", Deadline())
+
+    assert not sidecar(shelf, "bad.safetensors").exists()
+
+
+def test_reading_a_model_ends_with_its_job(shelf: Shelf, registry: Registry) -> None:
+    sdxl_lora(shelf.path("big.safetensors"), 1, 9_000_000)
+    deadline = Deadline()
+    seen: list[int] = []
+
+    def cancel(done: int, total: int) -> None:
+        seen.append(done)
+        deadline.cancel()
+
+    with pytest.raises(JobCancelled):
+        registry.rebuild(shelf, "big.safetensors", deadline, on_progress=cancel)
+
+    assert len(seen) == 1
+
+
+def test_a_shelf_that_cannot_be_written_is_known_by_notes_of_this_container(tmp_path: Path, registry: Registry) -> None:
+    source = Shelf(tmp_path / "source", ModelKind.CHECKPOINT)
+    sdxl_checkpoint(source.path("c.safetensors"))
+    with read_only(source.folder):
+        record = registry.rebuild(source, "c.safetensors", Deadline())
+        known = registry.look(source, "c.safetensors")
+        elsewhere = Registry(tmp_path / "other container", "other").look(source, "c.safetensors")
+
+    assert known == record
+    assert elsewhere is None
+    assert [path.name for path in source.folder.iterdir()] == ["c.safetensors"]
+
+
+def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, registry: Registry) -> None:
+    shelf = Shelf(tmp_path / "baked", ModelKind.LORA, writable=True)
+    shelf.prepare()
+    record = kept(shelf, registry)
+    source = Shelf(shelf.folder, ModelKind.LORA)
+
+    assert registry.look(source, record.file) == record
+
+
+def test_no_use_of_any_worker_is_lost(shelf: Shelf, registry: Registry) -> None:
+    kept(shelf, registry)
+    use = (
+        "import sys; from pathlib import Path; from a1111_worker.domain import ModelKind;"
+        "from a1111_worker.models.sidecars import Registry; from a1111_worker.models.volume import Shelf;"
+        "shelf = Shelf(Path(sys.argv[1]), ModelKind.LORA, writable=True);"
+        "[Registry(shelf.folder, 'x').use(shelf, 'a_12.safetensors') for _ in range(100)]"
+    )
+
+    workers = [subprocess.Popen([sys.executable, "-c", use, str(shelf.folder)]) for _ in range(3)]
+    codes = [worker.wait() for worker in workers]
+
+    count, last = registry.uses(shelf, "a_12.safetensors")
+    assert codes == [0, 0, 0]
+    assert count == 300
+    assert last > 0
+
+
+def test_a_model_that_was_never_used_counts_from_when_it_came(shelf: Shelf, registry: Registry) -> None:
+    kept(shelf, registry)
+    os.utime(shelf.path("a_12.safetensors"), (1000, 1000))
+
+    assert registry.uses(shelf, "a_12.safetensors") == (0, 1000.0)
+    assert registry.uses(shelf, "gone.safetensors") == (0, 0.0)
+
+
+def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(shelf: Shelf, registry: Registry) -> None:
+    record = kept(shelf, registry)
+    url = "https://models.example/x.safetensors?secret=1"
+
+    registry.remember_url(shelf, url, record.file)
+
+    assert registry.file_of_url(shelf, url) == record.file
+    assert registry.file_of_url(shelf, url + "0") is None
+    assert not [path for path in shelf.urls.iterdir() if "secret" in path.name or "secret" in path.read_text()]
+    shelf.path(record.file).unlink()
+    assert registry.file_of_url(shelf, url) is None
+
+
+@pytest.mark.parametrize("content", ["../../etc/passwd", "", "\x00", "no.safetensors", "é"])
+def test_a_url_never_leads_out_of_the_shelf(shelf: Shelf, registry: Registry, content: str) -> None:
+    registry.remember_url(shelf, "https://x", "a.safetensors")
+    (note,) = shelf.urls.iterdir()
+    note.write_text(content)
+
+    assert registry.file_of_url(shelf, "https://x") is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "wish", "expected"),
+    [
+        ({"primary": True}, {}, True),
+        ({"primary": False}, {}, False),  # a version alone means its primary file
+        ({"primary": False, "file_id": 7}, {"file_id": 7}, True),
+        ({"primary": True, "file_id": 8}, {"file_id": 7}, False),
+        ({"primary": True}, {"size": "pruned", "fp": "fp16"}, True),  # was found to answer this wish
+        ({"primary": True}, {"size": "full"}, False),  # CivitAI must be asked which file that is
+        ({"version_id": None}, {}, False),  # nothing is proven
+        ({"version_id": 13}, {}, False),
+    ],
+)
+def test_which_record_answers_a_reference(
+    shelf: Shelf, registry: Registry, facts: dict[str, Any], wish: dict[str, Any], expected: bool
+) -> None:
+    record = kept(shelf, registry, **facts)
+
+    assert answers(record, ModelRef(ModelKind.LORA, version_id=12, **wish)) is expected

@@ -1,0 +1,828 @@
+"""What a job may say, what it may not, and that it is told all of it at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a1111_worker import catalog
+from a1111_worker.domain import (
+    DeliveryMode,
+    GenerationRequest,
+    LoraWish,
+    ModelKind,
+    ModelRef,
+    OnLoraError,
+    OutputOptions,
+    PictureFormat,
+)
+from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.parse import (
+    DEFAULT_SAMPLER,
+    MAX_COMPLAINTS,
+    OVERRIDABLE,
+    Limits,
+    final_size,
+    means,
+    parse_request,
+    read_tags,
+    scale_of,
+)
+from a1111_worker.request.schema import FieldClass, fields
+
+DATA = Path(__file__).parent.parent / "data"
+VERSIONS = ("1.9.3", "1.10.1")
+LIMITS = Limits(model_hosts=("https://cdn.example.com",))
+NAN, INF = float("nan"), float("inf")
+URL = "https://civitai.com/api/download/models/135867?type=Model&format=SafeTensor"
+
+
+def schema(version: str, name: str) -> dict[str, dict[str, Any]]:
+    document = json.loads((DATA / f"webui-{version}" / "openapi.json").read_text())
+    properties: dict[str, dict[str, Any]] = document["components"]["schemas"][name]["properties"]
+    return properties
+
+
+def parse(**job: Any) -> GenerationRequest:
+    return parse_request({"prompt": "a lighthouse", **job}, LIMITS)
+
+
+def complaints(job: object, limits: Limits = LIMITS) -> tuple[Complaint, ...]:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(job, limits)
+    return caught.value.complaints
+
+
+def lora(**ref: Any) -> ModelRef:
+    return ModelRef(kind=ModelKind.LORA, **ref)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_field_of_a1111_is_in_the_table_with_its_type(version: str) -> None:
+    table = {name: field.value.type for name, field in fields(LIMITS).items() if field.is_a1111s}
+
+    assert table == {name: field["type"] for name, field in schema(version, "StableDiffusionProcessingTxt2Img").items()}
+
+
+def test_what_is_refused_says_why_and_what_is_taken_says_what() -> None:
+    for field in fields(LIMITS).values():
+        assert bool(field.reason) == (field.kind is FieldClass.REFUSED)
+        assert field.value.takes
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_settings_a_job_may_override_have_the_webuis_own_defaults(version: str) -> None:
+    options = schema(version, "Options")
+
+    for name, setting in OVERRIDABLE.items():
+        assert options[name]["default"] == setting.default
+        assert options[name].get("type") in (None, setting.value.type, "number")  # A1111 calls whole numbers numbers
+        assert setting.value.check(setting.default) == setting.default
+
+
+# -- what a good job becomes ------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_alone_gets_our_defaults_and_nothing_else() -> None:
+    request = parse_request({"prompt": "a lighthouse"}, LIMITS)
+
+    assert request == GenerationRequest(
+        {
+            "prompt": "a lighthouse",
+            "steps": 25,
+            "cfg_scale": 7,
+            "width": 1024,
+            "height": 1024,
+            "sampler_name": DEFAULT_SAMPLER,
+        }
+    )
+
+
+FULL = {
+    "prompt": "a lighthouse",
+    "negative_prompt": "blurry",
+    "steps": 30,
+    "cfg_scale": 6.5,
+    "width": 832,
+    "height": 1216,
+    "seed": 42,
+    "sampler_name": "Euler a",
+    "scheduler": "Karras",
+    "batch_size": 2,
+    "n_iter": 2,
+    "styles": ["photo"],
+    "subseed": 1,
+    "subseed_strength": 0.5,
+    "seed_resize_from_h": -1,
+    "seed_resize_from_w": 0,
+    "restore_faces": True,
+    "tiling": False,
+    "eta": 0.5,
+    "s_min_uncond": 1,
+    "s_churn": 1,
+    "s_tmax": 999,
+    "s_tmin": 0,
+    "s_noise": 1,
+    "denoising_strength": 0.5,
+    "enable_hr": True,
+    "hr_scale": 1.5,
+    "hr_upscaler": "Latent",
+    "hr_second_pass_steps": 0,
+    "hr_resize_x": 0,
+    "hr_resize_y": 0,
+    "hr_sampler_name": "Euler",
+    "hr_scheduler": "Karras",
+    "hr_prompt": "sharp",
+    "hr_negative_prompt": "",
+    "refiner_switch_at": 0.8,
+    "comments": {"a": 1},
+    "script_name": "x/y/z plot",
+    "script_args": [1, None, ["x", {"y": 1.5}]],
+    "alwayson_scripts": {"Hypertile": {"args": [True]}, "other": {}},
+    "override_settings": {"eta_ancestral": 0.5},
+}
+
+
+def test_what_is_a1111s_goes_on_as_it_is() -> None:
+    request = parse_request(FULL, LIMITS)
+
+    assert request.body == FULL
+    assert request.images_expected == 4
+    assert json.loads(json.dumps(request.body, allow_nan=False)) == FULL
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # JSON does not tell 25 from 25.0
+        ({"steps": 25.0, "seed": 5.0}, {"steps": 25, "seed": 5}),
+        # null means absent
+        ({"steps": None, "styles": None, "eta": None, "loras": None, "checkpoint": None, "nothing_like_it": None}, {}),
+        # the ends of ranges
+        ({"seed": 2**32 - 1, "subseed": -1}, {"seed": 2**32 - 1, "subseed": -1}),
+        ({"width": 64, "height": 2048}, {"width": 64, "height": 2048}),
+        ({"cfg_scale": 0, "denoising_strength": 0}, {"cfg_scale": 0, "denoising_strength": 0}),
+        # convenience that does what it says
+        ({"clip_skip": 2}, {"override_settings": {"CLIP_stop_at_last_layers": 2}}),
+        ({"vae": "x.safetensors"}, {"override_settings": {"sd_vae": "x.safetensors"}}),
+        (
+            {"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 2, "sd_vae": None}},
+            {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+        ),
+        # samplers: ours, ours with the job's scheduler, the old name
+        ({"scheduler": "Beta"}, {"sampler_name": "DPM++ 2M", "scheduler": "Beta"}),
+        ({"sampler_name": " ", "scheduler": ""}, {"sampler_name": DEFAULT_SAMPLER}),
+        ({"sampler_index": "DDIM"}, {"sampler_name": "DDIM"}),
+        ({"sampler_index": "ddim", "sampler_name": "DDIM"}, {"sampler_name": "DDIM"}),
+        # "as in the first pass", in the words of A1111's page, which its API does not know
+        ({"hr_sampler_name": "Use same sampler", "hr_scheduler": "use same scheduler"}, {}),
+        ({"hr_checkpoint_name": "Use same checkpoint", "refiner_checkpoint": "", "infotext": ""}, {}),
+        # what changes nothing is not sent
+        ({"send_images": True, "save_images": False, "disable_extra_networks": False}, {}),
+        ({"do_not_save_samples": True, "do_not_save_grid": True, "override_settings_restore_afterwards": True}, {}),
+        ({"hr_upscaler": "", "script_name": "", "vae": "", "force_task_id": "", "firstpass_image": ""}, {}),
+        ({"loras": [], "on_lora_error": "fail", "override_settings": {}}, {}),
+    ],
+)
+def test_a_job_may_say_it_in_several_ways(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    request = parse(**given)
+
+    assert request.body == {**parse().body, **expected}
+    assert request.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, OutputOptions()),
+        (None, OutputOptions()),
+        ({"format": None, "quality": None, "raw": None}, OutputOptions()),
+        ({"format": "webp", "quality": 75}, OutputOptions(PictureFormat.WEBP, 75)),
+        ({"format": "jpeg", "quality": 1.0}, OutputOptions(PictureFormat.JPEG, 1)),
+        ({"metadata": False, "raw": True}, OutputOptions(metadata=False, raw=True)),
+        ({"delivery": "inline", "raw": True}, OutputOptions(delivery=DeliveryMode.INLINE, raw=True)),
+        ({"delivery": "bucket"}, OutputOptions(delivery=DeliveryMode.BUCKET)),
+    ],
+)
+def test_a_job_says_how_it_wants_its_pictures(given: Any, expected: OutputOptions) -> None:
+    request = parse_request({"prompt": "x", "output": given}, Limits(has_bucket=True))
+
+    assert request.output == expected
+    assert "output" not in request.body
+    assert request.warnings == ()
+
+
+def test_a_bucket_nobody_set_up_is_a_complaint_at_the_door() -> None:
+    assert complaints({"prompt": "x", "output": {"delivery": "bucket"}}, Limits(has_bucket=False)) == (
+        Complaint("output.delivery", "is refused: this worker has no bucket"),
+    )
+    assert complaints({"prompt": "x", "output": {"delivery": "bucket", "raw": True}}, Limits(has_bucket=True)) == (
+        Complaint("output.raw", "leaves no place for a bucket's links: they are in the worker block"),
+    )
+
+
+def test_a_quality_for_png_is_a_warning() -> None:
+    assert parse(output={"quality": 80}).warnings == ("output.quality does nothing for png, which loses nothing",)
+
+
+def test_a_blank_picture_may_be_what_is_wanted() -> None:
+    assert parse(allow_blank=True).allow_blank is True
+    assert parse().allow_blank is False
+    assert "allow_blank" not in parse(allow_blank=True).body
+
+
+def test_a_prompt_may_be_exactly_20000_bytes_long() -> None:
+    parse(negative_prompt="é" * 10_000)
+
+    assert complaints({"prompt": "é" * 10_001}) == (
+        Complaint("prompt", "must be at most 20,000 bytes of UTF-8, not 20,002"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, (1024, 1024)),
+        ({"hr_scale": 3}, (1024, 1024)),  # without enable_hr
+        ({"enable_hr": True}, (2048, 2048)),  # A1111's own 2.0
+        ({"enable_hr": True, "hr_scale": 1.5}, (1536, 1536)),
+        ({"enable_hr": True, "width": 840, "hr_scale": 1.1}, (924, 1126)),
+        ({"enable_hr": True, "hr_resize_x": 1536, "width": 832, "height": 1216}, (1536, 2244)),
+        ({"enable_hr": True, "hr_resize_y": 1536, "width": 832, "height": 1216}, (1050, 1536)),
+        ({"enable_hr": True, "hr_resize_x": 1920, "hr_resize_y": 1080}, (1920, 1080)),
+        # the first pass has its own size, and hires starts from that
+        ({"firstphase_width": 512, "firstphase_height": 768}, (512, 768)),
+        ({"enable_hr": True, "firstphase_width": 512, "firstphase_height": 768}, (1024, 1536)),
+    ],
+)
+def test_the_final_size_is_a1111s_arithmetic(body: dict[str, Any], expected: tuple[int, int]) -> None:
+    picture = final_size({"width": 1024, "height": 1024, **body})
+
+    assert (picture.width, picture.height) == expected
+
+
+def test_the_pixels_of_the_final_picture_are_limited_hires_included() -> None:
+    parse(enable_hr=True, denoising_strength=0.5, hr_scale=2)
+    parse(enable_hr=True, denoising_strength=0.5, hr_resize_x=4096, width=2048, height=512)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"hr_scale": 2.1},
+        {"hr_resize_x": 4096},
+        {"hr_resize_x": 4096, "hr_resize_y": 4096},
+        # no bigger at the end, but on the way: upscaled to 2048×65536, then cut
+        {"hr_resize_x": 2048, "hr_resize_y": 2048, "width": 64, "height": 2048},
+    ],
+)
+def test_a_picture_that_is_too_big_in_any_pass_is_a_complaint(job: dict[str, Any]) -> None:
+    (complaint,) = complaints({"prompt": "x", "enable_hr": True, "denoising_strength": 0.5, **job})
+
+    assert complaint.path == next(iter(job))
+    assert "pixels" in complaint.message
+
+
+# -- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+def test_loras_keep_their_order_and_may_be_named_in_every_way() -> None:
+    request = parse(
+        loras=[
+            {"url": URL, "name": "Detail Tweaker XL", "scale": 1.5},
+            "civitai:7@8",
+            {"name": "Real Skin Slider"},
+            {"version_id": 5, "scale": -10, "hash": None},
+            "my_own",
+            {"url": "https://cdn.example.com/x.safetensors"},
+        ],
+        on_lora_error="warn",
+    )
+
+    assert request.loras == (
+        LoraWish(lora(version_id=135867, name="Detail Tweaker XL", format="SafeTensor"), 1.5, "loras[0]"),
+        LoraWish(lora(version_id=8), None, "loras[1]"),
+        LoraWish(lora(version_id=1681921, name="Real Skin Slider"), None, "loras[2]"),
+        LoraWish(lora(version_id=5), -10, "loras[3]"),
+        LoraWish(lora(name="my_own"), None, "loras[4]"),
+        LoraWish(lora(url="https://cdn.example.com/x.safetensors"), None, "loras[5]"),
+    )
+    assert request.on_lora_error is OnLoraError.WARN
+
+
+def test_a_scale_is_the_jobs_else_the_catalogs_else_one() -> None:
+    known = catalog.LORAS[0]
+
+    assert scale_of(LoraWish(lora(version_id=known.version_id), 0.0, "loras[0]")) == 0.0
+    assert scale_of(LoraWish(lora(version_id=known.version_id), None, "loras[0]")) == known.scale
+    assert scale_of(LoraWish(lora(version_id=1), None, "loras[0]")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"version_id": 5}, "civitai:1@5"),
+        ({"version_id": 135867}, {"name": "detail_tweaker_xl"}),
+        ({"name": "Detail Tweaker XL"}, "detail_tweaker_xl.safetensors"),
+        ("civitai:1@5+6", "civitai:1@5"),
+        ("civitai:1", "https://civitai.com/models/1"),
+        ("own", {"name": "own.safetensors"}),
+        ("https://cdn.example.com/x", "https://CDN.example.com:443/x"),
+        ({"version_id": 5, "hash": "a" * 64}, {"version_id": 6, "hash": "A" * 64}),
+    ],
+)
+def test_the_same_lora_twice_is_a_complaint(one: Any, other: Any) -> None:
+    said = complaints({"prompt": "x", "loras": [one, "something else", other]})
+
+    assert said == (Complaint("loras[2]", "is the same LoRA as loras[0]"),)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("own", "Own"), ("civitai:1@5+6", "civitai:1@5+7"), ("own", {"version_id": 5})]
+)
+def test_different_loras_are_not_the_same(one: Any, other: Any) -> None:
+    assert len(parse(loras=[one, other]).loras) == 2
+
+
+def test_tags_in_prompts_are_loras_too_after_those_of_the_list() -> None:
+    request = parse(
+        prompt="<lora:own:0.5> a <lyco:detail_tweaker_xl> cat <lora:split:0.2:0.4>",
+        hr_prompt="<lora:own:0.9> <lora:fine:1>",
+        enable_hr=True,
+        denoising_strength=0.5,
+        loras=[{"version_id": 5}],
+    )
+
+    assert request.loras == (
+        LoraWish(lora(version_id=5), None, "loras[0]"),
+        LoraWish(lora(name="own"), 0.5, "prompt", in_prompt=True),
+        LoraWish(lora(version_id=135867, name="detail_tweaker_xl"), None, "prompt", in_prompt=True),
+        LoraWish(lora(name="split"), 0.4, "prompt", in_prompt=True),
+        LoraWish(lora(name="fine"), 1.0, "hr_prompt", in_prompt=True),
+    )
+    assert request.body["prompt"] == "<lora:own:0.5> a <lyco:detail_tweaker_xl> cat <lora:split:0.2:0.4>"
+    assert request.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("job", "warning"),
+    [
+        # the list wins where it says something else
+        ({"prompt": "<lora:own:0.5>", "loras": [{"name": "own", "scale": 1}]}, "1 counts"),
+        ({"prompt": "<lora:own:1:0.5>", "loras": [{"name": "own", "scale": 1}]}, "1 counts"),
+        # A1111 would apply it twice
+        ({"prompt": "<lora:own:1> <lora:own:2>"}, "more than once"),
+        ({"prompt": "<lora:Real Skin Slider:1> <lora:real_skin_slider:2>"}, "more than once"),
+        # where a tag does nothing
+        ({"negative_prompt": "<lora:own:1>"}, "negative_prompt"),
+        ({"hr_negative_prompt": "<lora:own:1>"}, "hr_negative_prompt"),
+        ({"hr_prompt": "<lora:own:1>"}, "without enable_hr"),
+        ({"prompt": "a <heart:3>"}, "does nothing"),
+    ],
+)
+def test_what_a_caller_may_not_expect_is_a_warning(job: dict[str, Any], warning: str) -> None:
+    request = parse(**job)
+
+    assert len(request.warnings) == 1
+    assert warning in request.warnings[0]
+
+
+def test_a_tag_of_a_listed_lora_is_that_entry_and_gives_it_its_scale() -> None:
+    request = parse(
+        prompt="<lora:own:0.5> <lora:some_style_7:0.6> <lora:detail_tweaker_xl:0.7>",
+        loras=[{"url": "https://cdn.example.com/x", "name": "own"}, {"version_id": 7}, "civitai:1@135867"],
+    )
+
+    assert [(wish.path, wish.scale) for wish in request.loras] == [
+        ("loras[0]", 0.5),
+        ("loras[1]", 0.6),
+        ("loras[2]", 0.7),
+    ]
+    assert request.warnings == ()
+
+
+def test_a_catalogs_name_means_its_own_version_whatever_a_job_calls_so() -> None:
+    stranger = lora(version_id=999, name="detail_tweaker_xl")
+
+    assert not means("detail_tweaker_xl", stranger)
+    assert means("detail_tweaker_xl", lora(version_id=135867))
+    assert not means("some_style_7", lora(version_id=8, name="other"))
+
+
+def test_at_most_16_loras_tags_included() -> None:
+    tags = "".join(f"<lora:t{number}:1>" for number in range(8))
+
+    assert len(parse(prompt=tags, loras=[{"version_id": one} for one in range(1, 9)]).loras) == 16
+    assert complaints({"prompt": tags, "loras": [{"version_id": one} for one in range(1, 10)]})[0].path == "prompt"
+    assert complaints({"prompt": "x", "loras": ["a"] * 17}) == (Complaint("loras", "must be at most 16 LoRAs, not 17"),)
+
+
+def test_a_styles_tags_join_the_jobs_loras() -> None:
+    listed = parse(loras=["own"]).loras
+
+    read, wrong = read_tags("<lora:own:1> <lora:fine:0.5>", "styles", listed), read_tags("<lora:x:much>", "styles", ())
+
+    assert read.loras[len(listed) :] == (LoraWish(lora(name="fine"), 0.5, "styles", in_prompt=True),)
+    assert wrong.complaints == (Complaint("styles", "holds <lora:x>: its weight must be a number"),)
+
+
+# -- what is wrong, one row each --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "sentence"),
+    [
+        (None, "input", "is missing"),
+        ([], "input", "must be an object, not a list of 0"),
+        ("a cat", "input", "must be an object, not text"),
+        (True, "input", "must be an object, not true"),
+        ({}, "prompt", "is required"),
+        ({"prompt": None}, "prompt", "must be text, not null"),
+        ({"prompt": " \n"}, "prompt", "must not be blank"),
+        ({"prompt": 5}, "prompt", "must be text, not 5"),
+        ({"prompt": ["x"]}, "prompt", "must be text, not a list of 1"),
+        ({"prompt": "x" * 1_000_000}, "prompt", "not 1,000,000"),
+        ({"prompt": "x\ud800"}, "prompt", "sound text"),
+        ({"prompt": "x", 5: 1}, "input", "field names of sound text"),
+        ({"prompt": "x", "a\ud800": 1}, "input", "field names of sound text"),
+    ],
+)
+def test_what_is_no_job_at_all(raw: object, path: str, sentence: str) -> None:
+    (complaint,) = complaints(raw)
+
+    assert complaint.path == path
+    assert sentence in complaint.message
+
+
+@pytest.mark.parametrize(
+    ("job", "path", "sentence"),
+    [
+        # types: a number is neither a bool nor text
+        ({"steps": "25"}, "steps", "whole number from 1 to 150, not text"),
+        ({"steps": True}, "steps", "not true"),
+        ({"steps": 2.5}, "steps", "not 2.5"),
+        ({"cfg_scale": "7"}, "cfg_scale", "a number from 0 to 100, not text"),
+        ({"cfg_scale": False}, "cfg_scale", "not false"),
+        ({"tiling": 1}, "tiling", "true or false, not 1"),
+        ({"negative_prompt": {}}, "negative_prompt", "text, not an object"),
+        ({"styles": "photo"}, "styles", "a list"),
+        ({"styles": ["photo", 1]}, "styles[1]", "text, not 1"),
+        ({"styles": ["x"] * 33}, "styles", "at most 32"),
+        ({"comments": []}, "comments", "an object"),
+        ({"script_args": {}}, "script_args", "a list"),
+        # ranges: what A1111 would answer with a 500, or never
+        ({"steps": 0}, "steps", "not 0"),
+        ({"steps": 151}, "steps", "not 151"),
+        ({"hr_second_pass_steps": 151}, "hr_second_pass_steps", "from 0 to 150"),
+        ({"width": 0}, "width", "a multiple of 8 from 64 to 2048, not 0"),
+        ({"width": -64}, "width", "not -64"),
+        ({"width": 56}, "width", "not 56"),
+        ({"width": 1025}, "width", "not 1025"),
+        ({"height": 2056}, "height", "not 2056"),
+        ({"batch_size": 0}, "batch_size", "from 1 to 16"),
+        ({"n_iter": 0}, "n_iter", "from 1 to 16"),
+        ({"batch_size": 4, "n_iter": 5}, "batch_size", "20 pictures"),
+        ({"seed": -2}, "seed", "from -1 to 4294967295"),
+        ({"seed": 2**32}, "seed", "not 4294967296"),
+        ({"seed": 2**70}, "seed", "64 bits"),
+        ({"seed": 10**5000}, "seed", "64 bits"),
+        ({"subseed": 2**32}, "subseed", "not 4294967296"),
+        ({"seed_resize_from_w": 5}, "seed_resize_from_w", "-1, or 0, or a multiple of 8"),
+        ({"cfg_scale": 1e9}, "cfg_scale", "not 1000000000"),
+        ({"cfg_scale": -5}, "cfg_scale", "not -5"),
+        ({"denoising_strength": 1.01}, "denoising_strength", "0, or a number from 0.01 to 1"),
+        ({"denoising_strength": 1e-300}, "denoising_strength", "from 0.01"),
+        ({"eta": -1}, "eta", "from 0 to 1000"),
+        ({"s_noise": 1001}, "s_noise", "from 0 to 1000"),
+        ({"refiner_switch_at": 2}, "refiner_switch_at", "from 0 to 1"),
+        ({"hr_scale": 0.5}, "hr_scale", "from 1 to 8"),
+        ({"hr_resize_x": 100}, "hr_resize_x", "0, or a multiple of 8 from 64 to 65536"),
+        ({"clip_skip": 13}, "clip_skip", "from 1 to 12"),
+        # not finite, however deep
+        ({"cfg_scale": NAN}, "cfg_scale", "finite"),
+        ({"hr_scale": INF}, "hr_scale", "finite"),
+        ({"script_args": [1, [{"a": -INF}]]}, "script_args[1][0].a", "finite"),
+        ({"alwayson_scripts": {"x": {"args": [NAN]}}}, "alwayson_scripts.x.args[0]", "finite"),
+        ({"comments": {"a": NAN}}, "comments.a", "finite"),
+        # not JSON, or no UTF-8
+        ({"script_args": [b"x"]}, "script_args[0]", "must be JSON, not bytes"),
+        ({"script_args": [object()]}, "script_args[0]", "must be JSON"),
+        ({"script_args": ["\udfff"]}, "script_args[0]", "sound text"),
+        ({"comments": {"\udfff": 1}}, "comments", "keys of sound text"),
+        ({"comments": {1: 1}}, "comments", "keys of sound text"),
+        ({"nonsense": [NAN]}, "nonsense[0]", "finite"),
+        # sizes together
+        (
+            {"width": 2048, "height": 2048, "enable_hr": True, "denoising_strength": 0.5},
+            "enable_hr",
+            "16,777,216 pixels",
+        ),
+        ({"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 8}, "hr_scale", "8192×8192"),
+        ({"enable_hr": True, "denoising_strength": 0.5, "height": 64, "hr_resize_x": 128}, "hr_resize_x", "128×8"),
+        ({"firstphase_width": 512}, "firstphase_width", "firstphase_height"),
+        ({"firstphase_height": 512, "firstphase_width": 0}, "firstphase_height", "firstphase_width"),
+        ({"enable_hr": True}, "enable_hr", "denoising_strength"),
+        # a checkpoint, by every door
+        ({"checkpoint": "x"}, "checkpoint", "the checkpoint is this worker's"),
+        ({"model": "x"}, "model", "the checkpoint is this worker's"),
+        ({"sd_model": "x"}, "sd_model", "the checkpoint is this worker's"),
+        ({"sd_model_checkpoint": "x"}, "sd_model_checkpoint", "the checkpoint is this worker's"),
+        ({"refiner_checkpoint": "x"}, "refiner_checkpoint", "the checkpoint is this worker's"),
+        ({"hr_checkpoint_name": "x"}, "hr_checkpoint_name", "the checkpoint is this worker's"),
+        (
+            {"override_settings": {"sd_model_checkpoint": "x"}},
+            "override_settings.sd_model_checkpoint",
+            "the checkpoint is this worker's",
+        ),
+        (
+            {"alwayson_scripts": {"Refiner": {"args": []}}},
+            "alwayson_scripts.Refiner",
+            "the checkpoint is this worker's",
+        ),
+        ({"infotext": "Model: x"}, "infotext", "sets other fields unseen"),
+        # what outlives the job, breaks the proof, fills the disk, or is ours
+        ({"override_settings_restore_afterwards": False}, "override_settings_restore_afterwards", "end with the job"),
+        ({"disable_extra_networks": True}, "disable_extra_networks", "LoRAs of the job before"),
+        ({"send_images": False}, "send_images", "the pictures are the answer"),
+        ({"save_images": True}, "save_images", "disk"),
+        ({"do_not_save_samples": False}, "do_not_save_samples", "disk"),
+        ({"do_not_save_grid": False}, "do_not_save_grid", "disk"),
+        ({"send_images": "yes"}, "send_images", "refused"),
+        ({"force_task_id": "x"}, "force_task_id", "its own tasks"),
+        ({"firstpass_image": "aGk="}, "firstpass_image", "does not decode"),
+        # settings
+        ({"override_settings": []}, "override_settings", "an object"),
+        ({"override_settings": {"samples_save": True}}, "override_settings.samples_save", "no setting that a job may"),
+        (
+            {"override_settings": {"randn_sourse": "CPU"}},
+            "override_settings.randn_sourse",
+            "did you mean 'randn_source'",
+        ),
+        ({"override_settings": {"randn_source": "cpu"}}, "override_settings.randn_source", "one of GPU, CPU, NV"),
+        ({"override_settings": {"sd_lora": "x"}}, "override_settings.sd_lora", "no setting"),
+        (
+            {"override_settings": {"CLIP_stop_at_last_layers": "two"}},
+            "override_settings.CLIP_stop_at_last_layers",
+            "text",
+        ),
+        ({"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 1}}, "clip_skip", "contradicts"),
+        ({"vae": "a", "override_settings": {"sd_vae": "b"}}, "vae", "contradicts"),
+        # samplers and scripts
+        ({"sampler_name": 5}, "sampler_name", "text, not 5"),
+        ({"sampler_index": "Euler", "sampler_name": "DDIM"}, "sampler_index", "contradicts"),
+        ({"sampler_name": "x" * 201}, "sampler_name", "200 bytes"),
+        ({"alwayson_scripts": {"x": [1]}}, "alwayson_scripts.x", "an object like"),
+        ({"alwayson_scripts": {"x": None}}, "alwayson_scripts.x", "an object like"),
+        ({"alwayson_scripts": {"x": {"args": None}}}, "alwayson_scripts.x.args", "a list, not null"),
+        ({"alwayson_scripts": {"x": {"arg": []}}}, "alwayson_scripts.x.arg", "did you mean 'args'"),
+        ({"alwayson_scripts": {"seed": {}}}, "alwayson_scripts.seed", "subseed"),
+        ({"alwayson_scripts": {"Sampler": {}}}, "alwayson_scripts.Sampler", "sampler_name"),
+        ({"alwayson_scripts": {"extra options": {}}}, "alwayson_scripts.extra options", "override_settings"),
+        # LoRAs
+        ({"loras": {"version_id": 1}}, "loras", "a list, not an object"),
+        ({"loras": [135867]}, "loras[0]", "text or an object, not 135867"),
+        ({"loras": [None]}, "loras[0]", "text or an object, not null"),
+        ({"loras": [{}]}, "loras[0]", "says no model"),
+        ({"loras": [{"scale": 1}]}, "loras[0]", "says no model"),
+        ({"loras": [""]}, "loras[0]", "blank"),
+        ({"loras": ["https://evil.example/x"]}, "loras[0]", "MODEL_HOSTS"),
+        ({"loras": [{"url": "http://civitai.com/models/1"}]}, "loras[0].url", "https"),
+        ({"loras": [{"url": "https://169.254.169.254/x"}]}, "loras[0].url", "MODEL_HOSTS"),
+        ({"loras": [{"url": "file:///etc/passwd"}]}, "loras[0].url", "https"),
+        ({"loras": [{"url": "https://me:secret@civitai.com/models/1"}]}, "loras[0].url", "password"),
+        ({"loras": [{"name": "../x"}]}, "loras[0].name", "no / or"),
+        ({"loras": [{"name": "a\x00"}]}, "loras[0].name", "control"),
+        ({"loras": [{"name": "x" * 300}]}, "loras[0].name", "200 characters"),
+        ({"loras": [{"name": "x", "scale": "abc"}]}, "loras[0].scale", "from -10 to 10, not text"),
+        ({"loras": [{"name": "x", "scale": NAN}]}, "loras[0].scale", "finite"),
+        ({"loras": [{"name": "x", "scale": 1e9}]}, "loras[0].scale", "not 1000000000"),
+        ({"loras": [{"name": "x", "weight": 1}]}, "loras[0].weight", "did you mean 'scale'"),
+        ({"loras": [{"name": "x", "scal": 1}]}, "loras[0].scal", "did you mean 'scale'"),
+        ({"on_lora_error": "ignore"}, "on_lora_error", "one of fail, warn"),
+        # how the pictures leave
+        ({"output": "webp"}, "output", "must be an object"),
+        ({"output": {"format": "jpg"}}, "output.format", "one of png, jpeg, webp"),
+        ({"output": {"format": ["png"]}}, "output.format", "one of png, jpeg, webp"),
+        ({"output": {"quality": 0}}, "output.quality", "from 1 to 100"),
+        ({"output": {"quality": "90"}}, "output.quality", "from 1 to 100, not text"),
+        ({"output": {"metadata": 0}}, "output.metadata", "true or false"),
+        ({"output": {"raw": "yes"}}, "output.raw", "true or false"),
+        ({"output": {"delivery": "s3"}}, "output.delivery", "one of auto, inline, bucket"),
+        ({"output": {"type": "webp"}}, "output.type", "did you mean 'format'"),
+        ({"output": {"bucket": "theirs"}}, "output.bucket", "known here: format, quality, delivery, metadata, raw"),
+        ({"output_format": "webp"}, "output_format", "did you mean 'output'"),
+        ({"allow_blank": 1}, "allow_blank", "true or false"),
+        # tags
+        ({"prompt": "<hypernet:x:1>"}, "prompt", "no hypernetworks"),
+        ({"prompt": "<LoRA:x:1>"}, "prompt", "<lora:…> alone"),
+        ({"prompt": "<lora:x:much>"}, "prompt", "must be a number"),
+        ({"prompt": "<lora:x:nan>"}, "prompt", "must be a number"),
+        ({"prompt": "<lora:x:11>"}, "prompt", "from -10 to 10"),
+        ({"prompt": "<lora:x:1:te=-11>"}, "prompt", "from -10 to 10"),
+        ({"prompt": "<lora:../x:1>"}, "prompt", "no / or"),
+        ({"prompt": "<lora::1>"}, "prompt", "blank"),
+        ({"prompt": "<lora:x <lora:y:1>"}, "prompt", "not closed"),
+        ({"hr_prompt": "<lora:x:11>", "enable_hr": True, "denoising_strength": 0.5}, "hr_prompt", "from -10 to 10"),
+    ],
+)
+def test_what_is_wrong_is_said_where_it_is(job: dict[str, Any], path: str, sentence: str) -> None:
+    (complaint,) = complaints({"prompt": "a lighthouse", **job})
+
+    assert complaint.path == path
+    assert sentence in complaint.message
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        # from other APIs
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "cfg_scale"),
+        ("num_images", "batch_size"),
+        ("n", "n_iter"),
+        ("negativePrompt", "negative_prompt"),
+        ("sampler", "sampler_name"),
+        ("hires", "enable_hr"),
+        ("lora", "loras"),
+        ("clipSkip", "clip_skip"),
+        ("samplerName", "sampler_name"),
+        # by a slip
+        ("promt", "prompt"),
+        ("widht", "width"),
+        ("denoising_strenght", "denoising_strength"),
+        ("override_setting", "override_settings"),
+    ],
+)
+def test_an_unknown_field_names_the_one_that_was_meant(field: str, meant: str) -> None:
+    (complaint,) = complaints({"prompt": "x", field: 1})
+
+    assert complaint == Complaint(field, f"is unknown; did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize("field", ["zzzz", "init_images"])
+def test_a_field_that_is_like_none_is_unknown_all_the_same(field: str) -> None:
+    (complaint,) = complaints({"prompt": "x", field: {}})
+
+    assert complaint.path == field
+    assert complaint.message.startswith("is unknown")
+    assert "did you mean" not in complaint.message
+
+
+def test_nineteen_complaints_come_at_once_in_the_order_of_the_input() -> None:
+    job = {
+        "steps": 0,
+        "loras": [
+            {"url": "http://x/", "scale": NAN},
+            {"scale": 99, "name": ".."},
+            "../x",
+            {"hash": "x", "version_id": 0},
+        ],
+        "prompt": "<lora:x:much> <hypernet:y:1>",
+        "nonsense": 1,
+        "width": 5,
+        "checkpoint": "x",
+        "script_args": [NAN, INF],
+        "override_settings": {"eta_ddim": 2, "nope_at_all": 1},
+        "seed": 1.5,
+        "sampler_index": "Euler",
+        "sampler_name": "DDIM",
+    }
+
+    paths = [complaint.path for complaint in complaints(job)]
+
+    assert paths == [
+        "steps",
+        "loras[0].scale",
+        "loras[0].url",
+        "loras[1].scale",
+        "loras[1].name",
+        "loras[2]",
+        "loras[3].hash",
+        "loras[3].version_id",
+        "prompt",
+        "prompt",
+        "nonsense",
+        "width",
+        "checkpoint",
+        "script_args[0]",
+        "script_args[1]",
+        "override_settings.eta_ddim",
+        "override_settings.nope_at_all",
+        "seed",
+        "sampler_index",
+    ]
+
+
+def test_limits_are_the_operators() -> None:
+    tight = Limits(max_steps=10, max_pixels=512 * 512, max_images=1)
+
+    paths = [one.path for one in complaints({"prompt": "x", "steps": 11, "batch_size": 2, "height": 512}, tight)]
+
+    assert paths == ["steps", "batch_size", "height"]
+
+
+NESTED: list[Any] = []
+for _ in range(40):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"script_args": NESTED},
+        {"comments": {f"k{number}": number for number in range(100_001)}},
+        {f"field {number}": 1 for number in range(20_000)},
+        {"override_settings": {f"k{number}": 1 for number in range(20_000)}},
+        {"loras": [{f"k{number}": 1 for number in range(20_000)}]},
+        {"alwayson_scripts": {"x": {f"k{number}": 1 for number in range(20_000)}}},
+        {"prompt": "".join(f"<lora:t{number}:1>" for number in range(1_400))},
+        {"prompt": "".join(f"<lora:t{number}:x>" for number in range(1_400))},
+        {"script_args": [NAN] * 10_000},
+    ],
+)
+def test_an_absurd_job_gets_a_short_answer(job: dict[str, Any]) -> None:
+    said = complaints({"prompt": "x", **job})
+
+    assert 1 <= len(said) <= MAX_COMPLAINTS + 1
+    assert all(len(complaint.path) < 200 and len(complaint.message) < 500 for complaint in said)
+
+
+def test_a_prompt_full_of_half_tags_is_read_at_once() -> None:
+    request = parse(prompt="<a:" * 6_600, negative_prompt="<" * 20_000, hr_prompt="<lora:" * 3_000 + "#>" * 500)
+
+    assert request.loras == ()
+
+
+# -- anything at all --------------------------------------------------------------------------------------------------
+
+TEXT = st.text(max_size=20)
+ANY_JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=10,
+)
+LIKELY: dict[str, st.SearchStrategy[Any]] = {
+    "integer": st.sampled_from([-1, 0, 1, 2, 3, 64, 512.0, 1024, 2048]),
+    "number": st.floats(0, 1) | st.integers(0, 9),
+    "boolean": st.booleans(),
+    "string": TEXT | st.sampled_from(["<lora:x:0.5> a <foo:1>", "DDIM", "Use same sampler", "warn", "None"]),
+    "array": st.lists(
+        st.sampled_from(["civitai:1@2", {"name": "own", "scale": 0.5}, URL, {"version_id": 9}]), max_size=3
+    ),
+    "object": st.sampled_from([{}, {"Hypertile": {"args": [1]}}, {"eta_ddim": 0.5}, {"s_noise": 1, "sd_vae": None}]),
+}
+TAKEN = {name: field for name, field in fields(LIMITS).items() if field.kind is not FieldClass.REFUSED}
+LIKELY_JOBS = st.fixed_dictionaries(
+    {"prompt": st.sampled_from(["a cat", "<lora:own:1> <lora:detail_tweaker_xl>", "a # <lora:x:1>"])},
+    optional={name: LIKELY[field.value.type] for name, field in TAKEN.items() if name != "prompt"},
+).flatmap(
+    lambda job: st.sets(st.sampled_from(sorted(job)), max_size=6).map(
+        lambda few: {"prompt": "a cat", **{name: job[name] for name in few}}
+    )
+)
+JOBS = LIKELY_JOBS | st.builds(
+    lambda job, name, value: {**job, name: value}, LIKELY_JOBS, st.sampled_from(sorted(fields(LIMITS))), ANY_JSON
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.one_of(ANY_JSON, JOBS))
+def test_anything_gives_complaints_or_a_body_within_every_limit(raw: Any) -> None:
+    error: InvalidRequest | None = None
+    try:
+        request = parse_request(raw, LIMITS)
+    except InvalidRequest as refusal:
+        error = refusal
+
+    if error is not None:
+        assert all(one.path and one.message for one in error.complaints)
+        assert json.dumps(error.answer(), allow_nan=False, ensure_ascii=False).encode()
+        return
+    body = json.loads(json.dumps(request.body, allow_nan=False))
+    assert body == request.body
+    table = fields(LIMITS)
+    assert all(table[name].kind is not FieldClass.REFUSED and table[name].is_a1111s for name in body)
+    assert all(table[name].value.check(value) == value for name, value in body.items())
+    assert final_size(body).pixels <= LIMITS.max_pixels
+    assert 1 <= request.images_expected <= LIMITS.max_images
+    assert len(request.loras) <= 16
+    assert all(-10 <= scale_of(wish) <= 10 for wish in request.loras)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.sampled_from(["<lora:", "<hypernet:", "x", "detail_tweaker_xl", ":", "0.5", ">", "#", "\n", "=", "é"]))
+)
+def test_any_tags_become_wishes_or_complaints(pieces: list[str]) -> None:
+    reading = read_tags("".join(pieces), "prompt", ())
+
+    assert all(wish.in_prompt and wish.ref.name for wish in reading.loras)
+    assert all(one.path == "prompt" for one in reading.complaints)

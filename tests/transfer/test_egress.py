@@ -1,0 +1,358 @@
+"""Which hosts may be reached, and that nothing else is."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a1111_worker.transfer.egress import (
+    STORAGE_HOSTS,
+    USER_AGENT,
+    HostPolicy,
+    HostRefused,
+    Origin,
+    Route,
+    follow,
+    may_connect,
+    open_connection,
+    open_session,
+    origin_of,
+    parse_origin,
+)
+from sandbox.server import Exchange, Server
+
+
+class Echo(Server):
+    """Answers 200, or leads on where `turns` says so for a path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: dict[str, str] = {}
+        self.status = 307
+
+    def answer(self, exchange: Exchange) -> None:
+        if location := self.turns.get(exchange.asked.path):
+            exchange.send(self.status, headers={"location": location})
+        else:
+            exchange.send(200, b"here", {"set-cookie": "seen=1"})
+
+
+@pytest.fixture
+def server() -> Iterator[Echo]:
+    with Echo() as echo:
+        yield echo
+
+
+@pytest.fixture
+def other() -> Iterator[Echo]:
+    with Echo() as echo:
+        yield echo
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin"),
+    [
+        ("civitai.com", Origin("https", "civitai.com", 443)),
+        ("https://civitai.com", Origin("https", "civitai.com", 443)),
+        ("https://civitai.com/", Origin("https", "civitai.com", 443)),  # as a browser writes it
+        (" HTTPS://CivitAI.com:443 ", Origin("https", "civitai.com", 443)),  # one origin, however it is written
+        ("mirror.example:8443", Origin("https", "mirror.example", 8443)),
+        ("*.example.com", Origin("https", "*.example.com", 443)),
+        ("http://127.0.0.1:8081", Origin("http", "127.0.0.1", 8081)),
+        ("http://localhost:8081", Origin("http", "localhost", 8081)),
+        ("https://[2001:db8::1]:444", Origin("https", "[2001:db8::1]", 444)),
+    ],
+)
+def test_an_origin_is_read_from_a_setting(entry: str, origin: Origin) -> None:
+    assert parse_origin(entry) == origin
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "http://civitai.com",  # the line would be open to anyone
+        "http://10.0.0.7:80",  # loopback only
+        "https://user:pass@civitai.com",
+        "https://civitai.com/models",  # a path would promise a limit that is none
+        "https://civitai.com?x",
+        "ftp://civitai.com",
+        "https://civitai.com:99999",
+        "https://",
+        "https://*",
+        "https://a.*.com",
+        "http://*.localhost:80",
+        "",
+        "two hosts",
+    ],
+)
+def test_what_is_no_origin_is_refused(entry: str) -> None:
+    with pytest.raises(HostRefused):
+        parse_origin(entry)
+
+
+POLICY = HostPolicy(["civitai.com", "https://mirror.example:8443", "*.r2.example", "http://127.0.0.1:8081"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://civitai.com/api/download/models/1?type=Model#x",
+        "https://CIVITAI.com:443/api",
+        "https://civitai.com",
+        "https://mirror.example:8443/file",
+        "https://bucket.r2.example/key?X-Amz-Signature=ab%2Fc",
+        "http://127.0.0.1:8081/file",
+    ],
+)
+def test_a_listed_origin_may_be_reached(url: str) -> None:
+    POLICY.check(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://civitai.com/",  # another scheme
+        "https://civitai.com:8443/",  # another port
+        "https://evil.example/",
+        "https://b2.civitai.com/",  # never by suffix
+        "https://civitai.com.evil.example/",
+        "https://notcivitai.com/",
+        "https://civitai.com@evil.example/",  # credentials
+        "https://evil.example@civitai.com/",
+        "https://civitai.com\\@evil.example/",  # read differently by different parsers
+        "https://civitai.com /",
+        "https://civitai%2ecom/",
+        "https://civitai.com.",  # the same host, but not the same origin
+        "https:///civitai.com",
+        "https://r2.example/",  # a suffix stands for hosts below it
+        "https://evilr2.example/",
+        "http://bucket.r2.example/",
+        "http://127.0.0.1:8082/",  # exactly that origin
+        "http://localhost:8081/",
+        "https://127.0.0.1:8081/",
+        "http://2130706433:8081/",  # 127.0.0.1 as one number
+        "http://0x7f.1:8081/",
+        "http://169.254.169.254/latest/meta-data",
+        "file:///etc/passwd",
+        "//civitai.com/x",
+        "https://civitai.com/\n",
+        "https://civitai.com/ä",
+        "",
+    ],
+)
+def test_anything_else_is_refused(url: str) -> None:
+    with pytest.raises(HostRefused):
+        POLICY.check(url)
+
+
+@given(st.text())
+def test_no_text_is_anything_but_an_origin_or_refused(text: str) -> None:
+    try:
+        origin = origin_of(text)
+    except HostRefused:
+        return
+    assert origin.host in text.lower()
+
+
+def test_storage_hosts_are_origins_and_not_civitais_api() -> None:
+    origins = {parse_origin(host) for host in STORAGE_HOSTS}
+
+    assert Origin("https", "b2.civitai.com", 443) in origins
+    assert all(origin.host != "civitai.com" and not origin.host.startswith("*.") for origin in origins)
+
+
+NAMED = Origin("https", "files.example", 443)
+
+
+@pytest.mark.parametrize(
+    ("origin", "address", "expected"),
+    [
+        (NAMED, "93.184.216.34", True),
+        (NAMED, "2606:4700::6810:84e5", True),
+        (NAMED, "127.0.0.1", False),
+        (NAMED, "10.1.2.3", False),
+        (NAMED, "172.16.0.1", False),
+        (NAMED, "192.168.1.1", False),
+        (NAMED, "169.254.169.254", False),  # the cloud's metadata
+        (NAMED, "100.64.0.1", False),  # a carrier's own network, and some clouds'
+        (NAMED, "0.0.0.0", False),
+        (NAMED, "224.0.0.1", False),
+        (NAMED, "255.255.255.255", False),
+        (NAMED, "::1", False),
+        (NAMED, "fe80::1%eth0", False),
+        (NAMED, "fd00::1", False),
+        (NAMED, "::ffff:10.0.0.1", False),  # IPv4 in its IPv6 forms
+        (NAMED, "::ffff:93.184.216.34", True),
+        (NAMED, "2002:7f00:0001::", False),
+        (NAMED, "64:ff9b::a9fe:a9fe", False),
+        (Origin("https", "10.0.0.7", 443), "10.0.0.7", True),  # listed as an address, on purpose
+        (Origin("https", "10.0.0.7", 443), "10.0.0.8", False),
+        (Origin("http", "localhost", 80), "127.0.0.1", True),
+        (Origin("http", "localhost", 80), "::1", True),
+        (Origin("http", "localhost", 80), "10.0.0.1", False),
+    ],
+)
+def test_which_addresses_a_host_may_lead_to(origin: Origin, address: str, expected: bool) -> None:
+    assert may_connect(origin, address) is expected
+
+
+@given(st.ip_addresses())
+def test_a_name_never_leads_to_an_address_that_is_not_global(address: ipaddress.IPv4Address) -> None:
+    allowed = may_connect(NAMED, str(address))
+
+    assert not allowed or (address.is_global and not address.is_loopback and not address.is_link_local)
+
+
+def test_a_name_that_resolves_to_this_machine_is_refused_before_anything_is_sent(server: Echo) -> None:
+    # This machine's own name: listed as a host, resolved by the real resolver, leads to a private address.
+    name = socket.gethostname().lower()
+    port = int(server.url.rpartition(":")[2])
+    session = open_session(HostPolicy([Origin("http", name, port)]))
+
+    with pytest.raises(HostRefused, match="not public"):
+        session.get(f"http://{name}:{port}/")
+
+    assert not server.asked
+
+
+def test_a_session_reaches_what_is_listed_and_nothing_else(server: Echo, other: Echo) -> None:
+    session = open_session(HostPolicy([server.url]))
+
+    answer = session.get(f"{server.url}/file", headers={"Authorization": "Bearer key"})
+    with pytest.raises(HostRefused):
+        session.get(f"{other.url}/file")
+
+    assert answer.content == b"here"
+    assert server.asked[0].headers["authorization"] == "Bearer key"
+    assert not other.asked
+
+
+def test_a_session_refuses_credentials_in_a_url(server: Echo) -> None:
+    with pytest.raises(HostRefused):
+        open_session(HostPolicy([server.url])).get(server.url.replace("http://", "http://user:pass@"))
+
+    assert not server.asked
+
+
+def test_a_session_sends_nothing_of_its_own_beside_who_it_is(server: Echo) -> None:
+    session = open_session(HostPolicy([server.url]))
+
+    session.get(server.url)
+    session.get(server.url)  # the cookie of the first answer is not brought back
+
+    sent = server.asked[1].headers
+    assert set(sent) == {"host", "user-agent", "accept", "accept-encoding"}
+    assert sent["user-agent"].startswith("a1111-worker/")
+    assert sent["user-agent"] == USER_AGENT
+    assert sent["accept-encoding"] == "identity"
+
+
+def test_proxies_and_netrc_of_the_environment_are_ignored(
+    server: Echo, other: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, other.url)
+    monkeypatch.setenv("no_proxy", "")
+
+    open_session(HostPolicy([server.url])).get(f"{server.url}/file")
+
+    assert not other.asked
+    assert "authorization" not in server.asked[0].headers
+
+
+def test_a_redirect_is_never_followed_by_itself(server: Echo, other: Echo) -> None:
+    server.turns["/a"] = f"{other.url}/b"
+
+    answer = open_session(HostPolicy([server.url, other.url])).get(f"{server.url}/a")
+
+    assert answer.status_code == 307
+    assert not other.asked
+
+
+def test_a_redirect_is_followed_by_hand_without_the_key(server: Echo, other: Echo) -> None:
+    server.turns = {"/a": "/b", "/b": f"{other.url}/c"}
+    session = open_session(HostPolicy([server.url, other.url]))
+
+    answer = follow(session, f"{server.url}/a", headers={"Authorization": "Bearer key"})
+
+    assert answer.content == b"here"
+    assert [asked.headers.get("authorization") for asked in server.asked] == ["Bearer key", "Bearer key"]
+    assert "authorization" not in other.asked[0].headers
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://10.0.0.1/",
+        "http://civitai.com/",  # from https down to http
+        "https://evil.example/",
+        "file:///etc/passwd",
+        "https://user:pass@civitai.com/",
+        "//evil.example/",
+        "http://[::1",
+    ],
+)
+def test_a_redirect_to_anywhere_else_is_refused(server: Echo, location: str) -> None:
+    server.turns["/a"] = location
+    session = open_session(HostPolicy([server.url, "civitai.com"]))
+
+    with pytest.raises(HostRefused):
+        follow(session, f"{server.url}/a")
+
+
+def test_redirects_in_a_circle_end(server: Echo) -> None:
+    server.turns = {"/a": "/b", "/b": "/a"}
+
+    with pytest.raises(HostRefused, match="circle"):
+        follow(open_session(HostPolicy([server.url])), f"{server.url}/a")
+
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(("hops", "arrives"), [(5, True), (6, False), (20, False)])
+def test_redirects_are_followed_five_times(server: Echo, hops: int, arrives: bool) -> None:
+    server.turns = {f"/{hop}": f"/{hop + 1}" for hop in range(hops)}
+    session = open_session(HostPolicy([server.url]))
+
+    if arrives:
+        assert follow(session, f"{server.url}/0").content == b"here"
+    else:
+        with pytest.raises(HostRefused, match="more than 5 redirects"):
+            follow(session, f"{server.url}/0")
+        assert len(server.asked) == 6
+
+
+def test_a_redirect_with_letters_beyond_ascii_is_escaped() -> None:
+    route = Route("https://files.example/a")
+
+    turned = route.turns(302, "https://files.example/Ã¤ b?sig=%2Fx")
+
+    assert turned
+    assert route.url == "https://files.example/%C3%A4%20b?sig=%2Fx"
+
+
+def test_a_connection_of_the_engine_goes_through_the_same_checks(server: Echo) -> None:
+    seen: list[socket.socket] = []
+    allowed = open_connection(HostPolicy([server.url]), origin_of(server.url), timeout=5, on_socket=seen.append)
+    refused = open_connection(HostPolicy([]), origin_of(server.url), timeout=5, on_socket=seen.append)
+
+    allowed.request("GET", "/")
+    with pytest.raises(HostRefused):
+        refused.request("GET", "/")
+
+    assert allowed.getresponse().read() == b"here"
+    assert len(seen) == 1
+    allowed.close()
+    assert isinstance(allowed, http.client.HTTPConnection)

@@ -1,0 +1,287 @@
+"""The client of A1111's API, on answers recorded from the real one and on answers no WebUI should give."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a1111_worker.domain import Deadline
+from a1111_worker.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    OutOfMemory,
+    WebUILost,
+    WebUINotReady,
+    WorkerError,
+)
+from a1111_worker.webui.client import (
+    Call,
+    RouteMissing,
+    WebUI,
+    WebUIPoisoned,
+    WebUIRefused,
+    WebUISilent,
+    plain,
+    translate,
+)
+from sandbox.server import Exchange, Server
+
+DATA = Path(__file__).parent.parent / "data" / "webui-1.9.3"
+
+
+class Scripted(Server):
+    """Answers each request with the next act; without one, with an empty object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts: list[Callable[[Exchange], None]] = []
+
+    def answer(self, exchange: Exchange) -> None:
+        act = self.acts.pop(0) if self.acts else lambda it: it.send_json(200, {})
+        act(exchange)
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with Scripted() as scripted:
+        yield scripted
+
+
+def client(server: Server, timeout: float = 5.0) -> WebUI:
+    return WebUI(server.url, timeout=timeout, backoff=0.0)
+
+
+def recorded(name: str) -> tuple[int, bytes]:
+    response = json.loads((DATA / f"{name}.json").read_text())["response"]
+    return response["status"], json.dumps(response["body"]).encode()
+
+
+def shape(name: str, text: str) -> bytes:
+    return json.dumps({"error": name, "detail": "", "body": "", "errors": text}).encode()
+
+
+# what was recorded, what it is, and the words that must be in the sentence
+RECORDED: list[tuple[str, type[WorkerError], str]] = [
+    ("err_unknown_sampler", InvalidRequest, "Sampler not found"),  # a 404 that is about the request
+    ("err_unknown_script", InvalidRequest, "Script 'Nope' not found"),
+    ("err_alwayson_selectable", InvalidRequest, "selectable script"),
+    ("err_steps_string", InvalidRequest, "steps: value is not a valid integer"),
+    ("err_no_body", InvalidRequest, "field required"),
+    ("unknown_path", RouteMissing, "not there"),  # a 404 that is not about the request
+    ("txt2img_GET_405", RouteMissing, "not there"),
+    ("auth_none", InvalidRequest, "Not authenticated"),
+    ("err_steps_0", GenerationFailed, "ZeroDivisionError"),
+    ("err_nan_unet", GenerationFailed, "NaN"),
+    ("err_hr_unknown_upscaler", GenerationFailed, "could not find upscaler named Nope"),
+    ("err_options_unknown_key", GenerationFailed, "KeyError"),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "words"), RECORDED)
+def test_recorded_failures_are_told_apart(name: str, error: type[WorkerError], words: str) -> None:
+    found = translate(*recorded(name))
+
+    assert type(found) is error
+    assert words.lower() in found.sentence.lower()
+
+
+# status, body, what it is
+FURTHER: list[tuple[int, bytes, type[WorkerError]]] = [
+    (500, shape("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB"), OutOfMemory),
+    (500, shape("RuntimeError", "CUDA error: CUDA out of memory."), OutOfMemory),  # older torch raises it so
+    (500, shape("NansException", "A tensor with all NaNs was produced in Unet."), GenerationFailed),
+    (500, shape("AttributeError", "'NoneType' object has no attribute 'lowvram'"), WebUIPoisoned),
+    (500, shape("AttributeError", "'NoneType' object has no attribute 'other'"), GenerationFailed),
+    (500, shape("AssertionError", ""), GenerationFailed),
+    (502, b"<html>Bad Gateway</html>", WebUILost),  # a proxy, not the WebUI
+    (500, b"Internal Server Error", WebUILost),
+    (500, b"", WebUILost),
+    (404, b"[]", WebUILost),
+    (422, b'{"detail": []}', InvalidRequest),
+    (422, b'{"detail": ["odd"]}', InvalidRequest),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "error"), FURTHER)
+def test_other_failures_have_their_error_too(status: int, body: bytes, error: type[WorkerError]) -> None:
+    assert type(translate(status, body)) is error
+
+
+def test_no_path_of_the_container_reaches_a_sentence() -> None:
+    text = "[Errno 2] No such file: '/stable-diffusion-webui/models/VAE/x y.pt'\n  at C:\\models\\x.pt, 1/2 done"
+
+    assert plain(text) == "[Errno 2] No such file: '<path>' at <path>, 1/2 done"
+
+
+def test_nobody_listening_is_told_apart_from_a_broken_line(server: Scripted) -> None:
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    server.acts = [Exchange.reset] * 5
+
+    with pytest.raises(WebUIRefused):
+        WebUI(f"http://127.0.0.1:{port}", backoff=0.0).options()
+    with pytest.raises(WebUILost) as broken:
+        client(server).options()
+
+    assert not isinstance(broken.value, WebUIRefused)
+
+
+def test_what_may_be_repeated_is_repeated(server: Scripted) -> None:
+    server.acts = [lambda it: it.send(502), lambda it: it.send(503)]
+
+    client(server).refresh_checkpoints()
+
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("act", [lambda it: it.send(502), Exchange.reset, Exchange.cut])
+def test_a_generation_is_never_asked_for_twice(server: Scripted, act: Callable[[Exchange], None]) -> None:
+    server.acts = [act]
+
+    with pytest.raises(WebUILost):
+        client(server).txt2img({"prompt": "x"}, timeout=5)
+
+    assert len(server.asked) == 1
+
+
+def half(exchange: Exchange) -> None:
+    exchange.begin(200, {"content-length": "1000", "content-type": "application/json"})
+    exchange.write(b'{"images": ["iVBOR')
+    exchange.cut()
+
+
+@pytest.mark.parametrize("act", [half, lambda it: it.send(200, b"<html>hello</html>"), lambda it: it.send(200, b"")])
+def test_half_an_answer_and_no_answer_are_a_lost_webui(server: Scripted, act: Callable[[Exchange], None]) -> None:
+    server.acts = [act]
+
+    with pytest.raises(WebUILost):
+        client(server).txt2img({"prompt": "x"}, timeout=5).read()
+
+
+def test_an_answer_of_another_form_is_not_taken(server: Scripted) -> None:
+    server.acts = [lambda it: it.send_json(200, [])]
+
+    with pytest.raises(WebUILost, match="another form"):
+        client(server).options()
+
+
+def test_silence_ends(server: Scripted) -> None:
+    released = threading.Event()
+
+    def silent(exchange: Exchange) -> None:
+        released.wait(10)
+        exchange.cut()
+
+    server.acts = [silent] * 5
+
+    with pytest.raises(WebUILost):
+        client(server, timeout=0.05).progress()
+    released.set()
+
+
+def test_the_webui_is_not_asked_to_compress(server: Scripted) -> None:
+    client(server).options()
+
+    assert server.asked[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_look_says_which_step_of_which_image(server: Scripted) -> None:
+    found = json.loads((DATA / "progress_running_skip_image.json").read_text())["response"]["body"]
+    server.acts = [lambda it: it.send_json(200, found)]
+
+    look = client(server).progress()
+
+    assert server.asked[0].query["skip_current_image"] == "true"
+    assert (look.image, look.images, look.step, look.steps) == (1, 2, 24, 60)
+    assert look.progress == pytest.approx(0.21)
+
+
+def test_connections_are_kept(server: Scripted) -> None:
+    webui = client(server)
+    ports: set[Any] = set()
+
+    def remember(exchange: Exchange) -> None:
+        ports.add(exchange.client_address)
+        exchange.send_json(200, {})
+
+    server.acts = [remember] * 3
+
+    for _ in range(3):
+        webui.options()
+
+    assert len(ports) == 1
+
+
+def test_what_ran_into_its_timeout_is_not_asked_for_again(server: Scripted) -> None:
+    webui = client(server, timeout=0.2)
+
+    def silent(exchange: Exchange) -> None:
+        exchange.hold(20)
+
+    server.acts = [silent] * 2
+
+    with pytest.raises(WebUISilent):
+        webui.set_options({"sd_model_checkpoint": "x"})
+
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("look", [{}, {"progress": 0, "eta_relative": 0, "state": None}, {"progress": "much"}])
+def test_progress_of_another_form_is_not_a1111s(server: Scripted, look: dict[str, Any]) -> None:
+    server.acts = [lambda exchange: exchange.send_json(200, look)]
+
+    with pytest.raises(WebUILost, match="progress"):
+        client(server).progress()
+
+
+def test_an_answer_can_be_cut_while_it_is_read(server: Scripted) -> None:
+    begun = threading.Event()
+
+    def half(exchange: Exchange) -> None:
+        exchange.begin(200, {"content-type": "application/json", "content-length": "1000"})
+        exchange.flush()
+        begun.set()
+        exchange.hold(20)
+
+    server.acts = [half]
+    answer = client(server, timeout=30).txt2img({}, timeout=30)
+    reading = Call(answer.read)
+    begun.wait(10)
+
+    answer.cut()
+
+    assert reading.wait(10, Deadline())
+    with pytest.raises(WebUILost):
+        reading.result()
+
+
+def test_whoever_waits_for_a_call_is_woken_by_its_own_deadline_alone() -> None:
+    release = threading.Event()
+    call = Call(lambda: release.wait(20))
+    gone, waiting = Deadline(), Deadline()
+    gone.cancel()
+
+    assert not call.wait(20, gone)
+    release.set()
+    assert call.wait(20, waiting)
+
+
+def test_a_call_hands_over_what_came_of_it() -> None:
+    good, bad = Call(lambda: 7), Call(lambda: 1 // 0)
+
+    assert good.wait(10, Deadline()) and bad.wait(10, Deadline())
+
+    assert good.result() == 7
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+
+
+def test_a_route_that_is_missing_is_no_fault_of_the_request() -> None:
+    assert issubclass(RouteMissing, WebUINotReady)

@@ -1,0 +1,286 @@
+"""From a request to the body the WebUI gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a1111_worker.domain import GenerationRequest, Model, ModelKind, ModelRef
+from a1111_worker.errors import InvalidRequest, ModelNotFound
+from a1111_worker.request.parse import Limits, parse_request
+from a1111_worker.webui.composition import Lists, compose, resolve
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def lists(**changes: Any) -> Lists:
+    def recorded(name: str) -> Any:
+        return json.loads((DATA / "webui-1.10.1" / f"full_{name}.json").read_text())
+
+    return Lists(
+        **{
+            "samplers": recorded("samplers"),
+            "schedulers": recorded("schedulers"),
+            "upscalers": ("Latent", "Lanczos", "R-ESRGAN 4x+"),
+            "scripts": tuple(recorded("scripts")["txt2img"]),
+            "styles": {},
+            "vaes": ("Automatic", "None", "sdxl_vae.safetensors"),
+            **changes,
+        }
+    )
+
+
+def parse(**raw: Any) -> GenerationRequest:
+    return parse_request({"prompt": "a lighthouse", **raw}, Limits())
+
+
+def model(stem: str, version_id: int | None = None, name: str | None = None, **changes: Any) -> Model:
+    return Model(
+        kind=ModelKind.LORA,
+        name=name or stem,
+        file=f"{stem}.safetensors",
+        path=Path("x"),
+        sha256="ab" * 32,
+        size=1,
+        version_id=version_id,
+        lora_hash="0" * 12,
+        **changes,
+    )
+
+
+def composed(request: GenerationRequest, *found: Model) -> dict[str, Any]:
+    models = {wish.ref: one for wish, one in zip(request.loras, found, strict=True)}
+    return dict(compose(request, models, {}).body)
+
+
+# what the job says, what the WebUI is sent
+SAMPLERS = [
+    ({}, ("DPM++ 2M", "Karras")),  # ours where the job says nothing
+    ({"sampler_name": "dpm++ 2m sde exponential"}, ("DPM++ 2M SDE", "Exponential")),
+    ({"sampler_name": "k_euler_a"}, ("Euler a", None)),
+    ({"sampler_name": "Euler", "scheduler": "sgm_uniform"}, ("Euler", "SGM Uniform")),
+    ({"scheduler": "exponential"}, ("DPM++ 2M", "Exponential")),
+]
+
+
+@pytest.mark.parametrize(("raw", "sent"), SAMPLERS)
+def test_samplers_are_sent_as_the_webui_spells_them(raw: dict[str, Any], sent: tuple[str, str | None]) -> None:
+    body = resolve(parse(**raw), lists()).body
+
+    assert (body["sampler_name"], body.get("scheduler")) == sent
+
+
+def test_every_unknown_name_is_said_at_once() -> None:
+    hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5, "hr_upscaler": "Lanczoss"}
+    request = parse(
+        sampler_name="Eulerr",
+        script_name="prompt matrx",
+        styles=["cinematic"],
+        vae="sdxl_va",
+        alwayson_scripts={"ControlNet": {"args": []}},
+        hr_sampler_name="Eulr",
+        **hires,
+    )
+
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(request, lists())
+
+    said = {complaint.path: complaint.message for complaint in raised.value.complaints}
+    assert set(said) == {
+        "sampler_name",
+        "hr_sampler_name",
+        "hr_upscaler",
+        "script_name",
+        "alwayson_scripts.ControlNet",
+        "vae",
+        "styles[0]",
+    }
+    assert "'Euler'" in said["sampler_name"] and "'Lanczos'" in said["hr_upscaler"]
+
+
+def test_names_are_sent_in_the_webuis_case() -> None:
+    request = parse(script_name="X/Y/Z Plot", vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}})
+
+    body = resolve(request, lists()).body
+
+    assert body["script_name"] == "x/y/z plot"
+    assert body["override_settings"]["sd_vae"] == "sdxl_vae.safetensors"
+    assert list(body["alwayson_scripts"]) == ["Hypertile"]
+
+
+def test_loras_become_tags_in_the_callers_order_with_their_scale() -> None:
+    request = parse(loras=[{"version_id": 135867}, {"version_id": 7, "scale": -0.5}])
+
+    body = composed(request, model("detail_tweaker_xl", 135867), model("x_7", 7))
+
+    assert body["prompt"] == "a lighthouse <lora:detail_tweaker_xl:1.5> <lora:x_7:-0.5>"
+
+
+def test_a_tag_the_caller_wrote_is_not_doubled_and_the_list_wins() -> None:
+    request = parse(prompt="a <lora:Detail Tweaker XL:0.3> lighthouse", loras=[{"version_id": 135867, "scale": 0.8}])
+
+    body = composed(request, model("detail_tweaker_xl", 135867, "Detail Tweaker XL"))
+
+    assert body["prompt"] == "a <lora:detail_tweaker_xl:0.8> lighthouse"
+    assert any("0.8 counts" in warning for warning in request.warnings)
+
+
+def test_a_tag_alone_is_a_lora_of_the_job() -> None:
+    request = parse(prompt="a <lora:detail_tweaker_xl:0.3> lighthouse")
+
+    plan = compose(request, {request.loras[0].ref: model("detail_tweaker_xl", 135867)}, {})
+
+    assert plan.body["prompt"] == "a <lora:detail_tweaker_xl:0.3> lighthouse"
+    assert [(lora.name, lora.scale) for lora in plan.loras] == [("detail_tweaker_xl", 0.3)]
+
+
+def test_hires_has_the_loras_too() -> None:
+    request = parse(hr_prompt="the same, sharper", loras=[{"version_id": 7}])
+
+    assert composed(request, model("x_7", 7))["hr_prompt"] == "the same, sharper <lora:x_7:1>"
+
+
+def test_an_entry_without_a_scale_leaves_a_tag_its_own_weights() -> None:
+    request = parse(prompt="a <lora:x_7:0.5:1> lighthouse", loras=["x_7"])
+
+    plan = compose(request, {request.loras[0].ref: model("x_7")}, {})
+
+    assert plan.body["prompt"] == "a <lora:x_7:0.5:1> lighthouse"
+    assert [lora.scale for lora in plan.loras] == [1.0]  # the U-Net's
+
+
+def test_a_second_pass_with_loras_of_its_own_names_the_first_ones_without_effect() -> None:
+    hires = {"enable_hr": True, "denoising_strength": 0.5}
+    request = parse(prompt="a <lora:first:1> lighthouse", hr_prompt="sharper <lora:second:1>", **hires)
+
+    body = composed(request, model("first"), model("second"))
+
+    assert body["hr_prompt"] == "sharper <lora:second:1> <lora:first:0>"
+
+
+def test_a_lora_that_could_not_be_had_is_left_out_with_a_warning() -> None:
+    request = parse(prompt="a <lora:gone:1> lighthouse", on_lora_error="warn")
+    ref = request.loras[0].ref
+
+    plan = compose(request, {}, {ref: ModelNotFound("nobody knows it")})
+
+    assert "lora" not in plan.body["prompt"]
+    assert plan.loras[0].model is None
+    assert plan.warnings == ("the LoRA 'gone' was left out: MODEL_NOT_FOUND: nobody knows it",)
+
+
+def test_two_names_for_one_file_are_one_lora() -> None:
+    request = parse(prompt="a <lora:by_hand:0.5> lighthouse", loras=[{"version_id": 7, "scale": 0.8}])
+    same = model("by_hand", 7)
+
+    plan = compose(request, {wish.ref: same for wish in request.loras}, {})
+
+    assert plan.body["prompt"] == "a <lora:by_hand:0.8> lighthouse"
+    assert len(plan.loras) == 1
+
+
+def test_what_is_to_be_said_of_a_model_is_said_of_the_job() -> None:
+    request = parse(loras=[{"version_id": 7}])
+
+    plan = compose(request, {request.loras[0].ref: model("x_7", 7, warnings=("it cannot be told",))}, {})
+
+    assert plan.warnings == ("it cannot be told",)
+
+
+STYLES = {
+    "plain": {"name": "plain", "prompt": "photo of {prompt}, film grain", "negative_prompt": "blurry"},
+    "detailed": {"name": "detailed", "prompt": "<lora:detail_tweaker_xl:0.4>", "negative_prompt": "flat"},
+}
+
+
+def test_a_style_is_left_to_the_webui_where_it_brings_no_lora() -> None:
+    body = resolve(parse(styles=["Plain"]), lists(styles=STYLES)).body
+
+    assert (body["prompt"], body["styles"]) == ("a lighthouse", ["plain"])
+
+
+def test_a_style_that_brings_a_lora_is_written_into_the_prompt() -> None:
+    request = resolve(parse(styles=["plain", "detailed"], negative_prompt="dark"), lists(styles=STYLES))
+
+    assert "styles" not in request.body
+    assert request.body["prompt"] == "photo of a lighthouse, film grain, <lora:detail_tweaker_xl:0.4>"
+    assert request.body["negative_prompt"] == "dark, blurry, flat"
+    assert [wish.ref for wish in request.loras] == [
+        ModelRef(ModelKind.LORA, version_id=135867, name="detail_tweaker_xl")
+    ]
+
+
+def test_a_style_that_is_written_into_the_prompts_reaches_the_second_pass() -> None:
+    request = resolve(parse(styles=["detailed"], hr_negative_prompt="noisy"), lists(styles=STYLES))
+
+    assert request.body["hr_negative_prompt"] == "noisy, flat"
+    assert "hr_prompt" not in request.body
+
+
+def test_a_request_is_never_changed() -> None:
+    request = parse(loras=[{"version_id": 7}], vae="automatic")
+    before = json.dumps(dict(request.body))
+
+    resolve(request, lists())
+    composed(request, model("x_7", 7))
+
+    assert json.dumps(dict(request.body)) == before
+
+
+HIRES = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5}
+
+
+def test_a_hires_scheduler_is_sent_as_the_webui_spells_it_with_and_without_a_sampler() -> None:
+    alone = resolve(parse(hr_scheduler="karras", **HIRES), lists()).body
+    combined = resolve(parse(hr_sampler_name="dpm++ 2m exponential", **HIRES), lists()).body
+
+    assert alone["hr_scheduler"] == "Karras"
+    assert (combined["hr_sampler_name"], combined["hr_scheduler"]) == ("DPM++ 2M", "Exponential")
+
+
+def test_a_style_that_brings_a_lora_keeps_the_loras_of_the_job() -> None:
+    request = resolve(parse(styles=["detailed"], loras=[{"version_id": 7, "scale": 0.5}]), lists(styles=STYLES))
+
+    assert [(wish.ref.version_id, wish.scale) for wish in request.loras] == [(7, 0.5), (135867, 0.4)]
+    assert any("detailed" in warning for warning in request.warnings)
+
+
+def test_a_style_that_brings_a_lora_is_for_the_second_pass_too_and_only_where_it_has_a_prompt() -> None:
+    own = resolve(parse(styles=["plain", "detailed"], hr_prompt="sharper", **HIRES), lists(styles=STYLES)).body
+    same = resolve(parse(styles=["plain", "detailed"], **HIRES), lists(styles=STYLES)).body
+
+    assert own["hr_prompt"] == "photo of sharper, film grain, <lora:detail_tweaker_xl:0.4>"
+    assert "hr_prompt" not in same  # the WebUI takes the first pass's prompt
+
+
+def test_a_tag_of_a_style_that_cannot_be_used_is_a_complaint() -> None:
+    bad = {"bad": {"name": "bad", "prompt": "<lora:fine:1> <lora:x:much>", "negative_prompt": ""}}
+
+    with pytest.raises(InvalidRequest, match="its weight must be a number"):
+        resolve(parse(styles=["bad"]), lists(styles=bad))
+
+
+def test_the_weights_of_a_tag_stay_as_the_caller_wrote_them() -> None:
+    request = parse(prompt="a <lora:some_style_7:0.3:0.8> lighthouse")
+
+    assert composed(request, model("some_style_7", 7))["prompt"] == "a <lora:some_style_7:0.3:0.8> lighthouse"
+
+
+def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
+    request = parse(prompt="a <lora:My Style:0.5> lighthouse", loras=[{"name": "my style", "scale": 0.8}])
+
+    body = composed(request, *(model("my style") for _ in request.loras))
+
+    assert body["prompt"] == "a <lora:my style:0.8> lighthouse"
+
+
+def test_two_loras_of_urls_that_cannot_be_had_are_both_told() -> None:
+    limits = Limits(model_hosts=("https://cdn.example.com",))
+    urls = [{"url": f"https://cdn.example.com/{name}"} for name in "ab"]
+    request = parse_request({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
+    failures = {wish.ref: ModelNotFound("it is gone") for wish in request.loras}
+
+    assert len(compose(request, {}, failures).loras) == 2

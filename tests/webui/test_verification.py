@@ -1,0 +1,216 @@
+"""What an answer must show before it is believed, on answers in the recorded form of A1111 1.10.1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a1111_worker.domain import AppliedLora, Model, ModelKind, OnLoraError
+from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost, WorkerError
+from a1111_worker.webui.verification import Plan, lora_hashes, prove
+
+CHECKPOINT = Model(
+    kind=ModelKind.CHECKPOINT, name="The Model", file="the_model.safetensors", path=Path("x"), sha256="ab" * 32, size=1
+)
+
+
+def lora(stem: str = "detail", digits: str = "eb0b8ef669e5") -> AppliedLora:
+    model = Model(
+        kind=ModelKind.LORA,
+        name=stem.title(),
+        file=f"{stem}.safetensors",
+        path=Path("x"),
+        sha256="cd" * 32,
+        size=1,
+        lora_hash=digits,
+    )
+    return AppliedLora(name=stem.title(), scale=1.0, model=model, loaded=False)
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    info = {
+        "all_seeds": [42],
+        "sampler_name": "Euler a",
+        "sd_model_name": "the_model",
+        "sd_model_hash": "abababababab"[:10],
+        "extra_generation_params": {"Lora hashes": "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1"},
+        "infotexts": ["a cat\nSteps: 3, Seed: 42, Model hash: ababababab, Model: the_model, Version: v1.10.1"],
+        "version": "v1.10.1",
+        **changes.pop("info", {}),
+    }
+    return {"images": ["iVBORw0KGgoAAAA"], "parameters": {}, "info": json.dumps(info), **changes}
+
+
+def test_an_answer_that_shows_everything_is_passed_on_untouched() -> None:
+    found = answer()
+
+    generation = prove(found, Plan({"sampler_name": "Euler a"}, (lora(),)), CHECKPOINT)
+
+    assert generation.answer is found
+    assert generation.seeds == (42,)
+    assert generation.webui_version == "v1.10.1"
+    assert [applied.loaded for applied in generation.loras] == [True]
+
+
+# a row: what is wrong with the answer, the body that was asked for, and what it must be called
+REFUSED: list[tuple[Any, dict[str, Any], type[WorkerError]]] = [
+    (None, {}, WebUILost),  # `null` is no answer of txt2img
+    ([], {}, WebUILost),
+    (answer(images="no list"), {}, WebUILost),
+    (answer(info={}) | {"info": "not JSON"}, {}, WebUILost),
+    (answer(info={}) | {"info": "[]"}, {}, WebUILost),
+    (answer(images=[]), {}, GenerationFailed),  # send_images was false, or an extension took them
+    (answer(images=["PHNjcmlwdD4="]), {}, GenerationFailed),  # no PNG
+    (answer(images=[None]), {}, GenerationFailed),
+    (answer(), {"n_iter": 3}, GenerationFailed),  # interrupted by somebody else: fewer than asked for
+    (answer(info={"sampler_name": "DPM++ 2M"}), {"sampler_name": "Euler a"}, GenerationFailed),  # 1.10.1's fallback
+    (answer(info={"sd_model_name": "another"}), {}, CheckpointNotLoaded),
+    (answer(info={"sd_model_hash": "0123456789"}), {}, CheckpointNotLoaded),
+    (answer(info={"sd_model_hash": None}), {}, CheckpointNotLoaded),  # --no-hashing proves nothing
+    (  # an X/Y/Z plot over checkpoints: info names the first one alone
+        answer(info={"infotexts": ["a\nModel hash: ababababab, Model: x", "a\nModel hash: 0123456789, Model: y"]}),
+        {"script_name": "x/y/z plot"},
+        CheckpointNotLoaded,
+    ),
+]
+
+
+@pytest.mark.parametrize(("found", "body", "error"), REFUSED)
+def test_an_answer_that_shows_less_is_refused(found: Any, body: dict[str, Any], error: type[WorkerError]) -> None:
+    with pytest.raises(error):
+        prove(found, Plan(body), CHECKPOINT)
+
+
+def test_a_prompt_that_talks_of_a_model_hash_proves_and_disproves_nothing() -> None:
+    found = answer(info={"infotexts": ["Model hash: 0123456789, a cat\nSteps: 1, Model hash: ababababab, Model: x"]})
+
+    prove(found, Plan({}), CHECKPOINT)
+
+
+def test_text_of_the_second_pass_proves_and_disproves_nothing() -> None:
+    facts = 'Steps: 1, Model hash: ababababab, Model: x, Hires prompt: "a cat, Model hash: 0123456789, \\"x\\""'
+
+    prove(answer(info={"infotexts": [f"a cat\n{facts}"]}), Plan({}), CHECKPOINT)
+
+
+def of_a_script(*infotexts: str, **info: Any) -> dict[str, Any]:
+    return answer(images=["iVBORw0KGgoAAAAA"] * len(infotexts), info={"infotexts": list(infotexts), **info})
+
+
+OURS = "a cat\nSteps: 3, Model hash: ababababab, Model: the_model"
+WITH_LORA = f'{OURS}, Lora hashes: "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1", Version: v1.10.1'
+NOBODYS: dict[str, Any] = {
+    "sd_model_name": None,
+    "sd_model_hash": None,
+    "extra_generation_params": {},
+}  # as Prompts from file answers
+
+
+def test_a_script_that_answers_for_no_picture_is_proven_by_each_of_them() -> None:
+    plan = Plan({"script_name": "prompts from file or textbox"}, (lora(),))
+
+    generation = prove(of_a_script(WITH_LORA, WITH_LORA, **NOBODYS), plan, CHECKPOINT)
+
+    assert [applied.loaded for applied in generation.loras] == [True]
+
+
+@pytest.mark.parametrize("infotexts", [(), (OURS, "a cat\nSteps: 3"), (OURS, OURS.replace("ababababab", "0123456789"))])
+def test_a_script_whose_pictures_do_not_name_the_checkpoint_proves_nothing(infotexts: tuple[str, ...]) -> None:
+    found = of_a_script(*infotexts, **NOBODYS) | {"images": ["iVBORw0KGgoAAAAA"]}
+
+    with pytest.raises(CheckpointNotLoaded):
+        prove(found, Plan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
+
+
+def test_without_a_script_the_answer_itself_must_name_the_checkpoint() -> None:
+    with pytest.raises(CheckpointNotLoaded):
+        prove(of_a_script(OURS, **NOBODYS), Plan({}), CHECKPOINT)
+
+
+def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
+    plan = Plan({"script_name": "x/y/z plot"}, (lora(),))
+
+    generation = prove(of_a_script(WITH_LORA, OURS), plan, CHECKPOINT)
+
+    assert [applied.loaded for applied in generation.loras] == [False]
+    assert generation.warnings == ("the script used the LoRA 'Detail' for 1 of 2 pictures",)
+
+
+def test_a_script_that_uses_a_lora_nowhere_has_not_applied_it() -> None:
+    with pytest.raises(LoraNotApplied):
+        prove(of_a_script(OURS, OURS), Plan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
+
+
+def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
+    found = answer(info={"extra_generation_params": {"Lora hashes": "my style v2: eb0b8ef669e5"}})
+
+    assert prove(found, Plan({}, (lora("my style, v2"),)), CHECKPOINT).loras[0].loaded
+
+
+@pytest.mark.parametrize(
+    "info", [{"all_seeds": 42}, {"infotexts": "text"}, {"extra_generation_params": ["Lora hashes"]}]
+)
+def test_an_info_of_another_form_is_no_answer_of_a1111(info: dict[str, Any]) -> None:
+    with pytest.raises(WebUILost):
+        prove(answer(info=info), Plan({}), CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    "applied",
+    [
+        lora("unknown"),  # silently ignored: absent
+        lora("detail", digits="000000000000"),  # another file of that name was read
+    ],
+)
+def test_a_lora_that_was_not_loaded_ends_the_job(applied: AppliedLora) -> None:
+    with pytest.raises(LoraNotApplied, match=applied.name):
+        prove(answer(), Plan({}, (applied,)), CHECKPOINT)
+
+
+def test_a_lora_that_was_not_loaded_is_a_warning_where_the_job_says_so() -> None:
+    plan = Plan({}, (lora("unknown"), lora()), OnLoraError.WARN)
+
+    generation = prove(answer(), plan, CHECKPOINT)
+
+    assert [applied.loaded for applied in generation.loras] == [False, True]
+    assert generation.warnings == ("the WebUI did not apply the LoRA 'Unknown'",)
+
+
+def test_without_loras_there_are_no_hashes() -> None:
+    assert lora_hashes({"extra_generation_params": {}}) == {}
+    assert lora_hashes({}) == {}
+
+
+def test_a_script_decides_over_samplers_and_how_many_pictures_but_not_whether() -> None:
+    plot = {"script_name": "x/y/z plot", "sampler_name": "Euler a"}
+    found = answer(images=["iVBORw0KGgoAAAA"] * 3, info={"sampler_name": "DPM++ 2M"})
+
+    assert prove(found, Plan(plot), CHECKPOINT).answer is found
+    with pytest.raises(GenerationFailed, match="without a picture"):
+        prove(answer(images=[]), Plan(plot), CHECKPOINT)
+
+
+def test_more_pictures_than_asked_for_are_not_the_jobs() -> None:
+    with pytest.raises(GenerationFailed):
+        prove(answer(images=["iVBORw0KGgoAAAA"] * 2), Plan({}), CHECKPOINT)
+
+
+def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
+    gone = AppliedLora(name="gone", scale=1.0, model=None, loaded=False)
+
+    generation = prove(answer(), Plan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
+
+    assert generation.warnings == ("it was left out",)
+
+
+@pytest.mark.parametrize("picture", ["iVBORw0KGgoÄ", "iVBORw0KGgo\u2028"])
+def test_a_picture_that_is_no_base64_is_none(picture: str) -> None:
+    with pytest.raises(GenerationFailed, match="no PNG"):
+        prove(answer(images=[picture]), Plan({}), CHECKPOINT)
+
+
+def test_a_seed_that_is_no_number_is_no_seed() -> None:
+    assert prove(answer(info={"all_seeds": [42, None, "x"]}), Plan({}), CHECKPOINT).seeds == (42,)
