@@ -1,6 +1,6 @@
 """Models for a worker: on disk, proven, and kept there until the job ends; also a command line.
 
-    with open_manager(config) as manager, manager.hold(refs, on_progress=…, deadline=…) as held:
+    with open_manager(config) as manager, manager.hold(refs, JobContext()) as held:
         held.models[ref].path
 
     python model_manager.py fetch https://civitai.com/models/122359?modelVersionId=135867
@@ -26,34 +26,35 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from a1111_worker import logs
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import Config
-from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Progress, Report, unreported
+from a1111_worker.context import Deadline, JobContext, ReportProgress, ignore_progress
+from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress
 from a1111_worker.errors import ConfigError, DownloadFailed, JobCancelled, ModelError, VolumeFull, WorkerError
 from a1111_worker.models.cache import CheckpointSpec
 from a1111_worker.models.eviction import Entry
-from a1111_worker.models.manager import Held, ModelManager
+from a1111_worker.models.manager import ModelManager
 
 if TYPE_CHECKING:
-    from a1111_worker.models.civitai import Waits
+    from a1111_worker.models.civitai import CivitAITimings
     from a1111_worker.transfer.ranges import Tuning
 
 T = TypeVar("T")
 
-__all__ = ["CheckpointSpec", "Held", "ModelManager", "main", "open_manager"]
+__all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager"]
 
 
 def open_manager(
-    config: Config, *, webui: bool = True, waits: Waits | None = None, tuning: Tuning | None = None
+    config: Config, *, webui: bool = True, timings: CivitAITimings | None = None, tuning: Tuning | None = None
 ) -> ModelManager:
     """The manager that the settings describe; without `webui` it shows nothing to any WebUI.
 
-    `waits` are CivitAI's periods, `tuning` the downloads'; None are the measured defaults.
+    `timings` are CivitAI's periods, `tuning` the downloads'; None are the measured defaults.
     """
-    from a1111_worker.models.civitai import CivitAI, Waits
+    from a1111_worker.models.civitai import CivitAI, CivitAITimings
     from a1111_worker.models.references import BadReference, parse_reference
     from a1111_worker.transfer.download import Downloader
-    from a1111_worker.transfer.egress import HostPolicy
+    from a1111_worker.transfer.egress import EgressPolicy
 
-    policy = HostPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls))
+    policy = EgressPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls))
     try:
         reference = parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
     except BadReference as error:
@@ -61,7 +62,7 @@ def open_manager(
     return ModelManager(
         config.models_dir,
         config.webui_models_dir if webui else None,
-        CivitAI(policy=policy, urls=config.civitai_urls, key=config.civitai_key, waits=waits or Waits()),
+        CivitAI(policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings or CivitAITimings()),
         Downloader(policy, tuning),
         local=config.webui_models_dir.with_name(f"{config.webui_models_dir.name}.local"),
         sources=config.model_sources,
@@ -224,7 +225,7 @@ class _Command:
         if self._options.what in ("checkpoint", "all"):
             try:
                 with _Bar("checkpoint") as report:
-                    models.append(self._manager.prepare_checkpoint(deadline=self._deadline, on_progress=report))
+                    models.append(self._manager.prepare_checkpoint(JobContext(self._deadline, report)))
             except ModelError as error:
                 failed[self._config.checkpoint_name] = _sentence(error)
         catalog = LORAS if self._options.what in ("catalog", "all") else ()
@@ -234,7 +235,7 @@ class _Command:
     def _bring(self, refs: Mapping[ModelRef, str], failed: dict[str, str], models: Sequence[Model] = ()) -> int:
         with (
             _Bar("models") as report,
-            self._manager.hold(list(refs), on_progress=report, deadline=self._deadline, tolerate=True) as held,
+            self._manager.hold(list(refs), JobContext(self._deadline, report), tolerate=True) as held,
         ):
             models = [*models, *held.models.values()]
             failed |= {refs[ref]: _sentence(error) for ref, error in held.failures.items()}
@@ -312,8 +313,8 @@ class _Bar:
         self._bar: Any = None
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Report:
-        return self._report if sys.stderr.isatty() else unreported
+    def __enter__(self) -> ReportProgress:
+        return self._report if sys.stderr.isatty() else ignore_progress
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
@@ -331,7 +332,7 @@ class _Bar:
 
 
 def _sentence(error: WorkerError) -> str:
-    return f"{error.code}: {error.sentence}{f' ({error.hint})' if error.hint else ''}"
+    return f"{error.code}: {error.message}{f' ({error.hint})' if error.hint else ''}"
 
 
 def _told(model: Model) -> dict[str, object]:

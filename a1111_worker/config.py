@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from a1111_worker import catalog
 from a1111_worker.domain import BucketSettings
 from a1111_worker.errors import ConfigError
-from a1111_worker.transfer.egress import STORAGE_HOSTS, HostRefused, parse_origin
+from a1111_worker.origins import STORAGE_HOSTS, OriginRefused, parse_origin
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ class Config:
         return config
 
 
-def settle_sdk(environ: MutableMapping[str, str]) -> None:
+def prepare_sdk_environment(environ: MutableMapping[str, str]) -> None:
     """Make the SDK's own log level a sane one before it is imported (runpod 1.12, rp_logger.py): its default, DEBUG,
     logs prompts and results, and a word it does not know, such as WARNING or none at all, ends its import."""
     for name in ("RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
@@ -338,7 +338,7 @@ def _reachable(origin: str) -> str:
     """An origin as it is, if the host policy takes it."""
     try:
         parse_origin(origin)
-    except HostRefused as error:
+    except OriginRefused as error:
         raise ValueError(f"hosts that can be reached: {error}") from error
     return origin
 

@@ -1,18 +1,14 @@
-"""The nouns: what a job asks for, what is on disk, what was made, and how much time there is."""
+"""The nouns: what a job asks for, what is on disk, what was made, and where a job is."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.errors import JobCancelled, JobTimeout
+from a1111_worker.errors import ModelError
 
 
 class ModelKind(str, Enum):
@@ -111,6 +107,14 @@ class Model:
         return self.file.removesuffix(".safetensors")
 
 
+@dataclass(frozen=True)
+class HeldModels:
+    """Models that stay on disk for as long as they are held. `failures`: why others are missing, if that is tolerated."""
+
+    models: Mapping[ModelRef, Model] = field(default_factory=dict)
+    failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
+
+
 class OnLoraError(str, Enum):
     """What a LoRA that cannot be had, does not fit or was not loaded does to the job."""
 
@@ -119,7 +123,7 @@ class OnLoraError(str, Enum):
 
 
 @dataclass(frozen=True)
-class LoraWish:
+class LoraRequest:
     """A LoRA a job asks for. `scale` is None where the job gives none: the catalog's then, else 1.0.
 
     `path` is where the job says so (`loras[0]`, `prompt`): what a complaint names.
@@ -134,7 +138,7 @@ class LoraWish:
     weighted_in_prompt: bool = False
 
 
-class PictureFormat(str, Enum):
+class ImageFormat(str, Enum):
     """What a picture leaves as."""
 
     PNG = "png"
@@ -157,7 +161,7 @@ class OutputOptions:
     Without `metadata` no infotext is in the pictures; `raw` is A1111's answer without a `worker` block.
     """
 
-    format: PictureFormat = PictureFormat.PNG
+    format: ImageFormat = ImageFormat.PNG
     quality: int | None = None
     delivery: DeliveryMode = DeliveryMode.AUTO
     metadata: bool = True
@@ -174,15 +178,11 @@ class GenerationRequest:
     """
 
     body: Mapping[str, Any]
-    loras: tuple[LoraWish, ...] = ()
+    loras: tuple[LoraRequest, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()
     output: OutputOptions = OutputOptions()
     allow_blank: bool = False
-
-    @property
-    def images_expected(self) -> int:
-        return int(self.body.get("batch_size", 1)) * int(self.body.get("n_iter", 1))
 
 
 @dataclass(frozen=True)
@@ -240,124 +240,3 @@ class Progress:
     detail: str = ""
     eta_s: float | None = None
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
-
-
-Report = Callable[[Progress], None]
-"""Told of progress, from any thread; returns at once and never raises."""
-
-
-def unreported(progress: Progress) -> None:
-    """A `Report` for nobody."""
-
-
-class Deadline:
-    """The time something has, and its cancellation: what every blocking stage of a job asks.
-
-    Seconds are counted on the monotonic clock. `cancel` may be called from any thread; whoever waits in `wait` is
-    woken, and whoever blocks elsewhere registers how to be unblocked with `on_cancel`.
-    """
-
-    def __init__(self, seconds: float = math.inf, *, what: str = "the job") -> None:
-        self._end = time.monotonic() + seconds
-        self._seconds = seconds
-        self._what = what
-        self._state = _Cancellation()
-
-    def within(self, seconds: float, *, what: str | None = None) -> Deadline:
-        """A deadline that shares this one's cancellation and ends no later than it, nor `seconds` from now."""
-        left = self.left()
-        if left < seconds:
-            child = Deadline(left, what=self._what)
-            child._seconds = self._seconds  # it is the longer one's time that will be up
-        else:
-            child = Deadline(seconds, what=what or self._what)
-        child._state = self._state
-        return child
-
-    def left(self) -> float:
-        """Seconds left, never below zero."""
-        return max(0.0, self._end - time.monotonic())
-
-    @property
-    def cancelled(self) -> bool:
-        return self._state.event.is_set()
-
-    def check(self) -> None:
-        """Raise JobCancelled or JobTimeout if there is no time any more."""
-        if self.cancelled:
-            raise JobCancelled("the job was cancelled before it was done")
-        if self.left() == 0.0:
-            raise JobTimeout(f"the time of {self._what} is up ({self._seconds:.3g} s)")
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, as long as there is time; raises as `check` does, at once when cancelled."""
-        self.check()
-        self._state.event.wait(min(seconds, self.left()))
-        self.check()
-
-    def cancel(self) -> None:
-        """End it now, for itself and every deadline made from it. Idempotent."""
-        self._state.cancel()
-
-    @contextlib.contextmanager
-    def on_cancel(self, unblock: Callable[[], None]) -> Iterator[None]:
-        """Call `unblock` once when cancelled inside the block (at once where that already happened)."""
-        with self._state.calling(unblock):
-            yield
-
-
-class Run:
-    """One piece of work under way: its time, who is told of its progress, and the seconds each stage took."""
-
-    def __init__(self, deadline: Deadline, report: Report = unreported) -> None:
-        self.deadline = deadline
-        self.report = report
-        self._began = time.monotonic()
-        self._spent = dict.fromkeys(Stage, 0.0)
-
-    @contextlib.contextmanager
-    def stage(self, stage: Stage) -> Iterator[None]:
-        """Count the time of the block as this stage's."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._spent[stage] += time.monotonic() - began
-
-    def timings(self) -> dict[str, float]:
-        """Seconds spent in each stage so far, and in all."""
-        return {**{s.value: spent for s, spent in self._spent.items()}, "total": time.monotonic() - self._began}
-
-
-def in_words(timings: Mapping[str, float]) -> str:
-    """Timings for a log line, without the stages that took no time."""
-    return ", ".join(f"{stage} {spent:.2f} s" for stage, spent in timings.items() if spent >= 0.005 or stage == "total")
-
-
-class _Cancellation:
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self._lock = threading.Lock()
-        self._unblocks: list[Callable[[], None]] = []
-
-    def cancel(self) -> None:
-        with self._lock:
-            if self.event.is_set():
-                return
-            self.event.set()
-            unblocks = list(self._unblocks)
-        for unblock in unblocks:
-            unblock()
-
-    @contextlib.contextmanager
-    def calling(self, unblock: Callable[[], None]) -> Iterator[None]:
-        with self._lock:
-            already = self.event.is_set()
-            self._unblocks.append(unblock)
-        if already:
-            unblock()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._unblocks.remove(unblock)

@@ -1,27 +1,37 @@
 """Everything that can go wrong with a job, as its caller sees it.
 
     WorkerError
-    ├── InvalidRequest          the job itself, all complaints at once
-    ├── ModelError              a checkpoint or LoRA cannot be had; `on_lora_error: warn` lets a LoRA's pass
+    ├── InvalidRequest           the job itself; holds every complaint
+    ├── ModelError               a checkpoint or LoRA is not available; `on_lora_error: warn` turns a LoRA's into a warning
     │   ├── ModelNotFound
     │   ├── ModelAccessDenied
     │   ├── ModelRejected
     │   ├── DownloadFailed
+    │   │   └── PartialFileLost      another worker took the partial file over, or it is gone
     │   └── VolumeFull
-    ├── WebUINotReady           not up in time, or given up on
-    ├── WebUILost               died or hung while it worked for this job
-    ├── CheckpointNotLoaded     the proof failed
-    ├── LoraNotApplied          asked for and not loaded
-    ├── GenerationFailed        the WebUI's own failure
+    │       └── FileTooLong          the file system takes no file of this size
+    ├── WebUINotReady            not up in time, or given up on
+    │   └── RouteMissing             a bare 404: the API is not mounted (yet)
+    ├── WebUILost                died or hung while it worked for this job
+    │   ├── WebUIRefused             nothing listens at its address
+    │   └── WebUISilent              it took a request and did not answer in time
+    ├── CheckpointNotLoaded      the verification failed
+    │   └── WebUIBroken              a failed switch has broken it for good; only a restart helps
+    ├── LoraNotApplied           asked for and not loaded
+    ├── GenerationFailed         the WebUI's own failure
     ├── OutOfMemory
     ├── JobTimeout
-    ├── JobCancelled            by the worker's own shutdown
+    ├── JobCancelled             by the worker's own shutdown
     ├── ResultTooLarge
     ├── DeliveryFailed
-    └── Internal                our own bug
+    └── Internal                 our own bug
 
-Every class has a code that never changes, a sentence, and a hint where someone can act on it. What comes from below
-is translated where it enters our code; no path, key, signed URL or traceback is ever put into a sentence or a hint.
+    ConfigError                  a setting that cannot be used; stops the start
+
+A class without a line of its own in docs/subsystems/api-gateway.md has its parent's code: the caller does not need to
+tell the two apart, the code that catches it does. Every class has a code that never changes, a message of one sentence,
+and a hint if someone can act on it. An error from below is translated at the place where it enters our code. No path,
+key, signed URL or traceback is ever put into a message or a hint.
 """
 
 from __future__ import annotations
@@ -38,26 +48,26 @@ class WorkerError(Exception):
     retryable: bool = False
     refresh_worker: bool = False
 
-    def __init__(self, sentence: str, *, hint: str | None = None, refresh_worker: bool | None = None) -> None:
-        super().__init__(sentence)
-        self.sentence = sentence
+    def __init__(self, message: str, *, hint: str | None = None, refresh_worker: bool | None = None) -> None:
+        super().__init__(message)
+        self.message = message
         self.hint = hint
         if refresh_worker is not None:
             self.refresh_worker = refresh_worker
 
     def answer(self) -> dict[str, Any]:
         """The failed job's answer: `error` is always a non-empty string (the SDK drops anything else)."""
-        answer: dict[str, Any] = {"error": sayable(f"{self.code}: {self.sentence}"), "code": self.code}
+        answer: dict[str, Any] = {"error": json_safe(f"{self.code}: {self.message}"), "code": self.code}
         if self.hint:
-            answer["hint"] = sayable(self.hint)
+            answer["hint"] = json_safe(self.hint)
         answer["retryable"] = self.retryable
         if self.refresh_worker:
             answer["refresh_worker"] = True
         return answer
 
 
-def sayable(text: str, limit: int = 4000) -> str:
-    """Text that may leave in JSON and is read by a person: no lone surrogate, not endless."""
+def json_safe(text: str, limit: int = 4000) -> str:
+    """Text that any JSON parser takes and a person can read: no lone surrogates, at most `limit` characters."""
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -106,6 +116,10 @@ class DownloadFailed(ModelError):
     retryable = True
 
 
+class PartialFileLost(DownloadFailed):
+    """Another worker took the partial file over, or it is gone."""
+
+
 class VolumeFull(ModelError):
     """No room that may be freed, or nowhere to write."""
 
@@ -113,10 +127,18 @@ class VolumeFull(ModelError):
     retryable = True
 
 
+class FileTooLong(VolumeFull):
+    """The volume takes no file of that size: evicting others would not help."""
+
+
 class WebUINotReady(WorkerError):
     code = "WEBUI_NOT_READY"
     retryable = True
     refresh_worker = True
+
+
+class RouteMissing(WebUINotReady):
+    """A bare 404: the API is not mounted (yet), or something else listens there. Never about the request."""
 
 
 class WebUILost(WorkerError):
@@ -126,10 +148,22 @@ class WebUILost(WorkerError):
     retryable = True
 
 
+class WebUIRefused(WebUILost):
+    """Nothing listens at the WebUI's address."""
+
+
+class WebUISilent(WebUILost):
+    """It took a request and did not answer in time."""
+
+
 class CheckpointNotLoaded(WorkerError):
     code = "CHECKPOINT_NOT_LOADED"
     retryable = True
     refresh_worker = True
+
+
+class WebUIBroken(CheckpointNotLoaded):
+    """A failed switch has broken the WebUI for good, although every GET looks healthy. Only a restart helps."""
 
 
 class LoraNotApplied(WorkerError):

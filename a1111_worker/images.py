@@ -16,54 +16,20 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from a1111_worker.domain import OutputOptions, PictureFormat
-from a1111_worker.errors import Complaint, GenerationFailed, InvalidRequest
+from a1111_worker.domain import ImageFormat
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-DEFAULT_QUALITY = 90
-WEBP_METHOD = 2  # of 0 to 6: three times as fast as Pillow's own 4, as small, and 0.1 dB away from it
-WEBP_SIDE = 16_383  # pixels: WebP has 14 bits for a side
-JPEG_EXIF = 65_533  # bytes: a JPEG's segment has 16 bits for its length, which it counts itself
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 SIGNATURE = 8  # bytes before a PNG's first chunk
 A_LOOK = 1 << 16  # characters of base64: enough to see that nearly every picture shows something
 
-_BEGINNINGS = {"iVBORw0KGgo": PictureFormat.PNG, "/9j/": PictureFormat.JPEG, "UklGR": PictureFormat.WEBP}
+_BEGINNINGS = {"iVBORw0KGgo": ImageFormat.PNG, "/9j/": ImageFormat.JPEG, "UklGR": ImageFormat.WEBP}
 
 
-class Converted(NamedTuple):
-    """A picture in base64, and what its caller should be told of it."""
-
-    picture: str
-    warning: str = ""
-
-
-def convert(png: str, options: OutputOptions) -> Converted:
-    """The picture as `options` want it; the very same text where nothing is to be done.
-
-    Raises GenerationFailed where it is no picture, InvalidRequest where the format cannot hold it.
-    """
-    if is_untouched(options):
-        return Converted(png)
-    try:
-        data = base64.b64decode(png)
-        if options.format is PictureFormat.PNG:
-            return Converted(_in_base64(_without_texts(data)))
-        return _encoded(data, options)
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error) as error:  # all that Pillow says of a bad file
-        raise GenerationFailed(f"the WebUI sent a picture that cannot be made a {options.format.value}") from error
-
-
-def is_untouched(options: OutputOptions) -> bool:
-    """Whether the options leave A1111's picture byte for byte as it came."""
-    return options.format is PictureFormat.PNG and options.metadata
-
-
-def format_of(picture: str) -> PictureFormat:
+def format_of(picture: str) -> ImageFormat:
     """What a picture in base64 is, by its first bytes."""
-    return next((one for start, one in _BEGINNINGS.items() if picture.startswith(start)), PictureFormat.PNG)
+    return next((one for start, one in _BEGINNINGS.items() if picture.startswith(start)), ImageFormat.PNG)
 
 
 def is_blank(png: str) -> bool:
@@ -87,73 +53,17 @@ def is_blank(png: str) -> bool:
 # -- other formats ----------------------------------------------------------------------------------------------------
 
 
-def _encoded(png: bytes, options: OutputOptions) -> Converted:
-    with _opened(png) as image:
-        infotext = str(image.info.get("parameters", "")) if options.metadata else ""
-        is_jpeg = options.format is PictureFormat.JPEG
-        if not is_jpeg and max(image.size) > WEBP_SIDE:
-            said = f"webp holds {WEBP_SIDE} pixels a side, and the picture has {image.width}×{image.height}"
-            raise InvalidRequest([Complaint("output.format", said)], hint="take png or jpeg")
-        keeps = ("RGB", "L") if is_jpeg else ("RGB", "RGBA")
-        fitting = image if image.mode in keeps else image.convert("RGB")
-        exif = _exif(infotext) if infotext else b""
-        warning = ""
-        if is_jpeg and len(exif) > JPEG_EXIF:
-            exif, warning = b"", "the infotext was left out of a picture: it is longer than a JPEG can hold"
-        file = io.BytesIO()
-        quality = options.quality or DEFAULT_QUALITY
-        if is_jpeg:
-            fitting.save(file, "JPEG", quality=quality, exif=exif)
-        else:
-            fitting.save(file, "WEBP", quality=quality, exif=exif, method=WEBP_METHOD)
-        return Converted(_in_base64(file.getvalue()), warning)
-
-
-def _opened(png: bytes) -> ImageFile:
+def open_image(png: bytes) -> ImageFile:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # a script's grid may be large, and it is our own WebUI's
     return Image.open(io.BytesIO(png))
 
 
-def _exif(infotext: str) -> bytes:
-    """EXIF with a UserComment alone.
-
-    Written by hand: Pillow's own Exif makes it a list of bytes (type 1), which piexif, A1111's reader, hands out as a
-    tuple and not as the text (type 7, undefined) that the standard wants.
-    """
-    comment = b"UNICODE\0" + infotext.encode("utf-16-be", "replace")
-    begin = 8  # of the first directory; each is a count, its entries of 12 bytes, and where the next one is
-    exif_ifd = begin + 2 + 12 + 4
-    text = exif_ifd + 2 + 12 + 4
-    pointer = struct.pack(">HHHIII", 1, 0x8769, 4, 1, exif_ifd, 0)
-    user_comment = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), text, 0)
-    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", begin) + pointer + user_comment + comment
-
-
-def _in_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
 # -- PNG's chunks and rows ------------------------------------------------------------------------------------------
 
 
-def _without_texts(png: bytes) -> bytes:
-    """The same pixels without a word: chunks are left out, nothing is encoded anew."""
-    view = memoryview(png)
-    kept = [view[:SIGNATURE]]
-    last = b""
-    for last, start, stop in _chunks(png):
-        if stop > len(png):
-            break
-        if last not in TEXTS:
-            kept.append(view[start:stop])
-    if last != b"IEND":
-        raise ValueError("the file is cut")
-    return b"".join(kept)
-
-
-def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Kind, beginning and end of each chunk; the last one's end may lie beyond a file that is cut."""
     start = SIGNATURE
     while start + 8 <= len(png):
@@ -225,7 +135,7 @@ def _forms(pixel: bytes, width: int, *, is_first: bool) -> tuple[bytes, ...]:
 
 def _compressed(png: bytes, step: int = 4096) -> Iterator[bytes]:
     """The pixels' data, a little at a time: one colour inflates a thousandfold."""
-    for kind, start, stop in _chunks(png):
+    for kind, start, stop in png_chunks(png):
         if kind == b"IDAT":
             body = png[start + 8 : stop - 4]
             yield from (body[at : at + step] for at in range(0, len(body), step))
@@ -233,7 +143,7 @@ def _compressed(png: bytes, step: int = 4096) -> Iterator[bytes]:
 
 def _has_one_value(png: bytes) -> bool:
     """The same by Pillow, for a PNG of another kind."""
-    with _opened(png) as image:
+    with open_image(png) as image:
         colours = image if image.mode.startswith("I") else image.convert("RGBA")
         extrema = colours.getextrema()
     pairs = extrema if isinstance(extrema[0], tuple) else (extrema,)

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.models.sidecars import Record
 from a1111_worker.transfer.download import Downloader
-from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.egress import EgressPolicy
 from benchmarks.report import Row, run
 from sandbox.models import sdxl_lora, sha256_of
 
@@ -92,7 +93,7 @@ def fill(loras: Path, count: int) -> list[ModelRef]:
 
 
 def manager(folder: Path, name: str, api: str = "https://civitai.invalid", storage: str = "") -> ModelManager:
-    policy = HostPolicy(filter(None, (api, storage)))
+    policy = EgressPolicy(filter(None, (api, storage)))
     container = folder / name
     client = CivitAI(policy=policy, urls=[api])
     return ModelManager(folder / "models", container / "webui", client, Downloader(policy), local=container / "local")
@@ -100,7 +101,7 @@ def manager(folder: Path, name: str, api: str = "https://civitai.invalid", stora
 
 def hold(worker: ModelManager, refs: Sequence[ModelRef]) -> float:
     began = time.perf_counter()
-    with worker.hold(refs, deadline=Deadline(60)) as held:
+    with worker.hold(refs, JobContext(Deadline(60))) as held:
         took = time.perf_counter() - began
         assert len(held.models) == len(refs)
     return took
@@ -118,14 +119,15 @@ def start_of(folder: Path, refs: Sequence[ModelRef], number: int) -> float:
 WORKER = """
 import sys, time
 from pathlib import Path
-from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef
 from benchmarks.cache import manager
 
 folder, name, api, storage = sys.argv[1:]
 with manager(Path(folder), name, api, storage) as worker:
     print("ready", flush=True)
     sys.stdin.readline()
-    with worker.hold([ModelRef(ModelKind.LORA, version_id=1)], deadline=Deadline(300)) as held:
+    with worker.hold([ModelRef(ModelKind.LORA, version_id=1)], JobContext(Deadline(300))) as held:
         print(time.monotonic(), flush=True)
 """
 

@@ -260,9 +260,9 @@ def _client(arguments: Sequence[str]) -> dict[str, Any]:
     name, url, out, *options = arguments
     if name == "requests":
         return _timed(lambda: _with_requests(f"{url}/big", Path(out)))
-    from a1111_worker.domain import Deadline
+    from a1111_worker.context import Deadline
     from a1111_worker.transfer.download import Downloader
-    from a1111_worker.transfer.egress import HostPolicy
+    from a1111_worker.transfer.egress import EgressPolicy
 
     asked: list[bool] = []
 
@@ -274,7 +274,7 @@ def _client(arguments: Sequence[str]) -> dict[str, Any]:
             asked.append(renew)
             return self._link
 
-    downloader = Downloader(HostPolicy([url]))
+    downloader = Downloader(EgressPolicy([url]))
     prove = "--no-proof" not in options
     files = [f"lora{number}" for number in range(9)] if "--nine" in options else ["big"]
 

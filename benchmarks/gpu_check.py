@@ -36,7 +36,7 @@ import requests
 from a1111_worker import logs
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import Config
-from a1111_worker.domain import Deadline, Run
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import WorkerError
 from benchmarks.report import Row, show
 from handler import Worker
@@ -133,7 +133,7 @@ def measure(quick: bool) -> tuple[list[Row], bool]:
             rows.append(row)
             print(f"{row.work}: {row.measured}", flush=True)
     except (WorkerError, CheckFailed) as error:
-        said = f"{error.code}: {error.sentence}" if isinstance(error, WorkerError) else str(error)
+        said = f"{error.code}: {error.message}" if isinstance(error, WorkerError) else str(error)
         rows.append(Row("the check could not go on", said, "a table", False))
     finally:
         check.close()
@@ -180,11 +180,11 @@ class Check:
 
     def _checkpoint(self, deadline: Deadline, place: Place) -> Iterator[Row]:
         began = time.monotonic()
-        model = self._worker.models.prepare_checkpoint(deadline=deadline)
+        model = self._worker.models.prepare_checkpoint(JobContext(deadline))
         how = "downloaded" if model.downloaded else "was on disk"
         yield Row("the checkpoint on disk, proven", f"{time.monotonic() - began:.1f} s, {model.file}, {how}")
         began = time.monotonic()
-        self._worker.readiness.prepare(model, Run(deadline))
+        self._worker.readiness.prepare(model, JobContext(deadline))
         proof = f"sha256 {model.sha256[:12]}…, as the WebUI says too"
         yield Row("the switch to it, proven", place.said(f"{time.monotonic() - began:.1f} s"), proof, True)
 

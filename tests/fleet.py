@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.models.cache import CheckpointSpec
 from a1111_worker.models.civitai import CivitAI as Client
-from a1111_worker.models.civitai import Waits
+from a1111_worker.models.civitai import CivitAITimings
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.transfer.download import Downloader
-from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
 from sandbox.civitai import CivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
@@ -21,7 +22,7 @@ from sandbox.server import Exchange
 
 KEY = "the-key"
 CHECKPOINT, DETAIL = 1590699, 135867
-WAITS = Waits(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
+WAITS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
 TUNING = Tuning(
     stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
 )
@@ -117,10 +118,10 @@ SPEC = CheckpointSpec(ModelRef(ModelKind.CHECKPOINT, version_id=CHECKPOINT), "ji
 
 @contextlib.contextmanager
 def manager(folder: Path, api: str, storage: str, *, name: str, **how: Any) -> Iterator[ModelManager]:
-    policy = HostPolicy((api, storage))
+    policy = EgressPolicy((api, storage))
     how = {"heartbeat": 0.05, "stale_after": 30.0, "poll": 0.02, "checkpoint": SPEC, **how}
     models = how.pop("models", folder / "models")
-    client = Client(policy=policy, urls=[api], key=KEY, waits=WAITS)
+    client = Client(policy=policy, urls=[api], key=KEY, timings=WAITS)
     downloader = Downloader(policy, how.pop("tuning", TUNING))
     container = folder / f"container{name}"
     with ModelManager(models, container / "webui", client, downloader, local=container / "local", **how) as made:

@@ -11,46 +11,41 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the bottom up; a module imports from the layers below its own, and from nothing beside it.
-LAYERS = [
-    {"errors"},
-    {"domain"},
-    {
-        "answers",
-        "catalog",
-        "logs",
-        "lookout",
-        "memory",
-        "pictures",
-        "prompt",
-        "safetensors",
-        "segments",
-        "supervisor",
-        "tally",
-        "values",
-    },
-    {"hosts", "part", "samplers", "volume"},
-    {"eviction", "fields", "leases", "line", "references", "registry"},
-    {"civitai", "config", "delivery", "download", "library", "progress", "request", "webui"},
-    {"arrival", "proof", "story"},
-    {"composition", "manager"},
-    {"readiness"},
-    {"generation", "model_manager"},
-    {"handler"},
-]
-HTTP = {"webui", "civitai", "download", "line", "progress", "hosts"}
+# The line of packages: each imports from those before it. "" stands for the modules beside the packages.
+PACKAGES = ["", "transfer", "models", "request", "webui", "delivery", "job"]
+
+HTTP = {
+    "transfer.egress",
+    "transfer.connection",
+    "models.civitai",
+    "webui.client",
+    "job.status",
+}
 
 
 def modules() -> dict[str, Path]:
-    inside = {path.stem: path for path in (ROOT / "a1111_worker").glob("*.py") if path.stem != "__init__"}
-    return {**inside, "model_manager": ROOT / "model_manager.py", "handler": ROOT / "handler.py"}
+    """Every module of the worker by its dotted name: `transfer.download`, `errors`, `handler`."""
+    inside = ROOT / "a1111_worker"
+    found = {
+        ".".join(path.relative_to(inside).with_suffix("").parts): path
+        for path in inside.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    return {**found, "model_manager": ROOT / "model_manager.py", "handler": ROOT / "handler.py"}
 
 
-def layer_of(module: str) -> int:
-    return next(number for number, layer in enumerate(LAYERS) if module in layer)
+MODULES = modules()
+
+
+def place_of(module: str) -> int:
+    """Where a module stands in the line: the two programs stand at its end."""
+    if module in ("model_manager", "handler"):
+        return len(PACKAGES) + (module == "handler")
+    return PACKAGES.index(module.rpartition(".")[0])
 
 
 def imports_of(path: Path) -> set[str]:
+    """Every name that a module imports, dotted; those for type checkers alone included."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -60,31 +55,47 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def ours(path: Path) -> set[str]:
-    names = {name.removeprefix("a1111_worker.").split(".")[0] for name in imports_of(path)}
-    return names & set(modules())
+def our_imports(module: str) -> set[str]:
+    names = {name.removeprefix("a1111_worker.") for name in imports_of(MODULES[module])}
+    return {name for name in names if name in MODULES} - {module}
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_point_downwards(module: str) -> None:
-    wrong = {other for other in ours(modules()[module]) if layer_of(other) >= layer_of(module)}
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_packages_import_along_the_line(module: str) -> None:
+    wrong = {other for other in our_imports(module) if place_of(other) > place_of(module)}
 
     assert not wrong
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package or "root")
+def test_no_imports_go_in_a_circle(package: str) -> None:
+    left = {module: our_imports(module) for module in MODULES if place_of(module) == PACKAGES.index(package)}
+
+    while left:
+        free = {module for module, imports in left.items() if not imports & set(left)}
+        assert free, f"these import one another: {sorted(left)}"
+        left = {module: imports for module, imports in left.items() if module not in free}
+
+
+def test_every_package_stands_in_the_line() -> None:
+    folders = {path.parent.name for path in (ROOT / "a1111_worker").glob("*/__init__.py")}
+
+    assert folders == set(PACKAGES) - {""}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_each_door_to_the_world_is_in_its_place(module: str) -> None:
-    roots = {name.split(".")[0] for name in imports_of(modules()[module])}
+    roots = {name.split(".")[0] for name in imports_of(MODULES[module])}
 
     assert "runpod" not in roots or module == "handler"
     assert not roots & {"requests", "urllib3"} or module in HTTP
-    assert not roots & {"boto3", "botocore"} or module == "delivery"
+    assert not roots & {"boto3", "botocore"} or module == "delivery.bucket"
     assert not roots & {"sandbox", "tests", "benchmarks"}
 
 
-@pytest.mark.parametrize("module", sorted(set(modules()) - {"config", "handler", "model_manager"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"config", "handler", "model_manager"}))
 def test_variables_are_known_to_config_alone(module: str) -> None:
-    source = modules()[module].read_text()
+    source = MODULES[module].read_text()
 
     assert "os.environ" not in source and "getenv" not in source
 

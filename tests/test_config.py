@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from a1111_worker.config import SETTINGS, Config, default_models_dir, settle_sdk
+from a1111_worker.config import SETTINGS, Config, default_models_dir, prepare_sdk_environment
 from a1111_worker.domain import BucketSettings
 from a1111_worker.errors import ConfigError
 
@@ -238,7 +238,7 @@ SDK_LEVELS = [
 def test_a_word_that_would_end_the_sdks_import_is_replaced(given: dict[str, str], expected: dict[str, str]) -> None:
     environ = dict(given)
 
-    settle_sdk(environ)
+    prepare_sdk_environment(environ)
 
     assert environ == expected
 
@@ -247,8 +247,8 @@ def test_the_sdk_logs_prompts_only_where_somebody_asked_for_it() -> None:
     silent: dict[str, str] = {}
     asked = {"RUNPOD_DEBUG_LEVEL": "DEBUG"}
 
-    settle_sdk(silent)
-    settle_sdk(asked)
+    prepare_sdk_environment(silent)
+    prepare_sdk_environment(asked)
 
     assert (silent["RUNPOD_DEBUG_LEVEL"], asked["RUNPOD_DEBUG_LEVEL"]) == ("INFO", "DEBUG")
 

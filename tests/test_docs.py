@@ -14,12 +14,13 @@ import pytest
 from a1111_worker import errors
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, answer_of
-from a1111_worker.domain import AppliedLora, Deadline, Generation, Model, ModelKind, OutputOptions, Run, Stage
+from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
 from a1111_worker.models.civitai import POLICY
 from a1111_worker.models.sidecars import Record
 from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE, FieldClass, Limits, fields
+from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -160,7 +161,7 @@ def test_every_setting_a_job_may_override_is_described() -> None:
     told = table(API, "Settings a job may override", "setting")
 
     assert told == {
-        name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE.items()
+        name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE_OPTIONS.items()
     }
 
 
@@ -183,7 +184,7 @@ def test_the_catalog_is_described_as_it_is() -> None:
 def test_every_field_of_the_worker_block_is_described() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
-    answer = answer_of(generation, Delivered(), Run(Deadline()).timings())
+    answer = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())
 
     described = " ".join(table(API, "The answer", "field"))
 
@@ -366,7 +367,7 @@ def test_the_readmes_answer_has_the_worker_block_that_leaves() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
 
-    leaves = answer_of(generation, Delivered(), Run(Deadline()).timings())["worker"]
+    leaves = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
 
     assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in leaves.items()}
 

@@ -676,7 +676,7 @@ def test_without_a_webui_not_a_byte_is_fetched(tmp_path: Path) -> None:
     with world(tmp_path, boot=False) as it:
         it.webui.crash()
         config = it.config()
-        it.worker = Worker(config, models=quick_manager(config), waits=QUICK)
+        it.worker = Worker(config, models=quick_manager(config), timings=QUICK)
 
         with pytest.raises(WebUINotReady, match="nothing is starting one"):
             it.worker.boot()
@@ -708,7 +708,7 @@ def test_a_webui_that_start_sh_gave_up_on_ends_the_boot(tmp_path: Path) -> None:
     with world(tmp_path, boot=False, WEBUI_STATE_FILE=str(state)) as it:
         it.webui.crash()
         config = it.config()
-        it.worker = Worker(config, models=quick_manager(config), waits=QUICK)
+        it.worker = Worker(config, models=quick_manager(config), timings=QUICK)
 
         with pytest.raises(WebUINotReady, match="could not be started"):
             it.worker.boot()

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from a1111_worker.domain import OutputOptions, PictureFormat
+from a1111_worker.delivery.formats import convert, is_untouched
+from a1111_worker.domain import ImageFormat, OutputOptions
 from a1111_worker.errors import GenerationFailed, InvalidRequest
-from a1111_worker.images import convert, format_of, is_blank, is_untouched
+from a1111_worker.images import format_of, is_blank
 
-JPEG, WEBP, PNG = PictureFormat.JPEG, PictureFormat.WEBP, PictureFormat.PNG
+JPEG, WEBP, PNG = ImageFormat.JPEG, ImageFormat.WEBP, ImageFormat.PNG
 INFOTEXT = "a lighthouse, café, 猫 😀\nNegative prompt: blurry\nSteps: 25, Sampler: Euler a, Seed: 42"
 
 
@@ -93,7 +94,7 @@ def test_a_png_that_nobody_wants_otherwise_is_the_very_same_text() -> None:
 
 @pytest.mark.parametrize("form", [JPEG, WEBP])
 @pytest.mark.parametrize("infotext", [INFOTEXT, "plain words"])
-def test_a_converted_picture_keeps_its_infotext_where_a1111_reads_it(form: PictureFormat, infotext: str) -> None:
+def test_a_converted_picture_keeps_its_infotext_where_a1111_reads_it(form: ImageFormat, infotext: str) -> None:
     converted = convert(a1111s(gradient(), infotext), OutputOptions(form))
 
     image = opened(converted.picture)
@@ -111,7 +112,7 @@ def test_a_picture_larger_than_pillow_likes_is_converted() -> None:
 
 
 @pytest.mark.parametrize("form", [JPEG, WEBP])
-def test_without_metadata_a_converted_picture_says_nothing(form: PictureFormat) -> None:
+def test_without_metadata_a_converted_picture_says_nothing(form: ImageFormat) -> None:
     picture = convert(a1111s(gradient()), OutputOptions(form, metadata=False)).picture
 
     assert infotext_of(picture) is None
@@ -142,12 +143,12 @@ def test_a_png_without_words_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("form", [JPEG, WEBP])
-def test_a_picture_without_an_infotext_gets_none(form: PictureFormat) -> None:
+def test_a_picture_without_an_infotext_gets_none(form: ImageFormat) -> None:
     assert infotext_of(convert(in_base64(saved(gradient())), OutputOptions(form)).picture) is None
 
 
 @pytest.mark.parametrize("form", [JPEG, WEBP])
-def test_the_quality_is_the_jobs_else_90(form: PictureFormat) -> None:
+def test_the_quality_is_the_jobs_else_90(form: ImageFormat) -> None:
     png = a1111s(Image.effect_noise((128, 128), 80).convert("RGB"))
 
     sizes = {quality: len(convert(png, OutputOptions(form, quality)).picture) for quality in (1, 50, 89, 90, 91, 100)}
@@ -157,7 +158,7 @@ def test_the_quality_is_the_jobs_else_90(form: PictureFormat) -> None:
 
 
 @pytest.mark.parametrize(("form", "quality"), [(JPEG, 90), (WEBP, 90)])
-def test_a_converted_picture_looks_the_same(form: PictureFormat, quality: int) -> None:
+def test_a_converted_picture_looks_the_same(form: ImageFormat, quality: int) -> None:
     image = gradient()
 
     seen = opened(convert(a1111s(image), OutputOptions(form, quality)).picture)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from a1111_worker.domain import Deadline, unreported
-from a1111_worker.job.run import Story
+from a1111_worker.context import JobContext
 from a1111_worker.request.parse import parse_request
 from handler import Worker
 from sandbox import civitai as c
@@ -90,19 +88,19 @@ class Line:
         self.begun, self._two, self._one_left = threading.Event(), threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def hold(self, refs: Any, *, foreground: Callable[[], bool], **more: Any) -> Iterator[None]:
+    def hold(self, refs: Any, context: JobContext, *, tolerate: bool) -> Iterator[None]:
         self._came += 1
         self.begun.set()
         if self._came == 1:
             self._two.wait(20)
-            self.first.append(foreground())
+            self.first.append(context.is_next())
             yield
             self._one_left.set()
             return
-        self.second.append(foreground())
+        self.second.append(context.is_next())
         self._two.set()
         self._one_left.wait(20)
-        self.second.append(foreground())
+        self.second.append(context.is_next())
         yield
 
 
@@ -112,7 +110,7 @@ def test_of_those_that_prepare_the_oldest_has_the_line_first(it: World) -> None:
     request = parse_request({"prompt": "a lighthouse"}, worker.limits)
 
     def prepare(name: str) -> None:
-        with ThreadPoolExecutor() as pool, worker.models_of(request, Story(name, Deadline(), unreported, pool)):
+        with worker.models_for(request, JobContext(job_id=name)):
             pass
 
     threads = [threading.Thread(target=prepare, args=(name,)) for name in ("first", "second")]

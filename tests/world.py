@@ -12,7 +12,7 @@ from typing import Any
 from a1111_worker.config import Config
 from a1111_worker.models import civitai as civitai_client
 from a1111_worker.transfer.ranges import Tuning
-from a1111_worker.webui.readiness import Waits
+from a1111_worker.webui.readiness import WebUITimings
 from handler import Worker
 from model_manager import ModelManager, open_manager
 from sandbox.civitai import CivitAI
@@ -20,7 +20,7 @@ from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.webui import WebUI
 
 CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
-QUICK = Waits(
+QUICK = WebUITimings(
     unowned_grace=0.05,
     look_every=0.02,
     interrupt_every=0.02,
@@ -31,7 +31,7 @@ QUICK = Waits(
 )
 
 
-CIVITAI_QUICK = civitai_client.Waits(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
+CIVITAI_QUICK = civitai_client.CivitAITimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
 TUNING_QUICK = Tuning(stall_seconds=0.2, patience_seconds=0.5, pause=0.01, pause_most=0.02, retry_after_most=0.05)
 
 
@@ -85,7 +85,7 @@ class World:
     def boot(self, **changes: str) -> Worker:
         """A worker ready for jobs, with every wait shrunk."""
         config = self.config(**changes)
-        self.worker = Worker(config, models=quick_manager(config), waits=QUICK)
+        self.worker = Worker(config, models=quick_manager(config), timings=QUICK)
         self.worker.boot()
         return self.worker
 
@@ -125,7 +125,7 @@ SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
 
 
 def quick_manager(config: Config) -> ModelManager:
-    return open_manager(config, waits=CIVITAI_QUICK, tuning=TUNING_QUICK)
+    return open_manager(config, timings=CIVITAI_QUICK, tuning=TUNING_QUICK)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from a1111_worker import __version__
-from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, OutputOptions, PictureFormat, in_words
+from a1111_worker.context import format_timings
+from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, OutputOptions
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 
 MB = 1_000_000
@@ -27,7 +28,7 @@ class Delivered:
     """How the pictures left: as base64 in `images`, or as links."""
 
     images: Sequence[str] = ()
-    format: PictureFormat = PictureFormat.PNG
+    format: ImageFormat = ImageFormat.PNG
     urls: Sequence[str] = ()
     expires_at: str | None = None
 
@@ -72,7 +73,7 @@ def in_one_line(worker: Mapping[str, Any]) -> str:
     nothing = "" if any(lora["downloaded"] for lora in worker["loras"]) else ", nothing to download"
     links = len(worker["delivery"]["urls"])
     where = f", {links} in the bucket" if links else ""
-    seconds = in_words(worker["timings"])
+    seconds = format_timings(worker["timings"])
     return f"done with {worker['checkpoint']['file']}, LoRAs: {', '.join(loras) or 'none'}{nothing}{where}; {seconds}"
 
 
@@ -121,7 +122,7 @@ def _what_would_fit(
 ) -> str:
     """Every way that leads out, the easiest first."""
     ways = []
-    if options.format is PictureFormat.PNG:
+    if options.format is ImageFormat.PNG:
         ways.append('ask for "output": {"format": "webp"} or "jpeg", about a tenth of a PNG')
     ways.append("fewer images in one job" if len(answer["images"]) > 1 else "a smaller image")
     if limit < RUNSYNC_LIMIT and size <= RUNSYNC_LIMIT:

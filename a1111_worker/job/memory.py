@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Return free memory to the system; a few milliseconds, without the GIL. Does nothing where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

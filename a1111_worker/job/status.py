@@ -96,7 +96,7 @@ class JobStatus:
         """Whether there is anything to wait for in `close`."""
         return self._sender is not None
 
-    def hush(self) -> None:
+    def stop(self) -> None:
         """Begin no further request, and do not wait for the one in flight. Returns at once, from any thread."""
         with self._lock:
             self._closed = True
@@ -104,7 +104,7 @@ class JobStatus:
 
     def close(self) -> None:
         """End it: a look nobody has seen is dropped, one in flight is waited for. Idempotent."""
-        self.hush()
+        self.stop()
         if self._sender is not None:
             self._sender.join()
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from a1111_worker.catalog import LORAS, lora_named, lora_of_version
-from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef
+from a1111_worker.context import Deadline
+from a1111_worker.domain import Model, ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
 from a1111_worker.models.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
 from a1111_worker.models.leases import Holds, Leases, state_of
 from a1111_worker.models.safetensors import read_header
-from a1111_worker.models.sidecars import Record, Registry, answers
-from a1111_worker.models.volume import SUFFIX, Shelf, WebUIFolder, can_write, digest_file
+from a1111_worker.models.sidecars import Record, Sidecars, answers
+from a1111_worker.models.volume import SUFFIX, CacheDirectory, WebUIFolder, can_write, digest_file
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +49,13 @@ class CheckpointSpec:
 class Found:
     """A model that is there, and what is known of it."""
 
-    shelf: Shelf
+    shelf: CacheDirectory
     record: Record
     downloaded: bool = False
     warnings: tuple[str, ...] = ()
 
 
-class Shelves:
+class CacheDirectories:
     """Where models are looked for, in this order: the cache, the local folder, the sources.
 
     `home` is where new ones are written: the cache, or where that cannot be written the local folder, or nowhere.
@@ -66,38 +67,38 @@ class Shelves:
         self.sources = tuple(
             source for source in dict.fromkeys(sources) if source.is_dir() and not _same(source, models_dir)
         )
-        self._home: dict[ModelKind, Shelf | None] = {}
-        self._all: dict[ModelKind, list[Shelf]] = {}
+        self._home: dict[ModelKind, CacheDirectory | None] = {}
+        self._all: dict[ModelKind, list[CacheDirectory]] = {}
         for kind in ModelKind:
-            cache = _prepared(Shelf(models_dir / kind.folder, kind), owner)
+            cache = _prepared(CacheDirectory(models_dir / kind.folder, kind), owner)
             self._all[kind] = [cache]
             self._home[kind] = cache if cache.writable else None
             if not cache.writable:
-                here = _prepared(Shelf(local / kind.folder, kind, local=True), owner)
+                here = _prepared(CacheDirectory(local / kind.folder, kind, local=True), owner)
                 self._all[kind].append(here)
                 self._home[kind] = here if here.writable else None
             for source in self.sources:
                 folders = [source / name for name in FOLDERS[kind] if (source / name).is_dir()]
-                self._all[kind] += [Shelf(folder, kind) for folder in (*folders, source)]
+                self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
 
-    def of(self, kind: ModelKind) -> list[Shelf]:
+    def of(self, kind: ModelKind) -> list[CacheDirectory]:
         return self._all[kind]
 
-    def home(self, kind: ModelKind) -> Shelf:
+    def home(self, kind: ModelKind) -> CacheDirectory:
         """The shelf that new models of a kind are written to; raises VolumeFull where there is none."""
         home = self._home[kind]
         if home is None:
             raise VolumeFull("there is no folder that models can be written to", hint="set MODELS_DIR to one")
         return home
 
-    def writable(self) -> list[Shelf]:
+    def writable(self) -> list[CacheDirectory]:
         return [home for home in self._home.values() if home is not None]
 
     def folders(self) -> list[Path]:
         return [shelf.folder for shelves in self._all.values() for shelf in shelves]
 
 
-def _prepared(shelf: Shelf, owner: str) -> Shelf:
+def _prepared(shelf: CacheDirectory, owner: str) -> CacheDirectory:
     """A shelf with its folders, `writable` if they could be made."""
     try:
         shelf.prepare()
@@ -107,13 +108,13 @@ def _prepared(shelf: Shelf, owner: str) -> Shelf:
     return shelf
 
 
-class Library:
+class ModelCache:
     """The shelves with what is known of their models."""
 
     def __init__(
         self,
-        shelves: Shelves,
-        registry: Registry,
+        shelves: CacheDirectories,
+        registry: Sidecars,
         holds: Holds,
         leases: Leases,
         webui: WebUIFolder | None,
@@ -146,7 +147,7 @@ class Library:
                 return Found(shelf, record)
         return None
 
-    def candidates(self, ref: ModelRef, *, fresh: bool = False) -> Iterator[tuple[Shelf, str]]:
+    def candidates(self, ref: ModelRef, *, fresh: bool = False) -> Iterator[tuple[CacheDirectory, str]]:
         """The files that may be what a reference means, by their names."""
         for shelf in self.shelves.of(ref.kind):
             if ref.version_id is not None:
@@ -177,7 +178,7 @@ class Library:
                     yield shelf, files[0]
                     return
 
-    def claims(self, ref: ModelRef) -> Iterator[tuple[Shelf, str]]:
+    def claims(self, ref: ModelRef) -> Iterator[tuple[CacheDirectory, str]]:
         """The files whose names claim to be what is meant, and of which nothing else is proven."""
         for shelf, file in self.candidates(ref, fresh=True):
             record = self.registry.look(shelf, file)
@@ -187,7 +188,11 @@ class Library:
                 yield shelf, file
 
     def read(
-        self, shelf: Shelf, file: str, deadline: Deadline, on_progress: Callable[[int, int], None] | None = None
+        self,
+        shelf: CacheDirectory,
+        file: str,
+        deadline: Deadline,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Record:
         """What is known of a file that is there, by reading it where nothing is. Raises ModelError."""
         return self.registry.look(shelf, file) or self.registry.rebuild(shelf, file, deadline, on_progress=on_progress)
@@ -200,13 +205,13 @@ class Library:
                 return Found(shelf, replace(record, name=spec.name))
         return None
 
-    def named(self, kind: ModelKind, file: str) -> Iterator[tuple[Shelf, str]]:
+    def named(self, kind: ModelKind, file: str) -> Iterator[tuple[CacheDirectory, str]]:
         """Where there is a file of exactly this name."""
         for shelf in self.shelves.of(kind):
             if shelf.size(file) is not None:
                 yield shelf, file
 
-    def with_bytes(self, shelf: Shelf, sha256: str) -> Record | None:
+    def with_bytes(self, shelf: CacheDirectory, sha256: str) -> Record | None:
         """A model from outside CivitAI with these bytes, whatever a job called it."""
         for file in shelf.list_again().by_digest.get(sha256[:16], ()):
             record = self.registry.look(shelf, file)
@@ -253,15 +258,15 @@ class Library:
                 self._let_go(shelf, model.file)
                 return
 
-    def _let_go(self, shelf: Shelf, file: str) -> None:
+    def _let_go(self, shelf: CacheDirectory, file: str) -> None:
         if shelf.writable:
             self._holds.release(shelf.holds, file)
 
     # -- room
 
-    def stock(self) -> list[tuple[Shelf, Entry]]:
+    def stock(self) -> list[tuple[CacheDirectory, Entry]]:
         """Every model there is, sources included. A file of a flat source is of the kind that is known of it."""
-        told: dict[Path, tuple[Shelf, Entry]] = {}
+        told: dict[Path, tuple[CacheDirectory, Entry]] = {}
         for kind in ModelKind:
             for shelf in self.shelves.of(kind):
                 for entry in self._entries_of(shelf):
@@ -274,7 +279,7 @@ class Library:
         """Everything that takes room where we write, parts included."""
         return [entry for shelf in self.shelves.writable() for entry in self._entries_of(shelf)]
 
-    def _entries_of(self, shelf: Shelf) -> Iterator[Entry]:
+    def _entries_of(self, shelf: CacheDirectory) -> Iterator[Entry]:
         held = self._holds.held(shelf.holds)
         for file in shelf.list_again().files:
             size = shelf.size(file)
@@ -361,7 +366,7 @@ class Library:
         log.info("evicted %s %s, %.2f GB: %s", entry.kind.value, entry.file, entry.size / 1e9, why)
         return True
 
-    def set_aside(self, shelf: Shelf, file: str, deadline: Deadline) -> None:
+    def set_aside(self, shelf: CacheDirectory, file: str, deadline: Deadline) -> None:
         """Give a file that sits on another model's name the name that its bytes deserve. Nothing is lost."""
         record = self.registry.look(shelf, file)
         try:
@@ -377,11 +382,11 @@ class Library:
                 self.registry.write(shelf, replace(record, file=other))
         log.warning("%s is not the model that has this name: set aside as %s", file, other)
 
-    def is_taken(self, shelf: Shelf, file: str) -> bool:
+    def is_taken(self, shelf: CacheDirectory, file: str) -> bool:
         """Whether there is a file of this name, and anybody uses it."""
         return shelf.size(file) is not None and file in self._holds.held(shelf.holds)
 
-    def occupant(self, shelf: Shelf, file: str) -> str | None:
+    def occupant(self, shelf: CacheDirectory, file: str) -> str | None:
         """The file that has a name, on volumes that tell `A` from `a` and on those that do not."""
         if shelf.size(file) is None:
             return None

@@ -32,7 +32,8 @@ from urllib.parse import unquote, urlencode, urlsplit
 import requests
 import urllib3
 
-from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import (
     DownloadFailed,
     InvalidRequest,
@@ -41,7 +42,8 @@ from a1111_worker.errors import (
     ModelNotFound,
     ModelRejected,
 )
-from a1111_worker.transfer.egress import HostPolicy, HostRefused, Route, open_session, origin_of
+from a1111_worker.origins import OriginRefused, origin_of
+from a1111_worker.transfer.egress import EgressPolicy, Route, open_session
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,8 @@ URLS = ("https://civitai.com", "https://civitai.red")
 
 
 @dataclass(frozen=True)
-class Waits:
-    """How long the client waits, in seconds."""
+class CivitAITimings:
+    """How long the client timings, in seconds."""
 
     connect: float = 10.0
     answer: float = 20.0  # from a question to the end of its answer
@@ -87,12 +89,12 @@ class Refusal(Enum):
 class Rule:
     """What a refusal means: the error it ends as, and what is tried before.
 
-    `elsewhere`: the other origins are asked once, at once. `again`: then it is asked so many times more, after waits
-    (because of 429 only as long as `Waits.too_many` lasts).
+    `elsewhere`: the other origins are asked once, at once. `again`: then it is asked so many times more, after timings
+    (because of 429 only as long as `CivitAITimings.too_many` lasts).
     """
 
     error: type[ModelError]
-    sentence: str
+    message: str
     hint: str | None = None
     elsewhere: bool = False
     again: int = 0
@@ -179,10 +181,10 @@ class CivitAI:
     def __init__(
         self,
         *,
-        policy: HostPolicy,
+        policy: EgressPolicy,
         urls: Sequence[str] = URLS,
         key: str | None = None,
-        waits: Waits = Waits(),
+        timings: CivitAITimings = CivitAITimings(),
         remembered_for: float = 600.0,
     ) -> None:
         if key and not (key.isascii() and key.isprintable() and " " not in key):
@@ -192,9 +194,9 @@ class CivitAI:
         self._policy = policy
         self._headers = {"Accept": "application/json, */*"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._keyed = bool(key)
-        self._waits = waits
-        self._session = open_session(HostPolicy(self._origins, ca_file=policy.ca_file), connections=16)
-        self._remembered = _Memory(remembered_for)
+        self._waits = timings
+        self._session = open_session(EgressPolicy(self._origins, ca_file=policy.ca_file), connections=16)
+        self._remembered = _VersionCache(remembered_for)
 
     def describe(self, ref: ModelRef, deadline: Deadline) -> RemoteFile:
         """What is known of the file that `ref` means; where CivitAI cannot say, a file to try, with a warning."""
@@ -250,7 +252,7 @@ class CivitAI:
         return version
 
     def _json(self, path: str, expected_id: int, label: str, deadline: Deadline) -> dict[str, Any]:
-        def read(answer: Answer) -> dict[str, Any]:
+        def read(answer: CivitAIResponse) -> dict[str, Any]:
             content = answer.json()
             if not isinstance(content, dict) or content.get("id") != expected_id:
                 raise Refused(Refusal.NOT_JSON)
@@ -258,7 +260,7 @@ class CivitAI:
 
         return self._until(path, label, deadline, read)
 
-    def _read_link(self, answer: Answer) -> str:
+    def _read_link(self, answer: CivitAIResponse) -> str:
         # A mirror may hand out the file itself: then that is its link. (Fetched without the key, as every file.)
         if answer.location is None and answer.is_text:
             raise Refused(Refusal.NOT_JSON)
@@ -266,7 +268,7 @@ class CivitAI:
         log.info("CivitAI: the link leads to %s", self._policy.check(link))
         return link
 
-    def _until(self, path: str, label: str, deadline: Deadline, read: Callable[[Answer], T]) -> T:
+    def _until(self, path: str, label: str, deadline: Deadline, read: Callable[[CivitAIResponse], T]) -> T:
         """Ask until there is an answer that `read` accepts, or POLICY says that it is enough."""
         patience = _Patience(self._waits, len(self._urls))
         while True:
@@ -274,17 +276,17 @@ class CivitAI:
             url = f"{self._urls[patience.turn % len(self._urls)]}{path}"
             try:
                 return read(_abandonable(functools.partial(self._ask, url), self._waits.answer, deadline))
-            except HostRefused as error:
+            except OriginRefused as error:
                 refused = Refused(Refusal.STRAYED, str(error))
             except Refused as error:
                 refused = error
             pause = patience.next(refused)
-            if pause is None or 0 < deadline.left() <= pause:
+            if pause is None or 0 < deadline.remaining() <= pause:
                 raise _error(refused.refusal, label, refused.detail) from refused
             log.info("CivitAI: %s for %s, asked again in %.1f s", refused.refusal.value, label, pause)
             deadline.wait(pause)
 
-    def _ask(self, url: str) -> Answer:
+    def _ask(self, url: str) -> CivitAIResponse:
         """One question; its redirects among the API's own origins are followed, each hop with the key."""
         route = Route(url)
         timeout = (self._waits.connect, self._waits.answer)
@@ -297,7 +299,7 @@ class CivitAI:
                         break
                     status = response.status_code
                 if origin_of(route.url) not in self._origins:
-                    return Answer(here, status, location=route.url)
+                    return CivitAIResponse(here, status, location=route.url)
                 if urlsplit(route.url).path.startswith("/login"):  # what CivitAI does with browsers
                     raise Refused(Refusal.KEY_REFUSED if self._keyed else Refusal.NO_KEY)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
@@ -320,7 +322,7 @@ class CivitAI:
     def _check_listed(self, url: str, label: str) -> None:
         try:
             self._policy.check(url)
-        except HostRefused as error:
+        except OriginRefused as error:
             raise InvalidRequest(f"the URL of {label} may not be fetched: {error}", hint="see MODEL_HOSTS") from error
 
     def _unseen(self, version_id: int, ref: ModelRef, warnings: tuple[str, ...]) -> RemoteFile:
@@ -510,7 +512,7 @@ _ANSWER_LIMIT = 8 * 1024 * 1024  # bytes; a version with hundreds of sample imag
 
 
 @dataclass(frozen=True)
-class Answer:
+class CivitAIResponse:
     """A 200, or a redirect to `location` outside the API. The body is read only where it is a text."""
 
     url: str
@@ -542,7 +544,7 @@ class Refused(Exception):
         self.retry_after = retry_after
 
 
-def refusal_of(answer: Answer, *, keyed: bool) -> Refused | None:
+def refusal_of(answer: CivitAIResponse, *, keyed: bool) -> Refused | None:
     """Why an answer is a refusal, None where it is none. `keyed` is whether a key was sent."""
     status = answer.status
     if status == 200:
@@ -587,12 +589,12 @@ def _seconds(retry_after: str) -> float | None:
 
 def _error(refusal: Refusal, label: str, detail: str = "") -> ModelError:
     rule = POLICY[refusal]
-    return rule.error(rule.sentence.format(model=label, detail=detail), hint=rule.hint)
+    return rule.error(rule.message.format(model=label, detail=detail), hint=rule.hint)
 
 
-def _read(response: requests.Response, url: str) -> Answer:
+def _read(response: requests.Response, url: str) -> CivitAIResponse:
     content_type, retry_after = (response.headers.get(name, "") for name in ("Content-Type", "Retry-After"))
-    answer = Answer(url, response.status_code, content_type.lower(), retry_after=retry_after)
+    answer = CivitAIResponse(url, response.status_code, content_type.lower(), retry_after=retry_after)
     if answer.status == 200 and not answer.is_text:
         return answer
     body = bytearray()
@@ -606,12 +608,12 @@ def _read(response: requests.Response, url: str) -> Answer:
 class _Patience:
     """What POLICY still allows for one question: which origin is next, after how many seconds."""
 
-    def __init__(self, waits: Waits, origins: int) -> None:
+    def __init__(self, timings: CivitAITimings, origins: int) -> None:
         self.turn = 0
-        self._waits = waits
+        self._waits = timings
         self._origins = origins
         self._met: Counter[Refusal] = Counter()
-        self._pause = waits.shortest
+        self._pause = timings.shortest
         self._spent = 0.0
 
     def next(self, refused: Refused) -> float | None:
@@ -634,7 +636,7 @@ class _Patience:
         return pause if self._spent <= self._waits.too_many else None
 
 
-class _Memory:
+class _VersionCache:
     """What was said of versions, for a while. The oldest goes first."""
 
     def __init__(self, seconds: float, most: int = 256) -> None:
@@ -657,7 +659,7 @@ class _Memory:
 
 
 def _abandonable(work: Callable[[], T], seconds: float, deadline: Deadline) -> T:
-    """Do something that nothing can interrupt; leave it behind when it takes too long or nobody waits any more.
+    """Do something that nothing can interrupt; leave it behind when it takes too long or nobody timings any more.
 
     A read timeout counts from byte to byte: a server that trickles would never meet it, and a job that was cancelled
     would wait for it.
@@ -674,7 +676,7 @@ def _abandonable(work: Callable[[], T], seconds: float, deadline: Deadline) -> T
 
     threading.Thread(target=run, name="civitai-question", daemon=True).start()
     with deadline.on_cancel(over.set):
-        over.wait(min(seconds, deadline.left()))
+        over.wait(min(seconds, deadline.remaining()))
     if future.done():
         return future.result()
     deadline.check()

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from a1111_worker.catalog import KnownLora, lora_of_version
-from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
-from a1111_worker.errors import DownloadFailed, ModelError, ModelRejected, VolumeFull
-from a1111_worker.models.cache import CheckpointSpec, Found, Library, missing
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
+from a1111_worker.errors import DownloadFailed, FileTooLong, ModelError, ModelRejected, PartialFileLost, VolumeFull
+from a1111_worker.models.cache import CheckpointSpec, Found, ModelCache, missing
 from a1111_worker.models.leases import Lease, Leases
-from a1111_worker.models.progress import Tally, Tell
+from a1111_worker.models.progress import FileProgress, Tell
 from a1111_worker.models.safetensors import family_of_base_model
 from a1111_worker.models.sidecars import Record, record_of, url_key, wish_of
-from a1111_worker.models.volume import Shelf, can_write, digest_file, version_file
-from a1111_worker.transfer.partial_file import FileTooLong, PartLost
+from a1111_worker.models.volume import CacheDirectory, can_write, digest_file, version_file
 
 if TYPE_CHECKING:
     from a1111_worker.transfer.download import Fetched, LinkSource, OnProgress
@@ -62,12 +62,12 @@ class Fetches(Protocol):
     ) -> Fetched: ...
 
 
-class Arrivals:
+class Fetcher:
     """The way in. `poll` is how often a waiting one looks, in seconds."""
 
     def __init__(
         self,
-        library: Library,
+        library: ModelCache,
         civitai: Describes,
         downloader: Fetches,
         leases: Leases,
@@ -118,11 +118,11 @@ class Arrivals:
         for shelf, file in self._library.claims(ref):
             with contextlib.suppress(ModelError):
                 record = self._library.read(
-                    shelf, file, deadline, lambda done, total: tell(Tally(ref.label, done, total))
+                    shelf, file, deadline, lambda done, total: tell(FileProgress(ref.label, done, total))
                 )
                 if ref.sha256 is not None and record.sha256 != ref.sha256:
                     continue
-                warning = f"{file} is used without a proof that it is {ref.label}: {error.sentence}"
+                warning = f"{file} is used without a proof that it is {ref.label}: {error.message}"
                 log.warning("%s", warning)
                 return Found(shelf, record, warnings=() if ref.sha256 else (warning,))
         return None
@@ -180,12 +180,12 @@ class Arrivals:
                     found = self._look(wanted) or self._claimed(wanted, deadline, tell)
                     try:
                         return found or self._fetch(wanted, home, lease, deadline, tell)
-                    except PartLost:
+                    except PartialFileLost:
                         log.warning("%s: this worker was thought dead, and another one goes on with it", wanted.name)
             if (note := self._leases.note(path)) is not None:
                 waiting.say(note.owner)
                 who = "another job" if note.owner == self._owner else "another worker"
-                tell(Tally(wanted.name, note.done, note.total or wanted.remote.size, waiting=who))
+                tell(FileProgress(wanted.name, note.done, note.total or wanted.remote.size, waiting=who))
             is_close = note is not None and note.total is not None and note.done > 0.9 * note.total
             deadline.wait(self._poll / 5 if is_close else self._poll)
 
@@ -208,7 +208,7 @@ class Arrivals:
                 continue
             try:
                 record = self._library.read(
-                    shelf, file, deadline, lambda done, total: tell(Tally(wanted.name, done, total))
+                    shelf, file, deadline, lambda done, total: tell(FileProgress(wanted.name, done, total))
                 )
             except ModelError:
                 continue
@@ -224,7 +224,7 @@ class Arrivals:
 
     # -- one file
 
-    def _fetch(self, wanted: _Wanted, home: Shelf, lease: Lease, deadline: Deadline, tell: Tell) -> Found:
+    def _fetch(self, wanted: _Wanted, home: CacheDirectory, lease: Lease, deadline: Deadline, tell: Tell) -> Found:
         part = home.part(wanted.key, self._owner)
         if wanted.sha256 is not None:  # without one, a part whose owner only seemed dead might still be written to
             home.adopt_part(wanted.key, self._owner)
@@ -237,7 +237,7 @@ class Arrivals:
 
         def on_progress(done: int, total: int | None) -> None:
             lease.tell(done, total)
-            tell(Tally(wanted.name, done, total))
+            tell(FileProgress(wanted.name, done, total))
 
         with (
             self._library.room(part, wanted.size, wanted.name, kind=home.kind, limit=limit),
@@ -291,7 +291,7 @@ class Arrivals:
                 return fetched.sha256
         raise AssertionError("unreachable")
 
-    def _place(self, wanted: _Wanted, home: Shelf, part: Path, sha256: str, deadline: Deadline) -> Found:
+    def _place(self, wanted: _Wanted, home: CacheDirectory, part: Path, sha256: str, deadline: Deadline) -> Found:
         """From a whole part to a model: the last proof, its name, what is known of it."""
         registry = self._library.registry
         file = wanted.file(sha256)
@@ -305,7 +305,7 @@ class Arrivals:
             else:  # somebody else was as fast, and the WebUI may have that file open
                 home.drop_part(part)
         except FileNotFoundError as error:
-            raise PartLost(f"the part of {wanted.name} was taken away", hint="try again") from error
+            raise PartialFileLost(f"the part of {wanted.name} was taken away", hint="try again") from error
         except OSError as error:
             raise VolumeFull(f"{wanted.name} could not be written ({error.strerror or 'I/O error'})") from error
         record = registry.write(home, replace(record, name=wanted.title, primary=wanted.is_main))
@@ -314,7 +314,7 @@ class Arrivals:
         log.info("%s is here: %s, %.1f MB, sha256 %s", wanted.name, file, record.size / 1e6, sha256[:12])
         return Found(home, record, downloaded=True)
 
-    def _makes_way(self, home: Shelf, file: str, sha256: str, deadline: Deadline) -> bool:
+    def _makes_way(self, home: CacheDirectory, file: str, sha256: str, deadline: Deadline) -> bool:
         """Have the name free; False where the very model has it already."""
         occupant = self._library.occupant(home, file)
         if occupant is None:
@@ -442,7 +442,7 @@ class _Flight:
         self.over = threading.Event()
         self.found: Found | None = None
         self.error: ModelError | None = None
-        self._tally: Tally | None = None
+        self._tally: FileProgress | None = None
         self._wanted: list[Callable[[], bool]] = []
 
     @contextlib.contextmanager
@@ -462,7 +462,7 @@ class _Flight:
         return found
 
     def told(self, tell: Tell) -> Tell:
-        def both(tally: Tally) -> None:
+        def both(tally: FileProgress) -> None:
             self._tally = tally
             tell(tally)
 
@@ -494,7 +494,7 @@ class _Patience:
 
 
 @contextlib.contextmanager
-def _kept_if_of_use(home: Shelf, part: Path) -> Iterator[None]:
+def _kept_if_of_use(home: CacheDirectory, part: Path) -> Iterator[None]:
     """Only a download that may go on keeps what has come of it."""
     try:
         yield

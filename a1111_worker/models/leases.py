@@ -20,11 +20,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
+from a1111_worker.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -82,47 +83,6 @@ def state_of(path: Path) -> State | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-class Heart:
-    """One thread that beats every `interval` seconds, as long as somebody listens."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._listeners: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        with self._lock:
-            self._listeners.append(listener)
-            if self._thread is None and not self._stop.is_set():
-                self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
-                self._thread.start()
-
-    def leave(self, listener: Callable[[], None]) -> None:
-        with self._lock:
-            self._listeners.remove(listener)
-
-    def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._interval):
-            with self._lock:
-                listeners = list(self._listeners)
-            for listener in listeners:
-                _call(listener)
-
-
-def _call(listener: Callable[[], None]) -> None:
-    try:
-        listener()
-    except Exception:
-        log.exception("a heartbeat failed")  # the others must be kept alive
-
-
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
@@ -138,18 +98,20 @@ class Note:
 class Lease:
     """A lease that one has. Without a descriptor: it could not be made, and only the owner believes in it."""
 
-    def __init__(self, path: Path, owner: str, descriptor: int | None, heart: Heart, *, pause: float = 1.0) -> None:
+    def __init__(
+        self, path: Path, owner: str, descriptor: int | None, heartbeat: Heartbeat, *, pause: float = 1.0
+    ) -> None:
         self._path = path
         self._owner = owner
         self._descriptor = descriptor
-        self._heart = heart
+        self._heartbeat = heartbeat
         self._pause = pause
         self._told = 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> Lease:
         if self._descriptor is not None:
-            self._heart.listen(self._touch)
+            self._heartbeat.add_listener(self._touch)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +119,7 @@ class Lease:
             descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
-        self._heart.leave(self._touch)
+        self._heartbeat.remove_listener(self._touch)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), self._path.stat()):  # else it was thought dead and taken over
                 self._path.unlink()
@@ -185,9 +147,9 @@ class Lease:
 class Leases:
     """The leases of one owner."""
 
-    def __init__(self, owner: str, heart: Heart, watch: Watch) -> None:
+    def __init__(self, owner: str, heartbeat: Heartbeat, watch: Watch) -> None:
         self._owner = owner
-        self._heart = heart
+        self._heartbeat = heartbeat
         self._watch = watch
 
     def take(self, path: Path) -> Lease | None:
@@ -199,8 +161,8 @@ class Leases:
             return None
         except OSError as error:
             log.warning("no lease can be made (%s): another worker may fetch the same file", error.strerror)
-            return Lease(path, self._owner, None, self._heart)
-        lease = Lease(path, self._owner, descriptor, self._heart)
+            return Lease(path, self._owner, None, self._heartbeat)
+        lease = Lease(path, self._owner, descriptor, self._heartbeat)
         lease.tell(0, None)
         return lease
 
@@ -259,18 +221,18 @@ class Holds:
     at least one of the two sees the other, and the evicting one gives way.
     """
 
-    def __init__(self, owner: str, heart: Heart, watch: Watch, *, poll: float = 0.01) -> None:
+    def __init__(self, owner: str, heartbeat: Heartbeat, watch: Watch, *, poll: float = 0.01) -> None:
         self._owner = owner
-        self._heart = heart
+        self._heartbeat = heartbeat
         self._watch = watch
         self._poll = poll
         self._mine: dict[Path, int] = {}
         self._lock = threading.Lock()
-        heart.listen(self._touch)
+        heartbeat.add_listener(self._touch)
 
     def close(self) -> None:
         """Let everything go."""
-        self._heart.leave(self._touch)
+        self._heartbeat.remove_listener(self._touch)
         with self._lock:
             for hold in self._mine:
                 with contextlib.suppress(OSError):

@@ -10,12 +10,13 @@ import contextlib
 import contextvars
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Report, unreported
+from a1111_worker.context import Deadline, JobContext, ReportProgress
+from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import (
     DownloadFailed,
     InvalidRequest,
@@ -26,13 +27,14 @@ from a1111_worker.errors import (
     ModelRejected,
     VolumeFull,
 )
-from a1111_worker.models.cache import CheckpointSpec, Found, Library, Shelves, by_catalog, show_vaes
+from a1111_worker.heartbeat import Heartbeat
+from a1111_worker.models.cache import CacheDirectories, CheckpointSpec, Found, ModelCache, by_catalog, show_vaes
 from a1111_worker.models.eviction import Entry
-from a1111_worker.models.fetcher import Arrivals, Describes, Fetches
-from a1111_worker.models.leases import Heart, Holds, Leases, Watch, new_owner
-from a1111_worker.models.progress import Tallies, Tally
+from a1111_worker.models.fetcher import Describes, Fetcher, Fetches
+from a1111_worker.models.leases import Holds, Leases, Watch, new_owner
+from a1111_worker.models.progress import AggregateProgress, FileProgress
 from a1111_worker.models.safetensors import families_fit
-from a1111_worker.models.sidecars import Record, Registry
+from a1111_worker.models.sidecars import Record, Sidecars
 from a1111_worker.models.volume import SUFFIX, WebUIFolder
 
 log = logging.getLogger(__name__)
@@ -42,19 +44,11 @@ PART_LIFE = 24 * 3600.0
 """Seconds after which an unfinished part that nobody came back for is removed."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """Models that stay on disk until the block ends, and why others are not there (only where that is tolerated)."""
-
-    models: Mapping[ModelRef, Model] = field(default_factory=dict)
-    failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
-
-
 REPLACED = "; replaced"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """What `verify` found of one model."""
 
     entry: Entry
@@ -88,16 +82,16 @@ class ModelManager:
         owner: str | None = None,
     ) -> None:
         self.owner = owner or new_owner()
-        self._heart = Heart(heartbeat)
+        self._heartbeat = Heartbeat(heartbeat)
         watch = Watch(stale_after)
-        holds = Holds(self.owner, self._heart, watch)
+        holds = Holds(self.owner, self._heartbeat, watch)
         self._holds = holds
-        shelves = Shelves(models_dir, local, sources, self.owner)
+        shelves = CacheDirectories(models_dir, local, sources, self.owner)
         webui = WebUIFolder(webui_dir, self.owner) if webui_dir is not None else None
-        leases = Leases(self.owner, self._heart, watch)
-        self.library = Library(
+        leases = Leases(self.owner, self._heartbeat, watch)
+        self.library = ModelCache(
             shelves,
-            Registry(local / "notes", self.owner),
+            Sidecars(local / "notes", self.owner),
             holds,
             leases,
             webui,
@@ -105,7 +99,7 @@ class ModelManager:
             checkpoint=checkpoint,
             limit=limit,
         )
-        self._arrivals = Arrivals(
+        self._arrivals = Fetcher(
             self.library,
             civitai,
             downloader,
@@ -125,11 +119,11 @@ class ModelManager:
                 show_vaes(webui, vae_roots)
             except OSError as error:
                 self._unseen = error
-        self._heart.listen(self._look_after)
+        self._heartbeat.add_listener(self._look_after)
 
     def close(self) -> None:
         """Let everything go."""
-        self._heart.stop()
+        self._heartbeat.stop()
         self._holds.close()
 
     def __enter__(self) -> ModelManager:
@@ -140,7 +134,7 @@ class ModelManager:
 
     # -- the checkpoint
 
-    def prepare_checkpoint(self, *, deadline: Deadline, on_progress: Report = unreported) -> Model:
+    def prepare_checkpoint(self, context: JobContext) -> Model:
         """Have the fixed checkpoint on disk, and keep it there as long as this worker lives.
 
         One that is on disk under its name is used without asking anybody. VolumeFull, before a byte is fetched, where
@@ -156,11 +150,11 @@ class ModelManager:
         with self._checkpoint_lock:
             there = self._checkpoint
             if there is None or not there.path.exists():
-                self._checkpoint = self._fixed(self._spec, deadline, Tallies(1, on_progress))
+                self._checkpoint = self._fixed(self._spec, context.deadline, AggregateProgress(1, context.report))
             assert self._checkpoint is not None
             return self._checkpoint
 
-    def _fixed(self, spec: CheckpointSpec, deadline: Deadline, show: Tallies) -> Model:
+    def _fixed(self, spec: CheckpointSpec, deadline: Deadline, show: AggregateProgress) -> Model:
         while True:
             found = self._checkpoint_there(spec, deadline, show)
             if found is None:
@@ -174,16 +168,16 @@ class ModelManager:
             if model is not None:
                 return model
 
-    def _checkpoint_there(self, spec: CheckpointSpec, deadline: Deadline, show: Tallies) -> Found | None:
+    def _checkpoint_there(self, spec: CheckpointSpec, deadline: Deadline, show: AggregateProgress) -> Found | None:
         """The checkpoint under its name, on any shelf: read once where nothing is known of it."""
         if (found := self.library.checkpoint(spec)) is not None:
             return found
         tell = show.of(spec.ref)
         for shelf, file in self.library.named(ModelKind.CHECKPOINT, spec.file):
             try:
-                record = self.library.read(shelf, file, deadline, lambda d, t: tell(Tally(spec.name, d, t)))
+                record = self.library.read(shelf, file, deadline, lambda d, t: tell(FileProgress(spec.name, d, t)))
             except ModelError as error:
-                log.warning("%s is on disk, and cannot be used: %s", file, error.sentence)
+                log.warning("%s is on disk, and cannot be used: %s", file, error.message)
                 continue
             if spec.may_be(record):
                 return Found(shelf, replace(record, name=spec.name))
@@ -204,12 +198,10 @@ class ModelManager:
     def hold(
         self,
         refs: Sequence[ModelRef],
+        context: JobContext,
         *,
-        on_progress: Report = unreported,
-        deadline: Deadline,
         tolerate: bool = False,
-        foreground: Callable[[], bool] = lambda: True,
-    ) -> Iterator[Held]:
+    ) -> Iterator[HeldModels]:
         """Have every model on disk, and keep it there until the block ends.
 
         Raises the first ModelError; with `tolerate` those are told in `failures` instead. `foreground` says whether the
@@ -217,7 +209,9 @@ class ModelManager:
         """
         taken: list[Model] = []
         try:
-            yield self._gather(list(dict.fromkeys(refs)), taken, deadline, on_progress, tolerate, foreground)
+            yield self._gather(
+                list(dict.fromkeys(refs)), taken, context.deadline, context.report, tolerate, context.is_next
+            )
         finally:
             for model in taken:
                 self.library.release(model)
@@ -227,10 +221,10 @@ class ModelManager:
         refs: list[ModelRef],
         taken: list[Model],
         deadline: Deadline,
-        on_progress: Report,
+        on_progress: ReportProgress,
         tolerate: bool,
         foreground: Callable[[], bool],
-    ) -> Held:
+    ) -> HeldModels:
         models: dict[ModelRef, Model] = {}
         failures: dict[ModelRef, ModelError] = {}
         missing: list[ModelRef] = []
@@ -251,7 +245,7 @@ class ModelManager:
                 failures[ref] = error
         if failures and not tolerate:
             raise next(failures[ref] for ref in refs if ref in failures)
-        return Held(
+        return HeldModels(
             {ref: models[ref] for ref in refs if ref in models}, {ref: failures[ref] for ref in refs if ref in failures}
         )
 
@@ -272,14 +266,14 @@ class ModelManager:
         failures: dict[ModelRef, ModelError],
         taken: list[Model],
         deadline: Deadline,
-        on_progress: Report,
+        on_progress: ReportProgress,
         tolerate: bool,
         foreground: Callable[[], bool],
     ) -> None:
         """Bring what is missing, all at once. The first failure ends the others, unless it is tolerated."""
-        show = Tallies(len(refs), on_progress)
+        show = AggregateProgress(len(refs), on_progress)
         # Their own cancellation, so that one failure can stop the others without cancelling the job.
-        ours = Deadline(deadline.left())
+        ours = Deadline(deadline.remaining())
         with deadline.on_cancel(ours.cancel), ThreadPoolExecutor(min(len(refs), AT_ONCE), "models") as threads:
             running: dict[Future[Model], ModelRef] = {}
             for ref in refs:
@@ -303,7 +297,9 @@ class ModelManager:
                     deadline.wait(1.0)  # ours ends a moment before the job's own
                 raise error
 
-    def _bring(self, ref: ModelRef, deadline: Deadline, show: Tallies, foreground: Callable[[], bool]) -> Model:
+    def _bring(
+        self, ref: ModelRef, deadline: Deadline, show: AggregateProgress, foreground: Callable[[], bool]
+    ) -> Model:
         """A model that is not there, or of which nothing is known."""
         while True:
             found = self._obtain(by_catalog(ref), deadline, show, foreground)
@@ -316,13 +312,17 @@ class ModelManager:
                 show.ready()
                 return model
 
-    def _obtain(self, ref: ModelRef, deadline: Deadline, show: Tallies, foreground: Callable[[], bool]) -> Found:
+    def _obtain(
+        self, ref: ModelRef, deadline: Deadline, show: AggregateProgress, foreground: Callable[[], bool]
+    ) -> Found:
         if (ref.version_id, ref.model_id, ref.url) != (None, None, None):
             return self._arrivals.bring(ref, deadline, show.of(ref), foreground=foreground)
         tell = show.of(ref)
         self.library.list_again(ref.kind)
         for shelf, file in self.library.candidates(ref, fresh=True):
-            return Found(shelf, self.library.read(shelf, file, deadline, lambda d, t: tell(Tally(ref.label, d, t))))
+            return Found(
+                shelf, self.library.read(shelf, file, deadline, lambda d, t: tell(FileProgress(ref.label, d, t)))
+            )
         near = self.library.nearest(ref)
         hint = f"did you mean {' or '.join(near)}?" if near else "give its CivitAI URL or version id"
         raise ModelNotFound(f"no model is known by the name {ref.label}", hint=hint)
@@ -346,7 +346,7 @@ class ModelManager:
 
     # -- looking after
 
-    def verify(self, deadline: Deadline, *, repair: bool = False) -> Iterator[Verdict]:
+    def verify(self, deadline: Deadline, *, repair: bool = False) -> Iterator[VerifyResult]:
         """Read every model of the cache and compare it with what is known. `repair` replaces what is damaged."""
         for shelf, entry in self.library.stock():
             if not shelf.writable:
@@ -357,7 +357,7 @@ class ModelManager:
             try:
                 found = self.library.registry.rebuild(shelf, entry.file, deadline, keep=known is None)
             except ModelError as error:
-                problem = f"damaged: {error.sentence}"
+                problem = f"damaged: {error.message}"
             else:
                 if known is not None and known.sha256 != found.sha256:
                     problem = f"damaged: its SHA-256 is {found.sha256[:12]}…, and was {known.sha256[:12]}…"
@@ -365,14 +365,14 @@ class ModelManager:
                     is_damaged = False
                     problem = f"another model: its SHA-256 is {found.sha256[:12]}…, not {(spec.sha256 or '')[:12]}…"
                 else:
-                    yield Verdict(entry, found.sha256, "proven" if known else "read for the first time", ok=True)
+                    yield VerifyResult(entry, found.sha256, "proven" if known else "read for the first time", ok=True)
                     continue
             outcome = ""
             if repair and (not is_damaged or self._taken_away(entry, deadline)):
                 outcome = self._had_again(entry, known, deadline)
             elif repair:
                 outcome = "; in use, and left alone"
-            yield Verdict(entry, None, f"{problem}{outcome}", ok=outcome == REPLACED)
+            yield VerifyResult(entry, None, f"{problem}{outcome}", ok=outcome == REPLACED)
 
     def _taken_away(self, entry: Entry, deadline: Deadline) -> bool:
         why = "it is damaged"
@@ -384,15 +384,15 @@ class ModelManager:
         ref = None if known is None else _source_of(known)
         try:
             if self.library.is_fixed(entry.kind, entry.file):
-                self.prepare_checkpoint(deadline=deadline)
+                self.prepare_checkpoint(JobContext(deadline))
             elif ref is not None:
-                with self.hold([ref], deadline=deadline):
+                with self.hold([ref], JobContext(deadline)):
                     pass
             else:
                 return "; removed"
         except (ModelError, InvalidRequest) as error:
             gone = "" if entry.path.exists() else "removed, and "
-            return f"; {gone}not to be had again: {error.sentence}"
+            return f"; {gone}not to be had again: {error.message}"
         return REPLACED
 
     def remove(self, name: str) -> list[Entry]:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from a1111_worker.domain import Progress, Report, Stage
+from a1111_worker.context import ReportProgress
+from a1111_worker.domain import Progress, Stage
 
 
 @dataclass(frozen=True)
-class Tally:
+class FileProgress:
     """How far one file is, in bytes. `waiting` names who fetches it, where that is somebody else."""
 
     name: str
@@ -20,23 +21,23 @@ class Tally:
     waiting: str | None = None
 
 
-Tell = Callable[[Tally], None]
+Tell = Callable[[FileProgress], None]
 
 
-class Tallies:
+class AggregateProgress:
     """The tallies of some files; every new one makes a `Progress` of all."""
 
-    def __init__(self, files: int, report: Report) -> None:
+    def __init__(self, files: int, report: ReportProgress) -> None:
         self._files = files
         self._report = report
         self._began = time.monotonic()
         self._first: int | None = None
-        self._tallies: dict[Hashable, Tally] = {}
+        self._tallies: dict[Hashable, FileProgress] = {}
         self._ready = 0
         self._lock = threading.Lock()
 
     def of(self, file: Hashable) -> Tell:
-        def tell(tally: Tally) -> None:
+        def tell(tally: FileProgress) -> None:
             with self._lock:
                 self._tallies[file] = tally
                 progress = self._progress(tally)
@@ -48,7 +49,7 @@ class Tallies:
         with self._lock:
             self._ready += 1
 
-    def _progress(self, newest: Tally) -> Progress:
+    def _progress(self, newest: FileProgress) -> Progress:
         tallies = self._tallies.values()
         done = sum(tally.done for tally in tallies)
         total = sum(tally.total or tally.done for tally in tallies)
@@ -64,7 +65,7 @@ class Tallies:
             facts={"bytes": done, "total": total, "mb_per_s": round(speed / 1e6, 1)},
         )
 
-    def _detail(self, newest: Tally, done: int, total: int) -> str:
+    def _detail(self, newest: FileProgress, done: int, total: int) -> str:
         detail = f"{self._ready} of {self._files} ready, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
         if newest.waiting is None or not all(tally.waiting for tally in self._tallies.values()):
             return detail

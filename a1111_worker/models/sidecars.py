@@ -29,10 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, RemoteFile
+from a1111_worker.context import Deadline
+from a1111_worker.domain import Model, ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import ModelNotFound
+from a1111_worker.files import write_atomically
 from a1111_worker.models.safetensors import family_of, lora_hash, read_header
-from a1111_worker.models.volume import KNOWN, USES, Shelf, write_atomically
+from a1111_worker.models.volume import KNOWN, USES, CacheDirectory
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-class Registry:
+class Sidecars:
     """The sidecars of all shelves. What belongs to a shelf that cannot be written is kept in `notes`, a folder of this
     container: a shared one would take two images' files of one name and size for the same."""
 
@@ -143,7 +145,7 @@ class Registry:
         self._read: dict[Path, tuple[tuple[int, int, int], Record]] = {}
         self._lock = threading.Lock()
 
-    def look(self, shelf: Shelf, file: str) -> Record | None:
+    def look(self, shelf: CacheDirectory, file: str) -> Record | None:
         """What is known of a model without reading it; None where that is nothing, or there is no such model."""
         for sidecar in self._sidecars(shelf, file):
             record = self._from(sidecar, shelf, file)
@@ -151,7 +153,7 @@ class Registry:
                 return record
         return None
 
-    def claim(self, shelf: Shelf, file: str) -> Record | None:
+    def claim(self, shelf: CacheDirectory, file: str) -> Record | None:
         """What was known of a download whose file has another length now: what it was, and where it came from."""
         for sidecar in self._sidecars(shelf, file):
             with contextlib.suppress(OSError, ValueError):
@@ -161,7 +163,7 @@ class Registry:
                     return record
         return None
 
-    def write(self, shelf: Shelf, record: Record) -> Record:
+    def write(self, shelf: CacheDirectory, record: Record) -> Record:
         """Keep what is known of a model that has its final name. Not being able to is no failure."""
         try:
             record = replace(record, mtime=int(shelf.path(record.file).stat().st_mtime))
@@ -170,14 +172,14 @@ class Registry:
         *_, sidecar = self._sidecars(shelf, record.file) if not shelf.writable else [self._beside(shelf, record.file)]
         try:
             sidecar.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(sidecar, record.to_json(), self._owner)
+            write_atomically(sidecar, record.to_json())
         except OSError as error:
             log.warning("what is known of %s could not be kept: %s", record.file, error.strerror)
         return record
 
     def rebuild(
         self,
-        shelf: Shelf,
+        shelf: CacheDirectory,
         file: str,
         deadline: Deadline,
         *,
@@ -208,7 +210,7 @@ class Registry:
         log.info("read %s to know it: %.1f MB in %.1f s, sha256 %s", file, header.size / 1e6, took, sha256[:12])
         return self.write(shelf, record) if keep else record
 
-    def forget(self, shelf: Shelf, file: str) -> None:
+    def forget(self, shelf: CacheDirectory, file: str) -> None:
         """Remove what is known of a model that goes."""
         shelf.forget(file)
         with self._lock:
@@ -217,7 +219,7 @@ class Registry:
 
     # How often and when a model was used.
 
-    def use(self, shelf: Shelf, file: str) -> None:
+    def use(self, shelf: CacheDirectory, file: str) -> None:
         """Count a use: an appended byte, so that no worker's is lost."""
         if not shelf.writable:
             return
@@ -228,7 +230,7 @@ class Registry:
             finally:
                 os.close(descriptor)
 
-    def uses(self, shelf: Shelf, file: str) -> tuple[int, float]:
+    def uses(self, shelf: CacheDirectory, file: str) -> tuple[int, float]:
         """(how often, when last) by the volume's clock; a model that was never used: when it came."""
         try:
             found = Path(f"{shelf.path(file)}{USES}").stat()
@@ -241,28 +243,28 @@ class Registry:
 
     # Which file a URL outside CivitAI gave: its identity is its bytes, which are not known before it was fetched.
 
-    def file_of_url(self, shelf: Shelf, url: str) -> str | None:
+    def file_of_url(self, shelf: CacheDirectory, url: str) -> str | None:
         try:
             file = (shelf.urls / url_key(url)).read_text("ascii").strip()
         except (OSError, ValueError):
             return None
         return file if _OUR_FILE.fullmatch(file) and shelf.size(file) is not None else None
 
-    def remember_url(self, shelf: Shelf, url: str, file: str) -> None:
+    def remember_url(self, shelf: CacheDirectory, url: str, file: str) -> None:
         with contextlib.suppress(OSError):
-            write_atomically(shelf.urls / url_key(url), file.encode("ascii"), self._owner)
+            write_atomically(shelf.urls / url_key(url), file.encode("ascii"))
 
-    def _beside(self, shelf: Shelf, file: str) -> Path:
+    def _beside(self, shelf: CacheDirectory, file: str) -> Path:
         return shelf.folder / f"{file}{KNOWN}"
 
-    def _sidecars(self, shelf: Shelf, file: str) -> list[Path]:
+    def _sidecars(self, shelf: CacheDirectory, file: str) -> list[Path]:
         beside = self._beside(shelf, file)
         if shelf.writable:
             return [beside]
         folder = hashlib.sha256(os.fsencode(shelf.folder.absolute())).hexdigest()[:16]
         return [beside, self._notes / folder / f"{file}{KNOWN}"]
 
-    def _from(self, sidecar: Path, shelf: Shelf, file: str) -> Record | None:
+    def _from(self, sidecar: Path, shelf: CacheDirectory, file: str) -> Record | None:
         try:
             found = os.stat(sidecar)  # noqa: PTH116 - the fast path
             model = os.stat(shelf.path(file))  # noqa: PTH116 - the same

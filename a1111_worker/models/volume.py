@@ -42,15 +42,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from a1111_worker.domain import ModelKind
+from a1111_worker.files import NO_ROOM
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 KNOWN = ".json"
 USES = ".uses"
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""How a disk says that it is full: EDQUOT is RunPod's volumes, whose quota `statvfs` may not show."""
-READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.ENODEV})
 
 # -- names -------------------------------------------------------------------------------------------------------------
 
@@ -128,7 +126,7 @@ class Names:
 # -- one folder --------------------------------------------------------------------------------------------------------
 
 
-class Shelf:
+class CacheDirectory:
     """One folder with the models of one kind.
 
     A shelf that is not `writable` is only looked at. `local` says that no other worker sees it.
@@ -144,7 +142,7 @@ class Shelf:
         self._seen: int | None = None
 
     def __repr__(self) -> str:
-        return f"Shelf({str(self.folder)!r}, {self.kind.value}, writable={self.writable})"
+        return f"CacheDirectory({str(self.folder)!r}, {self.kind.value}, writable={self.writable})"
 
     @property
     def parts(self) -> Path:
@@ -318,17 +316,6 @@ class Shelf:
 
 
 _TRASH_SECONDS = 60.0  # whoever takes a model away may still put it back
-
-
-def write_atomically(path: Path, content: bytes, owner: str) -> None:
-    """Have `content` under `path` whole or not at all."""
-    draft = path.with_name(f".{path.name}.{owner}-{threading.get_ident()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError:
-        _unlinked(draft)
-        raise
 
 
 def can_write(folder: Path, owner: str) -> bool:

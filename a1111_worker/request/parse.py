@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker import catalog
-from a1111_worker.domain import (
-    GenerationRequest,
-    LoraWish,
-    ModelKind,
-    ModelRef,
-    OnLoraError,
-    OutputOptions,
-    PictureFormat,
-)
+from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, ModelKind, OnLoraError, OutputOptions
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.models.references import BadReference, parse_name, parse_reference
-from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
+from a1111_worker.models.references import BadReference, parse_reference
+from a1111_worker.request.loras import TagReading, are_same, by_catalog, has_lora_tag, read_tags
 from a1111_worker.request.schema import (
     BLANK_IS_ABSENT,
     LORA_KEYS,
@@ -36,9 +27,9 @@ from a1111_worker.request.schema import (
     unknown_field,
     unknown_lora_key,
 )
-from a1111_worker.request.schema import OVERRIDABLE as OVERRIDABLE
+from a1111_worker.request.schema import OVERRIDABLE_OPTIONS as OVERRIDABLE_OPTIONS
 from a1111_worker.request.schema import Limits as Limits
-from a1111_worker.request.values import Budget, Wrong, is_broken, json_problems, said, shown
+from a1111_worker.request.values import Budget, InvalidValue, is_broken, json_problems, said, shown
 
 DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
 DEFAULT_SAMPLER = "DPM++ 2M Karras"
@@ -62,27 +53,6 @@ def parse_request(raw: object, limits: Limits) -> GenerationRequest:
     return request
 
 
-def scale_of(wish: LoraWish) -> float:
-    """How much of a LoRA a job gets: what it says, else the catalog's, else 1.0."""
-    if wish.scale is not None:
-        return wish.scale
-    known = catalog.lora_of_version(wish.ref.version_id) if wish.ref.version_id is not None else None
-    return known.scale if known else 1.0
-
-
-def means(name: str, ref: ModelRef) -> bool:
-    """Whether a tag's name means this model: by the catalog, by the name the job gave it, or by its file's stem."""
-    name = _stem(name.strip())
-    known = catalog.lora_named(name)
-    if known is not None:
-        return ref.version_id == known.version_id  # whatever else a job calls by that name
-    if ref.name is not None and _stem(ref.name) == name:
-        return True
-    # A file of CivitAI's is <slug>_<version id>, and that name is never another version's.
-    match = re.fullmatch(r".+_([1-9][0-9]{0,15})", name)
-    return match is not None and ref.version_id == int(match[1])
-
-
 class _Parser:
     """One raw input on its way. Every step adds to `complaints` and goes on with what is sound."""
 
@@ -97,7 +67,7 @@ class _Parser:
         loras = self._tags_of_prompts(given, self._list_of_loras(given.pop("loras", ())))
         on_lora_error = OnLoraError(given.pop("on_lora_error", OnLoraError.FAIL))
         output: OutputOptions = given.pop("output", OutputOptions())
-        if output.quality is not None and output.format is PictureFormat.PNG:
+        if output.quality is not None and output.format is ImageFormat.PNG:
             self._warnings.append("output.quality does nothing for png, which loses nothing")
         allow_blank: bool = given.pop("allow_blank", False)
         self._fold_settings(given)
@@ -157,7 +127,7 @@ class _Parser:
             else:
                 try:
                     checked[name] = field.value.check(value)
-                except Wrong as wrong:
+                except InvalidValue as wrong:
                     for path, message in wrong.problems:
                         self._complain(name + path, message)
         if "prompt" not in self._raw:
@@ -166,11 +136,11 @@ class _Parser:
 
     # LoRAs
 
-    def _list_of_loras(self, items: Sequence[Any]) -> list[LoraWish]:
+    def _list_of_loras(self, items: Sequence[Any]) -> list[LoraRequest]:
         if len(items) > MAX_LORAS:
             self._complain("loras", f"must be at most {MAX_LORAS} LoRAs, not {len(items)}")
             return []
-        wishes: list[LoraWish] = []
+        wishes: list[LoraRequest] = []
         for index, item in enumerate(items):
             path = f"loras[{index}]"
             broken = {complaint.path for complaint in self.complaints if _is_at(complaint.path, path)}
@@ -181,13 +151,13 @@ class _Parser:
             wish = self._lora(path, item)
             if wish is None:
                 continue
-            twin = next((other for other in wishes if _are_same(other.ref, wish.ref)), None)
+            twin = next((other for other in wishes if are_same(other.ref, wish.ref)), None)
             if twin is not None:
                 self._complain(wish.path, f"is the same LoRA as {twin.path}")
             wishes.append(wish)
         return wishes
 
-    def _lora(self, path: str, item: object) -> LoraWish | None:
+    def _lora(self, path: str, item: object) -> LoraRequest | None:
         if not isinstance(item, (str, dict)):
             self._complain(path, f"must be text or an object, not {said(item)}")
             return None
@@ -198,7 +168,7 @@ class _Parser:
             for key, message in error.problems:
                 self._complain(f"{path}.{key}" if key else path, message)
             return None
-        return LoraWish(_with_catalog_id(ref), scale, path)
+        return LoraRequest(by_catalog(ref), scale, path)
 
     def _keys_and_scale(self, path: str, item: dict[str, Any]) -> float | None:
         for key in item:
@@ -208,21 +178,21 @@ class _Parser:
             return None
         try:
             return float(LORA_SCALE.check(item["scale"]))
-        except Wrong as wrong:
+        except InvalidValue as wrong:
             self._complain(f"{path}.scale", wrong.problems[0][1])
             return None
 
-    def _tags_of_prompts(self, given: Mapping[str, Any], loras: Sequence[LoraWish]) -> tuple[LoraWish, ...]:
+    def _tags_of_prompts(self, given: Mapping[str, Any], loras: Sequence[LoraRequest]) -> tuple[LoraRequest, ...]:
         reading = read_tags(given.get("prompt", ""), "prompt", loras)
         self._take(reading)
         hr_prompt = given.get("hr_prompt", "")
         if given.get("enable_hr"):
             reading = read_tags(hr_prompt, "hr_prompt", reading.loras)
             self._take(reading)
-        elif _has_lora(hr_prompt):
+        elif has_lora_tag(hr_prompt):
             self._warnings.append("hr_prompt and its LoRA tags do nothing without enable_hr")
         for path in ("negative_prompt", "hr_negative_prompt"):
-            if _has_lora(given.get(path, "")):
+            if has_lora_tag(given.get(path, "")):
                 self._warnings.append(f"the WebUI takes no LoRA tags in {path}: they do nothing there")
         return reading.loras
 
@@ -338,113 +308,6 @@ def _is_left_alone(name: str, value: Any) -> bool:
 
 
 # -- LoRA tags --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TagReading:
-    """What a text's tags ask for: all wishes so far with those of the text, and what is to be said of them."""
-
-    loras: tuple[LoraWish, ...]
-    warnings: tuple[str, ...]
-    complaints: tuple[Complaint, ...]
-
-
-def read_tags(text: str, path: str, loras: Sequence[LoraWish]) -> TagReading:
-    """Take the tags of a prompt (or of a style's) into a job's LoRAs.
-
-    A tag whose LoRA the list names already is that entry: its scale counts where the entry gives none, else the list
-    wins with a warning. Every other tag becomes a wish of its own, once.
-    """
-    wishes = list(loras)
-    warnings: dict[str, None] = {}  # a set in order
-    complaints: dict[Complaint, None] = {}
-    for tag in find_tags(text):
-        if not tag.is_lora:
-            _foreign_tag(tag, path, warnings, complaints)
-            continue
-        try:
-            wish = _wish_of(tag, path)
-        except Wrong as wrong:
-            complaints[Complaint(path, f"holds {_written(tag)}: {wrong.problems[0][1]}")] = None
-            continue
-        index = next((index for index, other in enumerate(wishes) if means(tag.name, other.ref)), None)
-        if index is None:
-            wishes.append(wish)
-            if len(wishes) > MAX_LORAS:
-                complaints[Complaint(path, f"asks for more than {MAX_LORAS} LoRAs, the list's included")] = None
-                break
-            continue
-        earlier = wishes[index]
-        if not earlier.in_prompt and earlier.scale is None:
-            wishes[index] = replace(earlier, scale=wish.scale, weighted_in_prompt=tag.is_weighted)
-        elif not earlier.in_prompt and tag.is_weighted and plain_scale(tag) != earlier.scale:
-            warnings[
-                f"{_written(tag)} in {path} has another scale than {earlier.path}, whose {earlier.scale:g} counts"
-            ] = None
-        elif earlier.in_prompt and earlier.path == path:
-            warnings[f"{_written(tag)} is in {path} more than once: the first one counts"] = None
-    return TagReading(tuple(wishes), tuple(warnings), tuple(complaints))
-
-
-def _foreign_tag(tag: Tag, path: str, warnings: dict[str, None], complaints: dict[Complaint, None]) -> None:
-    if tag.type == "hypernet":
-        complaints[Complaint(path, f"holds {_written(tag)}: this worker has no hypernetworks")] = None
-    elif tag.type.casefold() in LORA_TYPES:
-        complaints[Complaint(path, f"holds {_written(tag)}: the WebUI reads <{tag.type.casefold()}:…> alone")] = None
-    elif len(warnings) < MAX_LORAS:
-        warnings[f"{_written(tag)} in {path} does nothing: the WebUI drops what looks like a tag"] = None
-
-
-def _wish_of(tag: Tag, path: str) -> LoraWish:
-    """The wish of a LoRA tag, or `Wrong`. Of several weights the U-Net's is the one that is reported."""
-    try:
-        name = parse_name(tag.name)
-    except BadReference as error:
-        raise Wrong(f"its name {error}") from error
-    if "<" in name:
-        raise Wrong("a tag before it is not closed")
-    try:
-        weights = tag.weights()
-    except ValueError as error:
-        raise Wrong("its weight must be a number") from error
-    if not all(-10 <= weight <= 10 for weight in (weights.text_encoder, weights.unet)):
-        raise Wrong("its weight must be from -10 to 10")
-    ref = _with_catalog_id(ModelRef(kind=ModelKind.LORA, name=name))
-    return LoraWish(ref, weights.unet if tag.is_weighted else None, path, in_prompt=True)
-
-
-def _has_lora(text: str) -> bool:
-    return any(tag.is_lora for tag in find_tags(text))
-
-
-def _written(tag: Tag) -> str:
-    return f"<{shown(tag.type)}:{shown(tag.name)}>"
-
-
-def _with_catalog_id(ref: ModelRef) -> ModelRef:
-    """A bare name of the catalog's becomes its version; the name stays as what the caller calls it."""
-    if ref.name is None or (ref.version_id, ref.model_id, ref.url) != (None, None, None):
-        return ref
-    known = catalog.lora_named(ref.name)
-    return replace(ref, version_id=known.version_id) if known else replace(ref, name=_stem(ref.name))
-
-
-def _are_same(one: ModelRef, other: ModelRef) -> bool:
-    """Whether two references mean one file, as far as that can be told before anything is fetched."""
-    if one.sha256 is not None and one.sha256 == other.sha256:
-        return True
-    if one.version_id is not None or other.version_id is not None:
-        another_file = None not in (one.file_id, other.file_id) and one.file_id != other.file_id
-        return one.version_id == other.version_id and not another_file
-    if one.model_id is not None or other.model_id is not None:
-        return one.model_id == other.model_id
-    if one.url is not None or other.url is not None:
-        return one.url == other.url
-    return one.name == other.name
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".safetensors") or name
 
 
 def _in_order(complaints: Iterable[Complaint], raw: dict[Any, Any]) -> list[Complaint]:

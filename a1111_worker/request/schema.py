@@ -1,4 +1,4 @@
-"""The one table of what a job may contain: `fields`, and of the WebUI's settings it may override: `OVERRIDABLE`.
+"""The one table of what a job may contain: `fields`, and of the WebUI's settings it may override: `OVERRIDABLE_OPTIONS`.
 
 Every field of the txt2img body of A1111 1.9.3 and 1.10.1 is in one of four classes: ours, passed as it is, checked
 later against the WebUI's live lists, or refused with its reason. Whatever A1111 answers with a 500 is out of range.
@@ -13,11 +13,11 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from a1111_worker.domain import DeliveryMode, OnLoraError, OutputOptions, PictureFormat
+from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOptions
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
+    InvalidValue,
     Value,
-    Wrong,
     any_list,
     any_object,
     flag,
@@ -33,7 +33,7 @@ from a1111_worker.request.values import (
     unlike,
     whole,
 )
-from a1111_worker.webui.samplers import nearest
+from a1111_worker.similar import nearest
 
 MAX_LORAS = 16
 MAX_PROMPT = 20_000  # bytes of UTF-8
@@ -145,7 +145,7 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "alwayson_scripts": Field(checked, object_of(_always_on, 'an object like {"a script\'s name": {"args": […]}}')),
         "loras": Field(ours, replace(any_list(), takes=f"a list of at most {MAX_LORAS} LoRAs"), is_a1111s=False),
         "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_a1111s=False),
-        "clip_skip": Field(ours, OVERRIDABLE["CLIP_stop_at_last_layers"].value, is_a1111s=False),
+        "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_a1111s=False),
         "vae": Field(ours, name, is_a1111s=False),
         "output": Field(ours, _output(has_bucket=limits.has_bucket), is_a1111s=False),
         "allow_blank": Field(ours, flag(), is_a1111s=False),
@@ -191,7 +191,7 @@ def _refused() -> dict[str, Field]:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Option:
     """A setting of the WebUI that a job may override. `default` is A1111's own, set once when the worker starts.
 
     The WebUI restores after a job only what was set before it: without that a job's settings leak into the next one.
@@ -201,37 +201,37 @@ class Setting:
     value: Value
 
 
-OVERRIDABLE: Mapping[str, Setting] = {
-    "CLIP_stop_at_last_layers": Setting(1, whole(1, 12)),
-    "sd_vae": Setting("Automatic", text(MAX_NAME)),
-    "emphasis": Setting("Original", one_of("None", "Ignore", "Original", "No norm")),
-    "comma_padding_backtrack": Setting(20, whole(0, 74)),
-    "randn_source": Setting("GPU", one_of("GPU", "CPU", "NV")),
-    "eta_noise_seed_delta": Setting(0, whole(0, MAX_SEED)),
-    "eta_ancestral": Setting(1.0, number(0, 1)),
-    "eta_ddim": Setting(0.0, number(0, 1)),
-    "s_churn": Setting(0.0, number(0, 100)),
-    "s_tmin": Setting(0.0, number(0, 10)),
-    "s_tmax": Setting(0.0, number(0, 999)),
-    "s_noise": Setting(1.0, number(0, 1.1)),
-    "s_min_uncond": Setting(0.0, number(0, 15)),
-    "token_merging_ratio": Setting(0.0, number(0, 0.9)),
-    "token_merging_ratio_hr": Setting(0.0, number(0, 0.9)),
-    "sgm_noise_multiplier": Setting(False, flag()),
-    "always_discard_next_to_last_sigma": Setting(False, flag()),
-    "upcast_attn": Setting(False, flag()),
+OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
+    "CLIP_stop_at_last_layers": Option(1, whole(1, 12)),
+    "sd_vae": Option("Automatic", text(MAX_NAME)),
+    "emphasis": Option("Original", one_of("None", "Ignore", "Original", "No norm")),
+    "comma_padding_backtrack": Option(20, whole(0, 74)),
+    "randn_source": Option("GPU", one_of("GPU", "CPU", "NV")),
+    "eta_noise_seed_delta": Option(0, whole(0, MAX_SEED)),
+    "eta_ancestral": Option(1.0, number(0, 1)),
+    "eta_ddim": Option(0.0, number(0, 1)),
+    "s_churn": Option(0.0, number(0, 100)),
+    "s_tmin": Option(0.0, number(0, 10)),
+    "s_tmax": Option(0.0, number(0, 999)),
+    "s_noise": Option(1.0, number(0, 1.1)),
+    "s_min_uncond": Option(0.0, number(0, 15)),
+    "token_merging_ratio": Option(0.0, number(0, 0.9)),
+    "token_merging_ratio_hr": Option(0.0, number(0, 0.9)),
+    "sgm_noise_multiplier": Option(False, flag()),
+    "always_discard_next_to_last_sigma": Option(False, flag()),
+    "upcast_attn": Option(False, flag()),
 }
 
 
 def _settings() -> Value:
     def setting(name: str, value: object) -> object:
         if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
-            raise Wrong(f"is refused: {_A_CHECKPOINT}")
-        if name not in OVERRIDABLE:
-            near = nearest(name, OVERRIDABLE, 1)
-            known = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE)}"
-            raise Wrong(f"is no setting that a job may override; {known}")
-        return None if value is None else OVERRIDABLE[name].value.check(value)
+            raise InvalidValue(f"is refused: {_A_CHECKPOINT}")
+        if name not in OVERRIDABLE_OPTIONS:
+            near = nearest(name, OVERRIDABLE_OPTIONS, 1)
+            known = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE_OPTIONS)}"
+            raise InvalidValue(f"is no setting that a job may override; {known}")
+        return None if value is None else OVERRIDABLE_OPTIONS[name].value.check(value)
 
     every = object_of(setting, "an object of settings a job may override")
     # null means absent here too: A1111 would set the option to it, and fail.
@@ -239,7 +239,7 @@ def _settings() -> Value:
 
 
 OUTPUT: Mapping[str, Value] = {
-    "format": one_of(*(choice.value for choice in PictureFormat)),
+    "format": one_of(*(choice.value for choice in ImageFormat)),
     "quality": whole(1, 100),
     "delivery": one_of(*(choice.value for choice in DeliveryMode)),
     "metadata": flag(),
@@ -252,7 +252,7 @@ def _output(*, has_bucket: bool) -> Value:
 
     def option(name: str, value: object) -> object:
         if name not in OUTPUT:
-            raise Wrong(unknown_name(name, OUTPUT, _OUTPUT_ALIASES))
+            raise InvalidValue(unknown_name(name, OUTPUT, _OUTPUT_ALIASES))
         return None if value is None else OUTPUT[name].check(value)
 
     every = object_of(option, 'an object like {"format": "webp", "quality": 90}')
@@ -261,10 +261,10 @@ def _output(*, has_bucket: bool) -> Value:
         given = {name: one for name, one in every.check(value).items() if one is not None}
         delivery = DeliveryMode(given.pop("delivery", DeliveryMode.AUTO))
         if delivery is DeliveryMode.BUCKET and not has_bucket:
-            raise Wrong((".delivery", "is refused: this worker has no bucket"))
+            raise InvalidValue((".delivery", "is refused: this worker has no bucket"))
         if delivery is DeliveryMode.BUCKET and given.get("raw"):
-            raise Wrong((".raw", "leaves no place for a bucket's links: they are in the worker block"))
-        return OutputOptions(PictureFormat(given.pop("format", PictureFormat.PNG)), delivery=delivery, **given)
+            raise InvalidValue((".raw", "leaves no place for a bucket's links: they are in the worker block"))
+        return OutputOptions(ImageFormat(given.pop("format", ImageFormat.PNG)), delivery=delivery, **given)
 
     return replace(every, check=check)
 
@@ -279,7 +279,7 @@ _BUILT_IN = {  # always-on scripts of A1111 itself that set fields around the ch
 
 def _always_on(name: str, value: object) -> dict[str, Any]:
     if reason := _BUILT_IN.get(name.strip().casefold()):
-        raise Wrong(f"is refused: {reason}")
+        raise InvalidValue(f"is refused: {reason}")
     if not isinstance(value, dict):
         raise unlike('an object like {"args": […]}', value)
     unknown = islice((key for key in value if key != "args"), MAX_PROBLEMS)
@@ -287,7 +287,7 @@ def _always_on(name: str, value: object) -> dict[str, Any]:
     if "args" in value and not isinstance(value["args"], (list, tuple)):
         problems.append((".args", f"must be a list, not {said(value['args'])}"))
     if problems:
-        raise Wrong(*problems)
+        raise InvalidValue(*problems)
     return dict(value)
 
 

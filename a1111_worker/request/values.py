@@ -16,7 +16,7 @@ Problem = tuple[str, str]
 """A path below the value (`[3].args`, "" for itself) and a sentence."""
 
 
-class Wrong(Exception):
+class InvalidValue(Exception):
     """A value that cannot be used."""
 
     def __init__(self, *problems: str | Problem) -> None:
@@ -26,7 +26,7 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A JSON type, what it takes in words, and the check: the value to go on with, or `Wrong`."""
+    """A JSON type, what it takes in words, and the check: the value to go on with, or `InvalidValue`."""
 
     type: str
     takes: str
@@ -77,10 +77,10 @@ def text(longest: int, *, blank: bool = False) -> Value:
         if not isinstance(value, str):
             raise unlike("text", value)
         if not blank and not value.strip():
-            raise Wrong("must not be blank")
+            raise InvalidValue("must not be blank")
         size = len(value) if value.isascii() else len(value.encode())
         if size > longest:
-            raise Wrong(f"must be at most {longest:,} bytes of UTF-8, not {size:,}")
+            raise InvalidValue(f"must be at most {longest:,} bytes of UTF-8, not {size:,}")
         return value
 
     return Value("string", takes, check)
@@ -100,7 +100,7 @@ def one_of(*choices: str) -> Value:
 
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise Wrong(f"must be {takes}")
+            raise InvalidValue(f"must be {takes}")
         return value
 
     return Value("string", takes, check)
@@ -151,8 +151,8 @@ def as_whole(value: object) -> int | None:
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
-def unlike(takes: str, value: object) -> Wrong:
-    return Wrong(f"must be {takes}, not {said(value)}")
+def unlike(takes: str, value: object) -> InvalidValue:
+    return InvalidValue(f"must be {takes}, not {said(value)}")
 
 
 def said(value: object) -> str:
@@ -251,16 +251,16 @@ def _members(one: Sequence[Any] | dict[Any, Any], path: str, problems: list[Prob
 
 
 def _each(items: Iterable[tuple[str, Any]], check: Callable[[Any], Any]) -> list[Any]:
-    """Every item checked, or one `Wrong` with the problems of all of them."""
+    """Every item checked, or one `InvalidValue` with the problems of all of them."""
     checked: list[Any] = []
     problems: list[Problem] = []
     for path, item in items:
         try:
             checked.append(check(item))
-        except Wrong as wrong:
+        except InvalidValue as wrong:
             problems.extend((path + below, sentence) for below, sentence in wrong.problems)
             if len(problems) >= MAX_PROBLEMS:
                 break
     if problems:
-        raise Wrong(*problems)
+        raise InvalidValue(*problems)
     return checked

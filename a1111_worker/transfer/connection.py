@@ -20,8 +20,9 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from a1111_worker.errors import DownloadFailed, ModelRejected
-from a1111_worker.transfer.egress import USER_AGENT, HostPolicy, Origin, Route, open_connection
-from a1111_worker.transfer.ranges import Span, Tuning
+from a1111_worker.origins import Origin
+from a1111_worker.transfer.egress import USER_AGENT, EgressPolicy, Route, open_connection
+from a1111_worker.transfer.ranges import ByteRange, Tuning
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Errand:
+class RangeRequest:
     """One request: for `span` (None: for the whole file, ranges being unknown here), by a link."""
 
-    span: Span | None
+    span: ByteRange | None
     link: Link
     etag: str | None
 
@@ -43,15 +44,15 @@ class Errand:
 class Work(Protocol):
     """What a connection belongs to. Everything may be called from its thread; `leave` is the last thing it does."""
 
-    policy: HostPolicy
+    policy: EgressPolicy
     tuning: Tuning
 
-    def next_errand(self, line: Line) -> Errand | None: ...
-    def admit(self, errand: Errand, body: Body, url: str) -> Span: ...
-    def write(self, span: Span, view: memoryview, *, steady: bool) -> None: ...
-    def ended(self, span: Span) -> None: ...
-    def release(self, span: Span) -> None: ...
-    def trouble(self, line: Line, errand: Errand, fault: Fault) -> None: ...
+    def next_errand(self, line: Line) -> RangeRequest | None: ...
+    def admit(self, errand: RangeRequest, body: Body, url: str) -> ByteRange: ...
+    def write(self, span: ByteRange, view: memoryview, *, steady: bool) -> None: ...
+    def ended(self, span: ByteRange) -> None: ...
+    def release(self, span: ByteRange) -> None: ...
+    def trouble(self, line: Line, errand: RangeRequest, fault: Fault) -> None: ...
     def fail(self, error: BaseException) -> None: ...
     def leave(self, line: Line) -> None: ...
 
@@ -115,7 +116,7 @@ class Line:
             self._disconnect()
             work.leave(self)
 
-    def _carry(self, errand: Errand) -> None:
+    def _carry(self, errand: RangeRequest) -> None:
         start, end = (errand.span.at, errand.span.end) if errand.span else (0, None)
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
         if end is not None:
@@ -180,7 +181,7 @@ class Line:
                 self._handle.close()
                 self._handle = None
 
-    def _receive(self, response: http.client.HTTPResponse, span: Span, body: Body) -> None:
+    def _receive(self, response: http.client.HTTPResponse, span: ByteRange, body: Body) -> None:
         """Write what an answer brings where it belongs; what came counts, however it ends."""
         read = _reader(response)
         expected = None if body.end is None else body.end - body.start
@@ -221,7 +222,7 @@ class Line:
             if room > 0 and not self.retire:
                 raise Hiccup("the connection ended too early")
 
-    def _flush(self, span: Span, count: int, got: int) -> None:
+    def _flush(self, span: ByteRange, count: int, got: int) -> None:
         self.steady = self.steady or got >= 64 * 1024
         self._work.write(span, self._view[: min(count, span.left)], steady=self.steady)
 

@@ -26,28 +26,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected
+from a1111_worker.origins import OriginRefused
 from a1111_worker.transfer.connection import (
     Body,
     Busy,
     Changed,
-    Errand,
     Fault,
     Gone,
     Hiccup,
     Line,
     Link,
     LinkRefused,
+    RangeRequest,
     Unranged,
 )
-from a1111_worker.transfer.egress import HostPolicy, HostRefused
-from a1111_worker.transfer.partial_file import Memory, PartFile, Prover
+from a1111_worker.transfer.egress import EgressPolicy
+from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, StreamingHasher
 from a1111_worker.transfer.ranges import (
-    Growth,
+    ByteRange,
+    ByteRanges,
+    ConcurrencyTuner,
     Patience,
-    Ranges,
-    Span,
     Tuning,
     Want,
     longest_piece,
@@ -85,7 +86,7 @@ class Fetched:
 class Downloader:
     """Fetches files for a whole worker: at most `tuning.connections` at once, shared by all that is being fetched."""
 
-    def __init__(self, policy: HostPolicy, tuning: Tuning | None = None) -> None:
+    def __init__(self, policy: EgressPolicy, tuning: Tuning | None = None) -> None:
         self._policy = policy
         self._tuning = tuning or Tuning()
         self._lock = threading.Lock()
@@ -116,7 +117,7 @@ class Downloader:
         transfer = _Transfer(self, source, part, size, sha256, label, foreground, prove, deadline, on_progress)
         try:
             return transfer.run()
-        except HostRefused as error:
+        except OriginRefused as error:
             raise ModelRejected(f"{label} is somewhere that may not be reached: {error}") from error
         finally:
             with self._lock:
@@ -175,7 +176,7 @@ class _Transfer:
         self._failure: BaseException | None = None
         self._lines: list[Line] = []
         self._abandoned = False
-        self._ranges: Ranges | None = None
+        self._ranges: ByteRanges | None = None
         self._etag: str | None = None
         self._opened = False  # an answer of this run confirmed what the file is
         self._open_ended = False  # nobody said how long it is
@@ -190,11 +191,11 @@ class _Transfer:
         self._patience = Patience(self.tuning.tries, self.tuning.pause, self.tuning.pause_most)
         self._ceiling = self.tuning.connections
         self._ceiling_until = 0.0
-        self._growth: Growth | None = None
+        self._growth: ConcurrencyTuner | None = None
         self._allowed = 1
         self._steal_least = self.tuning.steal_least
         self._rate = 0.0  # bytes a second, over all connections
-        self._prover: Prover | None = None
+        self._prover: StreamingHasher | None = None
         self._unsaved = 0
         self._received_before = 0  # by lines that have ended
         self._peak = 0
@@ -205,13 +206,13 @@ class _Transfer:
         began = time.monotonic()
         if self._expected is not None:
             self._refuse_size(self._expected)
-        self.part = PartFile(self._path)
+        self.part = PartialFile(self._path)
         try:
             with self._deadline.on_cancel(self._stop):
                 self._recall()
                 resumed = self._done
                 while True:
-                    self._prover = Prover(self.part, self._front) if self._prove else None
+                    self._prover = StreamingHasher(self.part, self._front) if self._prove else None
                     try:
                         self._receive()
                         sha256 = self._proof(self._prover) if self._prover else None
@@ -242,7 +243,7 @@ class _Transfer:
         ):
             log.info("%s: what an earlier download left is of another file, it starts over", self._label)
             return
-        ranges = Ranges(memory.size, memory.done)
+        ranges = ByteRanges(memory.size, memory.done)
         if not ranges.left and not (self._expected or self._sha256):
             return  # complete, but of what? No answer will tell.
         self._ranges, self._etag = ranges, memory.etag
@@ -272,7 +273,7 @@ class _Transfer:
             with self._changed:
                 # Only what a line has not told of since is waited for: it notifies under this lock.
                 if not (self._failure or self.stopped or (self._complete() and not self._lines)):
-                    self._changed.wait(min(self.tuning.tick, self._deadline.left()))
+                    self._changed.wait(min(self.tuning.tick, self._deadline.remaining()))
         watch.report(last=True)
         self._remember()
 
@@ -311,7 +312,9 @@ class _Transfer:
         if self._growth is None:
             most = max(1, min(tuning.connections, self._ranges.left // (tuning.small // 2)))
             start = _lines_at_start(self._ranges.left, tuning)
-            self._growth = Growth(start, most if start > 2 else start, settle=tuning.settle, again=tuning.grow_again)
+            self._growth = ConcurrencyTuner(
+                start, most if start > 2 else start, settle=tuning.settle, again=tuning.grow_again
+            )
         flowing = sum(1 for line in self._lines if line.received)
         lines = min(self._growth.observe(now, self._received, flowing), self._ceiling)
         useful = min(lines, self._ranges.useful(max(tuning.piece_least, self._steal_least)))
@@ -338,9 +341,9 @@ class _Transfer:
             self._unsaved = 0
             self.part.forget()
 
-    def _proof(self, prover: Prover) -> str:
+    def _proof(self, prover: StreamingHasher) -> str:
         prover.wake()
-        while not prover.done.wait(min(self.tuning.tick, self._deadline.left())):
+        while not prover.done.wait(min(self.tuning.tick, self._deadline.remaining())):
             self._check()
         self._check()
         if prover.sha256 is None:
@@ -377,7 +380,7 @@ class _Transfer:
             if self._ranges is None or not self._ranged or self._open_ended:
                 return
             self._unsaved = 0
-            memory = Memory(self._ranges.size, self._etag, self._sha256, tuple(self._ranges.done()))
+            memory = PartialFileState(self._ranges.size, self._etag, self._sha256, tuple(self._ranges.done()))
         self.part.remember(memory)
 
     @property
@@ -397,7 +400,7 @@ class _Transfer:
 
     # -- the connections' threads
 
-    def next_errand(self, line: Line) -> Errand | None:
+    def next_errand(self, line: Line) -> RangeRequest | None:
         """What a connection does next; None when it should end."""
         with self._changed:
             if self._idle(line) or self._link is None:
@@ -406,14 +409,14 @@ class _Transfer:
                 self._renew = True
                 return None
             if not self._ranged:
-                return Errand(None, self._link, None) if self._lines[0] is line else None
+                return RangeRequest(None, self._link, None) if self._lines[0] is line else None
             if self._ranges is None:
                 first = piece_size(self._expected or 0, self.tuning.start, self.tuning.small, self.tuning.piece_most)
-                return Errand(Span(0, first), self._link, None)
+                return RangeRequest(ByteRange(0, first), self._link, None)
             span = self._ranges.take(self._piece(self._ranges)) or self._ranges.steal(self._steal_least)
-            return Errand(span, self._link, self._etag) if span else None
+            return RangeRequest(span, self._link, self._etag) if span else None
 
-    def _piece(self, ranges: Ranges) -> int:
+    def _piece(self, ranges: ByteRanges) -> int:
         least, most = self.tuning.piece_least, self.tuning.piece_most
         lines = max(len(self._lines), min(self._allowed, self.tuning.start))
         if self._prover:
@@ -432,7 +435,7 @@ class _Transfer:
             or len(self._lines) > max(1, self._allowed)
         )
 
-    def admit(self, errand: Errand, body: Body, url: str) -> Span:
+    def admit(self, errand: RangeRequest, body: Body, url: str) -> ByteRange:
         """Take in what an answer says of the file; returns the span that its bytes fill."""
         total = body.total
         if body.ranged and total is None:
@@ -464,14 +467,14 @@ class _Transfer:
             raise Unranged("the storage sends no parts any more")
         raise Hiccup("the storage sent all instead of a part")
 
-    def _open(self, body: Body, total: int | None) -> Span:
+    def _open(self, body: Body, total: int | None) -> ByteRange:
         """The first answer of a download: what it is, and room for it."""
         if total is not None:
             self._refuse_size(total)
         size = total if total is not None else (self._expected or self.tuning.max_size)
         if total is not None or self._expected is not None:
             self._settle(size)
-        ranges = Ranges(size)
+        ranges = ByteRanges(size)
         with self._changed:
             self._ranges, self._etag, self._ranged = ranges, body.etag, body.ranged
             self._open_ended = total is None
@@ -496,7 +499,7 @@ class _Transfer:
         if self._expected is not None and size != self._expected:
             raise ModelRejected(f"{self._label} has {size:,} bytes where it should have {self._expected:,}")
 
-    def write(self, span: Span, view: memoryview, *, steady: bool) -> None:
+    def write(self, span: ByteRange, view: memoryview, *, steady: bool) -> None:
         """The next bytes of a span; `steady` when that they came is worth new patience."""
         count = len(view)
         self.part.write(view, span.at)
@@ -509,7 +512,7 @@ class _Transfer:
             if self._unsaved >= self.tuning.remember_bytes or not self._ranges.left:
                 self._changed.notify_all()
 
-    def ended(self, span: Span) -> None:
+    def ended(self, span: ByteRange) -> None:
         """An answer without a length ended: so does the file, unless it is known to be longer."""
         with self._changed:
             assert self._ranges is not None
@@ -521,7 +524,7 @@ class _Transfer:
         self._refuse_size(size)
         self.part.truncate(size)
 
-    def trouble(self, line: Line, errand: Errand, fault: Fault) -> None:
+    def trouble(self, line: Line, errand: RangeRequest, fault: Fault) -> None:
         """What follows from an answer that is none: policy, and its limits."""
         now = time.monotonic()
         with self._changed:
@@ -554,7 +557,7 @@ class _Transfer:
         for line in self._lines:
             line.abort()
 
-    def _link_trouble(self, errand: Errand, fault: Fault) -> None:
+    def _link_trouble(self, errand: RangeRequest, fault: Fault) -> None:
         if self._link is None or errand.link.number != self._link.number:
             return  # refused with the link before the last one: the last one may be good
         if isinstance(fault, Gone):
@@ -568,13 +571,13 @@ class _Transfer:
         self._renew = True
 
     def fail(self, error: BaseException) -> None:
-        if isinstance(error, ModelError) and self._label not in error.sentence:
-            error = type(error)(f"{self._label}: {error.sentence}", hint=error.hint)
+        if isinstance(error, ModelError) and self._label not in error.message:
+            error = type(error)(f"{self._label}: {error.message}", hint=error.hint)
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def release(self, span: Span) -> None:
+    def release(self, span: ByteRange) -> None:
         with self._changed:
             if self._ranges is not None:
                 self._ranges.release(span)

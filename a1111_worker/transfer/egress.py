@@ -1,6 +1,6 @@
 """Which hosts may be reached: every URL and every address is checked, and the address checked is the one connected to.
 
-A `HostPolicy` is a list of origins, compared whole (scheme, host, port). Beside them nothing is reached, whatever a
+A `EgressPolicy` is a list of origins, compared whole (scheme, host, port). Beside them nothing is reached, whatever a
 job, a redirect or a name server says:
 
 - https only, except for an origin that is listed as `http://127.0.0.1:PORT` or `http://localhost:PORT`;
@@ -17,11 +17,9 @@ import contextlib
 import functools
 import http.client
 import ipaddress
-import re
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin
@@ -33,87 +31,19 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from a1111_worker import __version__
+from a1111_worker.origins import DEFAULT_PORTS, Origin, OriginRefused, origin_of, parse_origin
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, Response
 
 USER_AGENT = f"a1111-worker/{__version__}"
 
-# Where CivitAI's signed links lead: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain
-# in front of Backblaze, and Backblaze itself, whose links name cluster 004.
-_R2 = "5ac0637cfd0766c97916cefa3764fbdf.r2.cloudflarestorage.com"
-STORAGE_HOSTS = (
-    f"https://civitai-delivery-worker-prod.{_R2}",
-    f"https://civitai-delivery-worker-prod-2023-05-01.{_R2}",
-    f"https://civitai-delivery-worker-prod-2023-10-01.{_R2}",
-    f"https://civitai-prod.{_R2}",
-    f"https://civitai-prod-settled.{_R2}",
-    "https://b2.civitai.com",
-    "https://s3.us-west-004.backblazeb2.com",
-    "https://f004.backblazeb2.com",
-)
 
-_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _KEPT = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
 
-# Deliberately narrower than RFC 3986: what two parsers might read differently (credentials, backslashes, spaces,
-# percent escapes in a host) is no URL here.
-_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<rest>[/?#][\x21-\x5b\x5d-\x7e]*)?",
-    re.IGNORECASE,
-)
-_NAME = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[0-9]{1,5})?", re.IGNORECASE)
 
-
-class HostRefused(Exception):
-    """A URL or an address that may not be reached; the sentence names no more of a URL than its origin."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    scheme: str
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.host}" + ("" if self.port == _PORTS[self.scheme] else f":{self.port}")
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "[::1]")
-
-
-def origin_of(url: str) -> Origin:
-    """A URL's origin; HostRefused where it is not plainly an http(s) URL, or carries credentials."""
-    found = _URL.fullmatch(url)
-    if not found:
-        raise HostRefused("not a plain https URL (no credentials, no spaces, no escapes in the host)")
-    scheme, host, port = found["scheme"].lower(), found["host"].lower(), int(found["port"] or 0)
-    if port > 65535:
-        raise HostRefused("not a plain https URL (its port is no port)")
-    return Origin(scheme, host, port or _PORTS[scheme])
-
-
-def parse_origin(entry: str) -> Origin:
-    """An origin as a setting writes it: `https://host[:port]`, `host[:port]`, `http://127.0.0.1:PORT`, `*.host`.
-
-    Raises HostRefused for anything else, http to another host than this machine's own included.
-    """
-    text = entry.strip().rstrip("/")
-    if _NAME.fullmatch(text):
-        text = f"https://{text}"
-    star = text.startswith("https://*.")
-    origin = origin_of(text.replace("*.", "", 1) if star else text)
-    if text.count("/") != 2 or "?" in text or "#" in text:
-        raise HostRefused(f"{origin} is followed by a path; an origin is scheme, host and port")
-    if origin.scheme == "http" and not origin.is_loopback:
-        raise HostRefused(f"{origin} is not https (http is for 127.0.0.1 and localhost alone)")
-    return Origin(origin.scheme, f"*.{origin.host}", origin.port) if star else origin
-
-
-class HostPolicy:
+class EgressPolicy:
     """The origins that may be reached, and how."""
 
     def __init__(self, origins: Iterable[str | Origin], *, ca_file: str | None = None) -> None:
@@ -123,10 +53,10 @@ class HostPolicy:
         self._ca_file = ca_file
 
     def check(self, url: str) -> Origin:
-        """The origin of a URL that may be asked for; HostRefused for any other URL."""
+        """The origin of a URL that may be asked for; OriginRefused for any other URL."""
         origin = origin_of(url)
         if not self.allows(origin):
-            raise HostRefused(f"{origin} is not among the hosts that may be reached")
+            raise OriginRefused(f"{origin} is not among the hosts that may be reached")
         return origin
 
     def allows(self, origin: Origin) -> bool:
@@ -146,11 +76,11 @@ class HostPolicy:
         """A TCP connection to an origin, made to an address that was checked.
 
         `on_socket` is given every socket before it connects, so that another thread can shut it down.
-        OSError where nobody answers, HostRefused where the name leads to no address that may be reached.
+        OSError where nobody answers, OriginRefused where the name leads to no address that may be reached.
         """
         origin = Origin(scheme, f"[{host}]" if ":" in host else host.lower(), port)
         if not self.allows(origin):
-            raise HostRefused(f"{origin} is not among the hosts that may be reached")
+            raise OriginRefused(f"{origin} is not among the hosts that may be reached")
         last: OSError | None = None
         for family, kind, protocol, address in self._addresses(origin):
             connection = socket.socket(family, kind, protocol)
@@ -181,7 +111,7 @@ class HostPolicy:
             if may_connect(origin, str(address[0]))
         ]
         if found and not usable:
-            raise HostRefused(f"{origin} leads to an address that is not public")
+            raise OriginRefused(f"{origin} leads to an address that is not public")
         return usable
 
 
@@ -221,10 +151,10 @@ def _tls(ca_file: str) -> ssl.SSLContext:
 # --- for answers of ordinary size
 
 
-def open_session(policy: HostPolicy, *, connections: int = 4) -> requests.Session:
+def open_session(policy: EgressPolicy, *, connections: int = 4) -> requests.Session:
     """A session that reaches only what the policy allows, sends nothing of the environment's and follows nothing.
 
-    A request to anywhere else raises HostRefused. An `Authorization` header is sent only with the request it was
+    A request to anywhere else raises OriginRefused. An `Authorization` header is sent only with the request it was
     given to.
     """
     session = _Session()
@@ -241,31 +171,6 @@ def open_session(policy: HostPolicy, *, connections: int = 4) -> requests.Sessio
     return session
 
 
-def follow(
-    session: requests.Session,
-    url: str,
-    *,
-    headers: Mapping[str, str] | None = None,
-    timeout: float | tuple[float, float] = (10.0, 30.0),
-    max_hops: int = 5,
-) -> Response:
-    """GET, following redirects by hand: each hop is checked, and `Authorization` never reaches another origin.
-
-    The answer is streamed: the caller reads and closes it. HostRefused for a hop that may not be made, a circle, or
-    more hops than `max_hops`.
-    """
-    sent = dict(headers or {})
-    first = origin_of(url)
-    route = Route(url, max_hops)
-    while True:
-        if origin_of(route.url) != first:
-            sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
-        answer = session.get(route.url, headers=sent, timeout=timeout, stream=True)
-        if not route.turns(answer.status_code, answer.headers.get("Location")):
-            return answer
-        answer.close()
-
-
 class Route:
     """Where redirects lead from a URL: at most `max_hops`, and never to the same place twice."""
 
@@ -275,18 +180,18 @@ class Route:
         self._seen = {url}
 
     def turns(self, status: int, location: str | None) -> bool:
-        """Take in an answer: whether it leads on, to the new `url`. HostRefused for a circle or too many hops."""
+        """Take in an answer: whether it leads on, to the new `url`. OriginRefused for a circle or too many hops."""
         if status not in _REDIRECTS or not location:
             return False
         # A header is Latin-1 to http.client; what is neither ASCII nor escaped is escaped, nothing else is changed.
         try:
             self.url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=_KEPT))
         except ValueError as error:
-            raise HostRefused(f"a redirect of {origin_of(self.url)} leads to what is no URL") from error
+            raise OriginRefused(f"a redirect of {origin_of(self.url)} leads to what is no URL") from error
         if self.url in self._seen:
-            raise HostRefused(f"the redirects of {origin_of(self.url)} go in a circle")
+            raise OriginRefused(f"the redirects of {origin_of(self.url)} go in a circle")
         if len(self._seen) > self._max_hops:
-            raise HostRefused(f"more than {self._max_hops} redirects, the last one to {origin_of(self.url)}")
+            raise OriginRefused(f"more than {self._max_hops} redirects, the last one to {origin_of(self.url)}")
         self._seen.add(self.url)
         return True
 
@@ -299,7 +204,7 @@ class _Session(requests.Session):
 class _Adapter(HTTPAdapter):
     """requests over connections that the policy makes."""
 
-    def __init__(self, policy: HostPolicy, connections: int) -> None:
+    def __init__(self, policy: EgressPolicy, connections: int) -> None:
         self._policy = policy
         super().__init__(pool_maxsize=connections)
 
@@ -312,11 +217,11 @@ class _Adapter(HTTPAdapter):
         return super().send(request, *args, **options)
 
 
-def _pools(policy: HostPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+def _pools(policy: EgressPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
     def connect(connection: urllib3.connection.HTTPConnection, scheme: str) -> socket.socket:
         try:
             timeout = connection.timeout if isinstance(connection.timeout, (int, float)) else None
-            return policy.connect(scheme, connection.host, connection.port or _PORTS[scheme], timeout)
+            return policy.connect(scheme, connection.host, connection.port or DEFAULT_PORTS[scheme], timeout)
         except socket.gaierror as error:
             raise NameResolutionError(connection.host, connection, error) from error
         except TimeoutError as error:
@@ -345,7 +250,7 @@ def _pools(policy: HostPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
 
 
 def open_connection(
-    policy: HostPolicy, origin: Origin, *, timeout: float, on_socket: Callable[[socket.socket], None]
+    policy: EgressPolicy, origin: Origin, *, timeout: float, on_socket: Callable[[socket.socket], None]
 ) -> http.client.HTTPConnection:
     """A connection of the standard library (its answers can be read into one's own buffer), not yet connected."""
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from a1111_worker.errors import DownloadFailed, VolumeFull
+from a1111_worker.errors import FileTooLong, PartialFileLost, VolumeFull
 from a1111_worker.transfer.ranges import MiB
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Memory:
+class PartialFileState:
     """What is known of the file that a part belongs to, and which of its bytes are there."""
 
     size: int
@@ -47,19 +47,11 @@ class Memory:
         return sum(end - start for start, end in self.done)
 
 
-class FileTooLong(VolumeFull):
-    """The volume takes no file of that size: no other file that goes would help."""
-
-
-class PartLost(DownloadFailed):
-    """Another worker took the part over, or it is gone."""
-
-
-class PartFile:
+class PartialFile:
     """An open part. `close` it when nobody writes any more.
 
     A worker that was silent for a while (paused, cut off) is thought dead, and its part taken over by rename: the open
-    file may be a proven model by then. So whatever changes it looks first whether it still has its name, else PartLost.
+    file may be a proven model by then. So whatever changes it looks first whether it still has its name, else PartialFileLost.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,11 +61,11 @@ class PartFile:
         except OSError as error:
             raise _refused(error, None) from error
 
-    def recall(self) -> Memory | None:
+    def recall(self) -> PartialFileState | None:
         """What an earlier download left, or None where there is nothing, or nothing that makes sense."""
         try:
             raw = json.loads(ranges_file(self.path).read_bytes())
-            memory = Memory(
+            memory = PartialFileState(
                 size=_natural(raw["size"]),
                 etag=raw["etag"] if isinstance(raw["etag"], str) else None,
                 sha256=raw["sha256"] if isinstance(raw["sha256"], str) else None,
@@ -94,7 +86,7 @@ class PartFile:
             return None
         return memory
 
-    def remember(self, memory: Memory) -> None:
+    def remember(self, memory: PartialFileState) -> None:
         text = json.dumps(
             {
                 "version": 1,
@@ -159,16 +151,16 @@ class PartFile:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
                 return
-        raise PartLost("what had come of it was taken over by another worker", hint="try again")
+        raise PartialFileLost("what had come of it was taken over by another worker", hint="try again")
 
 
-class Prover:
+class StreamingHasher:
     """The SHA-256 of a part while it grows, in a thread of its own: read back from the page cache at its front.
 
     `front` says up to where the file is there, and whether that is all of it.
     """
 
-    def __init__(self, part: PartFile, front: Callable[[], tuple[int, bool]]) -> None:
+    def __init__(self, part: PartialFile, front: Callable[[], tuple[int, bool]]) -> None:
         self._part = part
         self._front = front
         self._wake = threading.Event()

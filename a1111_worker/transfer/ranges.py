@@ -46,7 +46,7 @@ class Tuning:
 
 
 @dataclass(eq=False)
-class Span:
+class ByteRange:
     """Bytes that are missing, from `at` to before `end`; `taken` while a connection fetches them."""
 
     at: int
@@ -58,16 +58,16 @@ class Span:
         return self.end - self.at
 
 
-class Ranges:
+class ByteRanges:
     """A file of `size` bytes as the list of what is missing, in order."""
 
     def __init__(self, size: int, done: Iterable[tuple[int, int]] = ()) -> None:
         self.size = size
-        self._missing: list[Span] = []
+        self._missing: list[ByteRange] = []
         position = 0
         for start, end in [*sorted(done), (size, size)]:
             if start > position:
-                self._missing.append(Span(position, start))
+                self._missing.append(ByteRange(position, start))
             position = max(position, end)
         self.left = sum(span.left for span in self._missing)
 
@@ -86,7 +86,7 @@ class Ranges:
         edges = [0, *(edge for span in self._missing for edge in (span.at, span.end)), self.size]
         return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
-    def take(self, piece: int) -> Span | None:
+    def take(self, piece: int) -> ByteRange | None:
         """The first `piece` bytes that nobody fetches, now the caller's. In order, so that the front moves on."""
         for index, span in enumerate(self._missing):
             if span.taken:
@@ -94,25 +94,25 @@ class Ranges:
             if span.left <= piece + piece // 4:  # no crumbs
                 span.taken = True
                 return span
-            mine = Span(span.at, span.at + piece, taken=True)
+            mine = ByteRange(span.at, span.at + piece, taken=True)
             span.at = mine.end
             self._missing.insert(index, mine)
             return mine
         return None
 
-    def steal(self, least: int) -> Span | None:
+    def steal(self, least: int) -> ByteRange | None:
         """The second half of the largest remainder that somebody fetches, if both halves have `least` bytes."""
         taken = [index for index, span in enumerate(self._missing) if span.taken]
         index = max(taken, key=lambda index: self._missing[index].left, default=None)
         if index is None or self._missing[index].left < 2 * least:
             return None
         victim = self._missing[index]
-        mine = Span(victim.at + (victim.left + 1) // 2, victim.end, taken=True)
+        mine = ByteRange(victim.at + (victim.left + 1) // 2, victim.end, taken=True)
         victim.end = mine.at
         self._missing.insert(index + 1, mine)
         return mine
 
-    def advance(self, span: Span, count: int) -> None:
+    def advance(self, span: ByteRange, count: int) -> None:
         """The first `count` bytes of a span are on disk (more than it still has, where half of it was taken away)."""
         count = min(count, span.left)
         span.at += count
@@ -120,7 +120,7 @@ class Ranges:
         if not span.left and span in self._missing:
             self._missing.remove(span)
 
-    def release(self, span: Span) -> None:
+    def release(self, span: ByteRange) -> None:
         """Whoever fetched it does not any more: what is left of it is free."""
         if not span.left or span not in self._missing:
             return
@@ -192,7 +192,7 @@ def shares(limit: int, wants: Sequence[Want]) -> list[int]:
     return given
 
 
-class Growth:
+class ConcurrencyTuner:
     """How many connections one file should have: more only while more make it faster.
 
     It starts with `start`. When they have all flowed for `settle` seconds it tries twice as many, and goes back when

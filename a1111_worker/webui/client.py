@@ -11,27 +11,26 @@ What A1111 says when something is wrong comes in four shapes (measured on 1.9.3 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import json
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from a1111_worker.domain import Deadline
 from a1111_worker.errors import (
-    CheckpointNotLoaded,
     GenerationFailed,
     InvalidRequest,
     OutOfMemory,
+    RouteMissing,
+    WebUIBroken,
     WebUILost,
-    WebUINotReady,
+    WebUIRefused,
+    WebUISilent,
     WorkerError,
 )
 
@@ -43,24 +42,8 @@ _QUOTED_PATH = re.compile(r"""(['"])(?:[A-Za-z]:)?[/\\](?:(?!\1).)*\1""")
 _BARE_PATH = re.compile(r"(?<![\w.<])(?:[A-Za-z]:)?[/\\][\w.+~@-]+(?:[/\\][\w.+~@-]*)*")
 
 
-class WebUIRefused(WebUILost):
-    """Nobody listens at the WebUI's address."""
-
-
-class WebUISilent(WebUILost):
-    """It took a request and said nothing for as long as anyone waits."""
-
-
-class RouteMissing(WebUINotReady):
-    """A bare 404: the API is not mounted (yet), or something else listens there. Never about the request."""
-
-
-class WebUIPoisoned(CheckpointNotLoaded):
-    """A failed switch has broken the WebUI for good while every GET looks healthy; only a restart helps."""
-
-
 @dataclass(frozen=True)
-class Look:
+class WebUIProgress:
     """One answer of /progress. It never says whose job it is; `job_timestamp` tells jobs apart."""
 
     progress: float
@@ -150,12 +133,12 @@ class WebUI:
     def vaes(self) -> list[dict[str, Any]]:
         return self._get("/sd-vae", list)
 
-    def progress(self, *, timeout: float | None = None) -> Look:
+    def progress(self, *, timeout: float | None = None) -> WebUIProgress:
         """Where the running generation is; all zero while nothing runs, and during a switch. Asked once, briefly."""
         found = self._get("/progress?skip_current_image=true", dict, timeout=timeout or self._glance)
         try:
             state = found["state"]
-            return Look(
+            return WebUIProgress(
                 progress=float(found["progress"]),
                 eta_seconds=float(found["eta_relative"]),
                 job=str(state["job"]),
@@ -172,12 +155,12 @@ class WebUI:
         """End the running generation; its answer comes back with what is there. Harmless when nothing runs."""
         self._post("/interrupt", None, timeout=self._glance)
 
-    def txt2img(self, body: Mapping[str, Any], *, timeout: float) -> Answer:
+    def txt2img(self, body: Mapping[str, Any], *, timeout: float) -> WebUIResponse:
         """Start a generation and return when its answer begins: the WebUI is free for the next one then.
 
         `timeout` is how long the WebUI may be silent; an error it answers with is raised here.
         """
-        return Answer(self._send("POST", "/txt2img", body, timeout=timeout))
+        return WebUIResponse(self._send("POST", "/txt2img", body, timeout=timeout))
 
     def unload_checkpoint(self) -> None:
         """Put the weights out of the GPU's memory."""
@@ -188,13 +171,13 @@ class WebUI:
         self._post("/reload-checkpoint", None)
 
     def _get(self, path: str, kind: type[T], *, timeout: float | None = None) -> T:
-        found = Answer(self._send("GET", path, None, timeout=timeout)).read()
+        found = WebUIResponse(self._send("GET", path, None, timeout=timeout)).read()
         if not isinstance(found, kind):
             raise WebUILost(f"the WebUI's answer to {path} has another form than A1111's")
         return found
 
     def _post(self, path: str, body: Mapping[str, Any] | None, *, timeout: float | None = None) -> None:
-        Answer(self._send("POST", path, body, timeout=timeout)).read()
+        WebUIResponse(self._send("POST", path, body, timeout=timeout)).read()
 
     def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None = None
@@ -229,7 +212,7 @@ class _Repeated(Retry):
         return super().increment(*arguments, **more)
 
 
-class Answer:
+class WebUIResponse:
     """The WebUI's 200, its head here and its body still to be read."""
 
     def __init__(self, response: requests.Response) -> None:
@@ -251,60 +234,6 @@ class Answer:
             return json.loads(body)
         except ValueError as error:
             raise WebUILost("what answers at the WebUI's address does not speak A1111's API") from error
-
-
-class Call(Generic[T]):
-    """A blocking call in a thread of its own, so that whoever waits for it can look around, or give it up."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._outcome: tuple[T | None, BaseException | None] | None = None
-        self._dispose: Callable[[T], None] | None = None
-        self._changed = threading.Condition()
-        context = contextvars.copy_context()  # its log lines are the job's
-        threading.Thread(target=context.run, args=(self._run,), daemon=True, name="webui-call").start()
-
-    def is_done(self) -> bool:
-        return self._outcome is not None
-
-    def wait(self, seconds: float, deadline: Deadline) -> bool:
-        """Wait until it is done, which it returns: at most so long, and no longer than the deadline lets anyone."""
-        with deadline.on_cancel(self._nudge), self._changed:
-            self._changed.wait_for(lambda: self.is_done() or deadline.cancelled, min(seconds, deadline.left()))
-        return self.is_done()
-
-    def result(self) -> T:
-        """What came of it, once it is done."""
-        assert self._outcome is not None, "it is not done"
-        value, error = self._outcome
-        if error is not None:
-            raise error
-        return cast(T, value)
-
-    def abandon(self, dispose: Callable[[T], None]) -> None:
-        """Nobody waits any more: what still comes of it is disposed of."""
-        with self._changed:
-            self._dispose = dispose
-            outcome = self._outcome
-        if outcome is not None and outcome[1] is None:
-            dispose(cast(T, outcome[0]))
-
-    def _nudge(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        value, error = None, None
-        try:
-            value = self._function()
-        except BaseException as raised:  # handed over to whoever asks for the result
-            error = raised
-        with self._changed:
-            self._outcome = (value, error)
-            dispose = self._dispose
-            self._changed.notify_all()
-        if dispose is not None and error is None:
-            dispose(cast(T, value))
 
 
 def translate(status: int, body: bytes) -> WorkerError:
@@ -342,7 +271,7 @@ def _exception(name: str, text: str) -> WorkerError:
             hint="try another seed, a lower LoRA scale or another sampler",
         )
     if name == "AttributeError" and "lowvram" in text:
-        return WebUIPoisoned("the WebUI has lost its checkpoint and must be restarted")
+        return WebUIBroken("the WebUI has lost its checkpoint and must be restarted")
     said = plain(f"{name}: {text}" if text else name)
     return GenerationFailed(f"the WebUI failed with {said}")
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import AppliedLora, GenerationRequest, LoraWish, Model, ModelRef
-from a1111_worker.errors import Complaint, InvalidRequest, ModelError
-from a1111_worker.request.parse import means, read_tags, scale_of
+from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
+from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.loras import means, read_tags, scale_of
 from a1111_worker.webui.samplers import resolve_one, resolve_sampler, resolve_scheduler
-from a1111_worker.webui.verification import Plan
+from a1111_worker.webui.verification import GenerationPlan
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 
 
 @dataclass(frozen=True)
-class Lists:
+class WebUILists:
     """What the WebUI has: the live lists that a job's names are checked against."""
 
     samplers: Sequence[Mapping[str, Any]]
@@ -28,7 +28,7 @@ class Lists:
     vaes: tuple[str, ...]
 
 
-def resolve(request: GenerationRequest, lists: Lists) -> GenerationRequest:
+def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
     """The request with every name as the WebUI spells it. InvalidRequest holds all complaints, with the nearest names.
 
     Styles that bring LoRA tags are merged into the prompts here, so that their LoRAs are held and proven like others.
@@ -58,22 +58,20 @@ def resolve(request: GenerationRequest, lists: Lists) -> GenerationRequest:
     return _with_styles_merged(replace(request, body=body), lists)
 
 
-def compose(
-    request: GenerationRequest, models: Mapping[ModelRef, Model], failures: Mapping[ModelRef, ModelError]
-) -> Plan:
+def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
     """The body and what its answer must prove. A LoRA among `failures` is left out, with a warning."""
     warnings = list(request.warnings)
-    wanted: dict[str, _Wanted] = {}
+    wanted: dict[str, _PromptLora] = {}
     for wish in request.loras:
-        model = models.get(wish.ref)
+        model = held.models.get(wish.ref)
         if model is None:
-            failure = failures[wish.ref]
-            warnings.append(f"the LoRA {wish.ref.label} was left out: {failure.code}: {failure.sentence}")
+            failure = held.failures[wish.ref]
+            warnings.append(f"the LoRA {wish.ref.label} was left out: {failure.code}: {failure.message}")
         key = model.file if model else f"{wish.path} {wish.ref.label}"
         if key in wanted:
             wanted[key].refs.append(wish.ref)  # two names for one file
             continue
-        wanted[key] = _Wanted(wish, model, [wish.ref])
+        wanted[key] = _PromptLora(wish, model, [wish.ref])
         warnings += model.warnings if model else ()
     body = dict(request.body)
     placements = [lora.placement() for lora in wanted.values()]
@@ -84,14 +82,14 @@ def compose(
         stems = [lora.model.stem for lora in wanted.values() if lora.model]
         body["hr_prompt"] = prompt.mentioning(body["hr_prompt"], stems)
     loras = tuple(lora.applied() for lora in wanted.values())
-    return Plan(body, loras, request.on_lora_error, tuple(warnings), request.allow_blank)
+    return GenerationPlan(body, loras, request.on_lora_error, tuple(warnings), request.allow_blank)
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _PromptLora:
     """A LoRA of the job: the first wish for it, its file (None: could not be had), and every reference to it."""
 
-    wish: LoraWish
+    wish: LoraRequest
     model: Model | None
     refs: list[ModelRef]
 
@@ -118,7 +116,7 @@ class _Wanted:
         )
 
 
-def _resolve_sampler(body: dict[str, Any], lists: Lists, prefix: str) -> None:
+def _resolve_sampler(body: dict[str, Any], lists: WebUILists, prefix: str) -> None:
     sampler, scheduler = body.get(f"{prefix}sampler_name"), body.get(f"{prefix}scheduler")
     if sampler and sampler != SAME_SAMPLER:
         name, label = resolve_sampler(sampler, scheduler, lists.samplers, lists.schedulers, prefix=prefix)
@@ -129,7 +127,7 @@ def _resolve_sampler(body: dict[str, Any], lists: Lists, prefix: str) -> None:
         body[f"{prefix}scheduler"] = resolve_scheduler(scheduler, lists.schedulers, path=f"{prefix}scheduler")
 
 
-def _resolve_always_on(body: dict[str, Any], lists: Lists) -> None:
+def _resolve_always_on(body: dict[str, Any], lists: WebUILists) -> None:
     scripts = body.get("alwayson_scripts")
     if scripts:
         body["alwayson_scripts"] = {
@@ -138,14 +136,14 @@ def _resolve_always_on(body: dict[str, Any], lists: Lists) -> None:
         }
 
 
-def _resolve_vae(body: dict[str, Any], lists: Lists) -> None:
+def _resolve_vae(body: dict[str, Any], lists: WebUILists) -> None:
     settings = body.get("override_settings")
     if settings and "sd_vae" in settings:
         vae = resolve_one(settings["sd_vae"], lists.vaes, "VAE", path="vae")
         body["override_settings"] = {**settings, "sd_vae": vae}
 
 
-def _resolve_styles(body: dict[str, Any], lists: Lists) -> None:
+def _resolve_styles(body: dict[str, Any], lists: WebUILists) -> None:
     if body.get("styles"):
         known = tuple(lists.styles)
         body["styles"] = [
@@ -153,7 +151,7 @@ def _resolve_styles(body: dict[str, Any], lists: Lists) -> None:
         ]
 
 
-def _with_styles_merged(request: GenerationRequest, lists: Lists) -> GenerationRequest:
+def _with_styles_merged(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
     styles = [lists.styles[name] for name in request.body.get("styles") or ()]
     if not any(tag.is_lora for style in styles for tag in prompt.find_tags(str(style.get("prompt") or ""))):
         return request

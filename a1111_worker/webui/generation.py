@@ -21,23 +21,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker.domain import (
-    Deadline,
-    Generation,
-    GenerationRequest,
-    Model,
-    ModelRef,
-    Progress,
-    Report,
-    Run,
-    Stage,
+from a1111_worker.background import BackgroundCall
+from a1111_worker.context import Deadline, JobContext, ReportProgress
+from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Progress, Stage
+from a1111_worker.errors import (
+    CheckpointNotLoaded,
+    GenerationFailed,
+    OutOfMemory,
+    RouteMissing,
+    WebUIBroken,
+    WebUILost,
+    WebUIRefused,
+    WorkerError,
 )
-from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, ModelError, OutOfMemory, WebUILost, WorkerError
 from a1111_worker.images import is_blank
-from a1111_worker.webui.client import Answer, Call, Look, RouteMissing, WebUI, WebUIPoisoned, WebUIRefused
+from a1111_worker.webui.client import WebUI, WebUIProgress, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
 from a1111_worker.webui.readiness import Readiness
-from a1111_worker.webui.verification import Plan, prove
+from a1111_worker.webui.verification import GenerationPlan, verify
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,14 @@ OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory within which a second on
 
 
 @dataclass(frozen=True)
-class Started:
+class StartedGeneration:
     """A generation whose answer has begun: the WebUI is free, the proof is still to come."""
 
-    answer: Answer
-    plan: Plan
+    answer: WebUIResponse
+    plan: GenerationPlan
     checkpoint: Model
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Nobody will finish it: its answer is thrown away."""
         self.answer.close()
 
@@ -66,7 +67,7 @@ class Generator:
         self._readiness = readiness
         self._generation_timeout = generation_timeout
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
-        self._ending: Call[None] | None = None  # of a generation that its job could not wait for
+        self._ending: BackgroundCall[None] | None = None  # of a generation that its job could not wait for
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
@@ -75,19 +76,18 @@ class Generator:
     def start(
         self,
         request: GenerationRequest,
-        models: Mapping[ModelRef, Model],
-        failures: Mapping[ModelRef, ModelError],
-        run: Run,
-    ) -> Started:
+        held: HeldModels,
+        context: JobContext,
+    ) -> StartedGeneration:
         """Generate, and return when the answer begins: the next job may start then."""
-        plan = compose(request, models, failures)
+        plan = compose(request, held)
         self._jobs_since_out_of_memory += 1
-        self._wait_for_the_last_one(run)
-        self._readiness.ensure(run)
+        self._wait_for_the_last_one(context)
+        self._readiness.ensure_ready(context)
         if plan.body.get("script_name"):
-            self._readiness.doubt()  # after this one: a script may leave settings behind that no job may override
+            self._readiness.invalidate()  # after this one: a script may leave settings behind that no job may override
         try:
-            return self._start(plan, run)
+            return self._start(plan, context)
         except OutOfMemory as error:
             if self._jobs_since_out_of_memory <= OUT_OF_MEMORY_WINDOW:
                 error.refresh_worker = True
@@ -95,18 +95,18 @@ class Generator:
             self._readiness.free_memory()
             raise
 
-    def finish(self, started: Started, run: Run) -> Generation:
+    def finish(self, started: StartedGeneration, context: JobContext) -> Generation:
         """Read the answer and prove it: of this checkpoint, with these LoRAs, every picture there and none blank."""
-        reading = Call(started.answer.read)
-        limit = run.deadline.within(self._readiness.waits.silence, what="reading the WebUI's answer")
+        reading = BackgroundCall(started.answer.read, name="webui-call")
+        limit = context.deadline.within(self._readiness.timings.silence, what="reading the WebUI's answer")
         try:
-            if not reading.wait(limit.left(), limit):
+            if not reading.wait(limit.remaining(), limit):
                 started.answer.cut()
-                run.deadline.check()
+                context.deadline.check()
                 raise WebUILost("the WebUI's answer did not come to its end")
-            generation = prove(reading.result(), started.plan, started.checkpoint)
+            generation = verify(reading.result(), started.plan, started.checkpoint)
         except (WebUILost, CheckpointNotLoaded):
-            self._readiness.doubt()
+            self._readiness.invalidate()
             raise
         if not started.plan.allow_blank and any(is_blank(image) for image in generation.answer["images"]):
             raise GenerationFailed(
@@ -115,114 +115,118 @@ class Generator:
             )
         return generation
 
-    def warm_up(self, run: Run) -> None:
+    def warm_up(self, context: JobContext) -> None:
         """A tiny generation, so that the first job does not pay for what is loaded lazily."""
         began = time.monotonic()
         body = {"prompt": "warm-up", "steps": 1, "width": 64, "height": 64, "seed": 0}
-        self.finish(self._start(Plan(body, allow_blank=True), run), run)
+        self.finish(self._start(GenerationPlan(body, allow_blank=True), context), context)
         log.info("the WebUI is warm after %.1f s", time.monotonic() - began)
 
-    def _start(self, plan: Plan, run: Run) -> Started:
+    def _start(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
         for attempt in range(1, TRIES + 1):
             try:
-                with run.stage(Stage.GENERATE):
-                    return Started(self._generate(plan.body, run), plan, self._readiness.checkpoint)
+                with context.timings.measure(Stage.GENERATE):
+                    return StartedGeneration(self._generate(plan.body, context), plan, self._readiness.checkpoint)
             except WebUIRefused:
-                self._readiness.doubt()
+                self._readiness.invalidate()
                 if attempt == TRIES:
                     raise
-                self._readiness.ensure(run)
+                self._readiness.ensure_ready(context)
             except RouteMissing:
                 if attempt == TRIES:
                     raise
                 log.warning(
                     "the WebUI has no txt2img (a bare 404); trying again in %.0f s",
-                    self._readiness.waits.recovery_pause,
+                    self._readiness.timings.recovery_pause,
                 )
-                run.deadline.wait(self._readiness.waits.recovery_pause)
-                self._readiness.wait_until_up(run.deadline)
-            except WebUIPoisoned as error:
-                if attempt == TRIES or not self._readiness.restart(error.sentence):
+                context.deadline.wait(self._readiness.timings.recovery_pause)
+                self._readiness.wait_until_up(context.deadline)
+            except WebUIBroken as error:
+                if attempt == TRIES or not self._readiness.restart(error.message):
                     raise
-                self._readiness.ensure(run)
+                self._readiness.ensure_ready(context)
             except WebUILost as error:
-                self._readiness.doubt()
+                self._readiness.invalidate()
                 error.refresh_worker = error.refresh_worker or self._readiness.is_given_up
                 raise
         raise AssertionError("the loop returns or raises")
 
-    def _generate(self, body: Mapping[str, Any], run: Run) -> Answer:
-        limit = run.deadline.within(self._generation_timeout, what="a generation")
+    def _generate(self, body: Mapping[str, Any], context: JobContext) -> WebUIResponse:
+        limit = context.deadline.within(self._generation_timeout, what="a generation")
         # Longer than the patience below, which judges: the line itself is given up last.
-        line = self._generation_timeout + 2 * self._readiness.waits.interrupt_grace + 1.0
-        call = Call(lambda: self._webui.txt2img(body, timeout=line))
+        line = self._generation_timeout + 2 * self._readiness.timings.interrupt_grace + 1.0
+        call = BackgroundCall(lambda: self._webui.txt2img(body, timeout=line), name="webui-call")
         heard = time.monotonic()
-        while not call.wait(self._readiness.waits.look_every, limit):
-            if limit.cancelled or limit.left() == 0.0:
-                self._interrupt(call, run)
+        while not call.wait(self._readiness.timings.look_every, limit):
+            if limit.is_cancelled or limit.remaining() == 0.0:
+                self._interrupt(call, context)
                 limit.check()
             look = self._look()
             if look is not None:
                 heard = time.monotonic()
-                _report(look, run.report)
-            elif time.monotonic() - heard > self._readiness.waits.silence:
+                _report(look, context.report)
+            elif time.monotonic() - heard > self._readiness.timings.silence:
                 raise self._hung(call, "the WebUI hangs: it answers nothing any more")
         return call.result()
 
-    def _interrupt(self, call: Call[Answer], run: Run) -> None:
+    def _interrupt(self, call: BackgroundCall[WebUIResponse], context: JobContext) -> None:
         """End the running generation, whose answer is thrown away. Only then is the WebUI free: a job with time left
-        waits for that, one without leaves it to whoever generates next."""
+        timings for that, one without leaves it to whoever generates next."""
         log.info("interrupting the generation")
-        waits = self._readiness.waits
-        left = 0.0 if run.deadline.cancelled else min(run.deadline.left(), waits.interrupt_grace + waits.death)
-        ending = Call(lambda: self._end(call))
-        if ending.wait(max(left, waits.interrupt_patience), Deadline()):
+        timings = self._readiness.timings
+        left = (
+            0.0
+            if context.deadline.is_cancelled
+            else min(context.deadline.remaining(), timings.interrupt_grace + timings.death)
+        )
+        ending = BackgroundCall(lambda: self._end(call), name="webui-call")
+        if ending.wait(max(left, timings.interrupt_patience), Deadline()):
             ending.result()
         else:
-            log.warning("the WebUI has not ended the generation yet; the next one waits for that")
+            log.warning("the WebUI has not ended the generation yet; the next one timings for that")
             self._ending = ending
 
-    def _wait_for_the_last_one(self, run: Run) -> None:
+    def _wait_for_the_last_one(self, context: JobContext) -> None:
         """Until the WebUI has ended what an earlier job left running; it was restarted where it would not."""
         while self._ending is not None:
-            if self._ending.wait(self._readiness.waits.look_every, run.deadline):
+            if self._ending.wait(self._readiness.timings.look_every, context.deadline):
                 ending, self._ending = self._ending, None
                 try:
                     ending.result()
                 except WebUILost as error:
                     if error.refresh_worker:
                         raise
-            run.deadline.check()
+            context.deadline.check()
 
-    def _end(self, call: Call[Answer]) -> None:
-        waits = self._readiness.waits
-        grace = Deadline(waits.interrupt_grace)
+    def _end(self, call: BackgroundCall[WebUIResponse]) -> None:
+        timings = self._readiness.timings
+        grace = Deadline(timings.interrupt_grace)
         while not call.is_done():
-            if grace.left() == 0.0:
+            if grace.remaining() == 0.0:
                 raise self._hung(call, "the WebUI hangs: it did not end an interrupted generation")
             with contextlib.suppress(WorkerError):
                 self._webui.interrupt()  # again and again: one that comes before the generation begins is lost
-            call.wait(waits.interrupt_every, grace)
+            call.wait(timings.interrupt_every, grace)
         try:
             call.result().close()
         except WebUILost:
-            self._readiness.doubt()
+            self._readiness.invalidate()
         except WorkerError:
             pass  # it failed on its own; the job is over all the same
 
-    def _hung(self, call: Call[Answer], sentence: str) -> WebUILost:
+    def _hung(self, call: BackgroundCall[WebUIResponse], sentence: str) -> WebUILost:
         """The WebUI is killed where it is ours; elsewhere this worker is not fit for another job."""
-        call.abandon(Answer.close)
+        call.abandon(WebUIResponse.close)
         return WebUILost(sentence, refresh_worker=not self._readiness.restart(sentence))
 
-    def _look(self) -> Look | None:
+    def _look(self) -> WebUIProgress | None:
         try:
             return self._webui.progress()
         except WorkerError:
             return None  # a look is not worth a job
 
 
-def _report(look: Look, report: Report) -> None:
+def _report(look: WebUIProgress, report: ReportProgress) -> None:
     if look.images > 0:  # −1 while a checkpoint is loaded inside a generation
         report(
             Progress(

@@ -17,19 +17,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker.domain import Deadline, Model, Progress, Run, Stage
+from a1111_worker.background import BackgroundCall
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import Model, Progress, Stage
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
     InvalidRequest,
     JobTimeout,
+    RouteMissing,
+    WebUIBroken,
     WebUILost,
     WebUINotReady,
+    WebUIRefused,
+    WebUISilent,
     WorkerError,
 )
-from a1111_worker.request.parse import OVERRIDABLE
-from a1111_worker.webui.client import Call, RouteMissing, WebUI, WebUIPoisoned, WebUIRefused, WebUISilent
-from a1111_worker.webui.composition import Lists
+from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
+from a1111_worker.webui.client import WebUI
+from a1111_worker.webui.composition import WebUILists
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 
 log = logging.getLogger(__name__)
@@ -47,12 +53,12 @@ have the last word (1.10.1, modules/processing.py and scripts/xyz_grid.py)."""
 
 
 @dataclass(frozen=True)
-class Waits:
+class WebUITimings:
     """Every period of the policy, in seconds.
 
     `unowned_grace`: how long a refused connection is waited for where nobody of ours starts a WebUI. `recovery_pause`:
     between the tries after a bare 404. `interrupt_grace`: how long an interrupted generation may take to answer before
-    the WebUI counts as hung; `interrupt_patience`: how long a job that has no time left waits for that. `silence`: how
+    the WebUI counts as hung; `interrupt_patience`: how long a job that has no time left timings for that. `silence`: how
     long the WebUI may answer nothing at all. `death`: how long a killed one may take to be gone.
     """
 
@@ -70,24 +76,24 @@ class Readiness:
     """One WebUI, and whether it may be given a job. `ready_timeout` is seconds for its start, and for a switch.
 
     What makes it ready runs in a thread of its own: a job that ends meanwhile leaves that under way, and the next one
-    waits for the same.
+    timings for the same.
     """
 
-    def __init__(self, webui: WebUI, supervisor: Supervisor, *, ready_timeout: float, waits: Waits) -> None:
+    def __init__(self, webui: WebUI, supervisor: Supervisor, *, ready_timeout: float, timings: WebUITimings) -> None:
         self._webui = webui
         self._supervisor = supervisor
         self._ready_timeout = ready_timeout
-        self.waits = waits
+        self.timings = timings
         self._ended = Deadline()  # cancelled when the worker ends
-        self._preparing: Call[None] | None = None
+        self._preparing: BackgroundCall[None] | None = None
         self._doing = ("waiting for the WebUI", 0.0)  # what the preparation does, and since when
         self._checkpoint: Model | None = None
-        self._lists: Lists | None = None
+        self._lists: WebUILists | None = None
         self._proven_life: str | None = None
         self._settings: tuple[str, Mapping[str, Any]] | None = None  # of one life of the WebUI, no job's among them
 
     @property
-    def lists(self) -> Lists:
+    def lists(self) -> WebUILists:
         """What the WebUI has, as of the last time it was made ready."""
         if self._lists is None:
             raise WebUINotReady("the WebUI is not ready yet")
@@ -122,7 +128,7 @@ class Readiness:
         """End what is still under way, as soon as it looks."""
         self._ended.cancel()
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Whoever comes next makes it ready again."""
         self._proven_life = None
 
@@ -136,10 +142,10 @@ class Readiness:
         pause = 0.1
         while True:
             try:
-                self._webui.progress(timeout=self.waits.silence)
+                self._webui.progress(timeout=self.timings.silence)
                 return
             except WebUISilent as error:
-                self.restart(error.sentence)
+                self.restart(error.message)
             except WebUILost as error:
                 self._give_up_where_hopeless(error, waited=time.monotonic() - began)
             except RouteMissing:
@@ -160,42 +166,42 @@ class Readiness:
         ownership = self._supervisor.ownership
         if ownership is Ownership.FAILED:
             raise WebUINotReady("the WebUI could not be started", hint="its log says why") from error
-        if ownership is Ownership.NOBODY and isinstance(error, WebUIRefused) and waited >= self.waits.unowned_grace:
+        if ownership is Ownership.NOBODY and isinstance(error, WebUIRefused) and waited >= self.timings.unowned_grace:
             raise WebUINotReady(
                 f"no WebUI listens at {self._webui.url} and nothing is starting one", hint=NOBODY_STARTS_IT
             ) from error
 
-    def prepare(self, checkpoint: Model, run: Run) -> None:
+    def prepare(self, checkpoint: Model, context: JobContext) -> None:
         """Bring the WebUI to the point of generating with this checkpoint."""
         self._checkpoint = checkpoint
-        self.doubt()
-        self.ensure(run)
+        self.invalidate()
+        self.ensure_ready(context)
 
-    def ensure(self, run: Run) -> None:
+    def ensure_ready(self, context: JobContext) -> None:
         """A proven WebUI: at once where nothing has happened to it, else when it was made ready again."""
         if self.is_proven:
             return
-        with run.stage(Stage.SWITCH):
+        with context.timings.measure(Stage.SWITCH):
             call = self._preparing
             if call is None or call.is_done():
-                call = self._preparing = Call(self._make_ready)
-            while not call.wait(self.waits.look_every, run.deadline):
-                run.deadline.check()
+                call = self._preparing = BackgroundCall(self._make_ready, name="webui-call")
+            while not call.wait(self.timings.look_every, context.deadline):
+                context.deadline.check()
                 what, since = self._doing
-                run.report(Progress(Stage.SWITCH, detail=f"{what}, {time.monotonic() - since:.0f} s so far"))
+                context.report(Progress(Stage.SWITCH, detail=f"{what}, {time.monotonic() - since:.0f} s so far"))
             call.result()
 
-    def look_after(self) -> bool:
+    def check_idle(self) -> bool:
         """Whether an idle WebUI answers. A silent one is restarted, one that is gone is made ready by the next job."""
         if self.is_preparing:
             return False
         try:
-            self._webui.progress(timeout=self.waits.silence)
+            self._webui.progress(timeout=self.timings.silence)
         except WebUISilent as error:
-            self.restart(f"idle: {error.sentence}")
+            self.restart(f"idle: {error.message}")
             return False
         except WebUILost:
-            self.doubt()
+            self.invalidate()
             return False
         except WorkerError:
             return False
@@ -203,8 +209,8 @@ class Readiness:
 
     def restart(self, why: str) -> bool:
         """Kill a WebUI of ours, so that start.sh starts another; False where it is not ours to kill."""
-        self.doubt()
-        if not self._supervisor.kill(wait=self.waits.death):
+        self.invalidate()
+        if not self._supervisor.kill(wait=self.timings.death):
             return False
         log.warning("the WebUI was killed to be restarted: %s", why)
         return True
@@ -217,7 +223,7 @@ class Readiness:
             log.info("the checkpoint was unloaded and loaded again to free the GPU's memory")
         except WorkerError as error:
             # Its weights may be anywhere by now, while every GET looks healthy.
-            self.restart(f"the GPU's memory could not be freed: {error.sentence}")
+            self.restart(f"the GPU's memory could not be freed: {error.message}")
 
     # -- in the thread that makes it ready
 
@@ -235,15 +241,15 @@ class Readiness:
                     raise WebUILost("the WebUI was restarted while it was made ready")
                 return
             except WebUISilent as error:
-                error.refresh_worker = not self.restart(error.sentence)
+                error.refresh_worker = not self.restart(error.message)
                 if is_last or error.refresh_worker:
                     raise
             except WebUILost as error:
                 if is_last or self.is_given_up:
                     raise
-                log.warning("the WebUI was lost while it was made ready: %s", error.sentence)
+                log.warning("the WebUI was lost while it was made ready: %s", error.message)
             except CheckpointNotLoaded as error:
-                if is_last or not self.restart(error.sentence):
+                if is_last or not self.restart(error.message):
                     raise
 
     def _now(self, what: str) -> None:
@@ -262,7 +268,9 @@ class Readiness:
     def _settle_settings(self, life: str) -> None:
         """What jobs may override is set to its default, or A1111 would not restore it; what a script left behind (an
         axis of an X/Y/Z plot overrides settings that no job may) is what it was when this life began."""
-        wanted: dict[str, Any] = {key: setting.default for key, setting in OVERRIDABLE.items()} | NOTHING_ON_DISK
+        wanted: dict[str, Any] = {
+            key: setting.default for key, setting in OVERRIDABLE_OPTIONS.items()
+        } | NOTHING_ON_DISK
         now = self._webui.options()
         if self._settings is not None and self._settings[0] == life:
             wanted |= {key: value for key, value in self._settings[1].items() if now.get(key) != value}
@@ -271,9 +279,9 @@ class Readiness:
             ours = ("sd_model_checkpoint", "sd_checkpoint_hash")
             self._settings = (life, {key: value for key, value in now.items() if key not in wanted and key not in ours})
 
-    def _read_lists(self) -> Lists:
+    def _read_lists(self) -> WebUILists:
         upscalers = [*self._webui.latent_upscale_modes(), *self._webui.upscalers()]
-        return Lists(
+        return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
             upscalers=tuple(str(upscaler["name"]) for upscaler in upscalers),
@@ -305,30 +313,33 @@ class Readiness:
                 raise CheckpointNotLoaded(
                     f"the WebUI said it loaded {checkpoint.name}, and its hash says that it did not"
                 )
-            if limit.left() == 0.0:
+            if limit.remaining() == 0.0:
                 raise CheckpointNotLoaded(f"the WebUI did not load {checkpoint.name} in {self._ready_timeout:.0f} s")
-            self._ended.wait(self.waits.interrupt_every)
+            self._ended.wait(self.timings.interrupt_every)
         log.info("switched to %s in %.1f s, proven by its hash", checkpoint.name, time.monotonic() - began)
 
     def _switch(self, checkpoint: Model, title: str) -> None:
-        call = Call(lambda: self._webui.set_options({"sd_model_checkpoint": title}, timeout=self._ready_timeout))
+        call = BackgroundCall(
+            lambda: self._webui.set_options({"sd_model_checkpoint": title}, timeout=self._ready_timeout),
+            name="webui-call",
+        )
         heard = time.monotonic()
-        while not call.wait(self.waits.look_every, self._ended):
+        while not call.wait(self.timings.look_every, self._ended):
             self._ended.check()
             try:
                 self._webui.progress()
                 heard = time.monotonic()
             except WorkerError:  # a look is short, and loading holds up others for seconds
-                if time.monotonic() - heard > self.waits.silence:
+                if time.monotonic() - heard > self.timings.silence:
                     raise WebUISilent("the WebUI hangs: it answers nothing while it switches") from None
         try:
             call.result()
-        except WebUIPoisoned:
+        except WebUIBroken:
             raise
         except InvalidRequest as error:
             raise CheckpointNotLoaded(f"the WebUI refused to load {checkpoint.name}") from error
         except GenerationFailed as error:
-            raise CheckpointNotLoaded(f"the WebUI could not load {checkpoint.name}: {error.sentence}") from error
+            raise CheckpointNotLoaded(f"the WebUI could not load {checkpoint.name}: {error.message}") from error
 
     def _listed(self, checkpoint: Model) -> Mapping[str, Any] | None:
         """Our checkpoint in a fresh /sd-models, whose titles are `file` or `file [hash]`."""

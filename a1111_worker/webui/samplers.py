@@ -8,12 +8,12 @@ with DPM++ 2M for the others. So the worker knows the spellings, and the WebUI i
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.similar import nearest
 
 AUTOMATIC = "Automatic"  # the scheduler a sampler brings along; A1111's own default
 
@@ -82,12 +82,6 @@ def unknown(path: str, what: str, name: str, known: Sequence[str], further: Sequ
         return Complaint(path, f"unknown {what} {said}; this WebUI has none")
     rest = " …" if len(known) > 12 else ""
     return Complaint(path, f"unknown {what} {said}; this WebUI has {_list(known[:12])}{rest}")
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Names like `name`, in any case, the likeliest first."""
-    by_key = {candidate.casefold(): candidate for candidate in known}
-    return [by_key[key] for key in difflib.get_close_matches(name[:60].strip().casefold(), by_key, n=count, cutoff=0.6)]
 
 
 def _find_sampler(

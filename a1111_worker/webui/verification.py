@@ -24,7 +24,7 @@ PNG_IN_BASE64 = "iVBORw0KGgo"
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """A job's body as the WebUI gets it, and what its answer must show."""
 
     body: Mapping[str, Any]
@@ -34,7 +34,7 @@ class Plan:
     allow_blank: bool = False
 
 
-def prove(answer: Any, plan: Plan, checkpoint: Model) -> Generation:
+def verify(answer: Any, plan: GenerationPlan, checkpoint: Model) -> Generation:
     """The generation, if the answer shows everything the plan asks for.
 
     Raises WebUILost (no answer of txt2img), GenerationFailed (no pictures, too few, another sampler),
@@ -133,7 +133,7 @@ def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         raise GenerationFailed(f"the WebUI used the sampler {used!r} where {asked!r} was asked for")
 
 
-def _proven_loras(info: Mapping[str, Any], plan: Plan) -> tuple[tuple[AppliedLora, ...], list[str]]:
+def _proven_loras(info: Mapping[str, Any], plan: GenerationPlan) -> tuple[tuple[AppliedLora, ...], list[str]]:
     pictures = [lora_hashes(info)]
     if plan.body.get("script_name") and info.get("infotexts"):
         pictures = [_lora_hashes_of(infotext) for infotext in info["infotexts"]]

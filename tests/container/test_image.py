@@ -18,7 +18,8 @@ import pytest
 import a1111_worker
 from a1111_worker import catalog
 from a1111_worker.config import SETTINGS, Config, default_models_dir
-from a1111_worker.request.parse import Limits, parse_request
+from a1111_worker.request.parse import parse_request
+from a1111_worker.request.schema import Limits
 from tests.image.make_mirror import REPOSITORIES
 
 CHECKOUT = Path(__file__).parent.parent.parent

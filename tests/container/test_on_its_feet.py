@@ -156,7 +156,7 @@ def test_one_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
 def test_one_that_dies_while_it_switches_costs_no_job(tmp_path: Path) -> None:
     with kept(tmp_path) as (it, keeper):
         keeper.kill()
-        it.worker.readiness.doubt()  # as after a job that lost it
+        it.worker.readiness.invalidate()  # as after a job that lost it
         when_asked(it, "/sdapi/v1/sd-models", keeper.kill)  # dies again while it is being made ready
 
         answer = it.ask()
@@ -213,10 +213,10 @@ def silence(it: World) -> None:
 
 def test_one_that_hangs_while_idle_costs_no_job(tmp_path: Path) -> None:
     with kept(tmp_path) as (it, keeper):
-        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        it.worker.readiness.timings = replace(QUICK, silence=0.2)
         silence(it)
 
-        is_up = it.worker.readiness.look_after()
+        is_up = it.worker.readiness.check_idle()
         answer = it.ask()
 
         assert not is_up
@@ -237,7 +237,7 @@ def test_a_look_that_goes_wrong_kills_no_webui(tmp_path: Path, hiccup: str) -> N
 
         it.webui.before.append(disturb)
 
-        is_up = it.worker.readiness.look_after()
+        is_up = it.worker.readiness.check_idle()
         answer = it.ask()
 
         assert not is_up
@@ -247,9 +247,9 @@ def test_a_look_that_goes_wrong_kills_no_webui(tmp_path: Path, hiccup: str) -> N
 
 def test_one_that_hangs_while_it_switches_costs_one_job(tmp_path: Path) -> None:
     with kept(tmp_path, JOB_TIMEOUT="5") as (it, keeper):
-        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        it.worker.readiness.timings = replace(QUICK, silence=0.2)
         it.webui.restart()  # nothing is loaded any more, as in any new life
-        it.worker.readiness.doubt()
+        it.worker.readiness.invalidate()
 
         def stuck(exchange: Exchange) -> bool:
             if b"sd_model_checkpoint" not in exchange.asked.body or keeper.restarted:
@@ -291,7 +291,7 @@ class Held:
 @pytest.mark.parametrize("path", ["/sdapi/v1/progress", "/sdapi/v1/samplers", "/sdapi/v1/options"])
 def test_a_job_out_of_time_does_not_wait_for_what_makes_the_webui_ready(tmp_path: Path, path: str) -> None:
     with world(tmp_path, JOB_TIMEOUT="1") as it:
-        it.worker.readiness.doubt()
+        it.worker.readiness.invalidate()
         held = Held(it, path)
 
         answer = it.ask()
@@ -315,7 +315,7 @@ def test_an_answer_that_stops_after_its_head_takes_no_longer_than_the_job_has(tm
 
 def test_a_job_out_of_time_leaves_a_generation_that_does_not_end_to_the_next(tmp_path: Path) -> None:
     with kept(tmp_path, JOB_TIMEOUT="1") as (it, keeper):
-        it.worker.readiness.waits = replace(QUICK, interrupt_patience=0.05, interrupt_grace=0.5)
+        it.worker.readiness.timings = replace(QUICK, interrupt_patience=0.05, interrupt_grace=0.5)
         it.webui.fail_next = [Fault.HANG]
 
         ended = it.ask()
@@ -349,7 +349,7 @@ def test_a_script_can_keep_nothing_on_the_disk(tmp_path: Path) -> None:
 
 def test_one_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
     with kept(tmp_path) as (it, keeper):
-        it.worker.readiness.waits = replace(QUICK, silence=0.2)
+        it.worker.readiness.timings = replace(QUICK, silence=0.2)
         silence(it)
 
         lost, after = it.ask(), it.ask()
@@ -444,7 +444,7 @@ def test_a_job_that_ends_during_a_switch_leaves_it_to_the_next(tmp_path: Path) -
     with world(tmp_path, JOB_TIMEOUT="1.5") as it:
         it.webui.restart()
         it.webui.switch_seconds = 3.0
-        it.worker.readiness.doubt()  # as after a job that lost it
+        it.worker.readiness.invalidate()  # as after a job that lost it
 
         ended = it.ask()
         wait_for(lambda: not it.worker.readiness.is_preparing)

@@ -18,6 +18,7 @@ import pytest
 import requests
 
 from a1111_worker import __version__
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import (
     ENVELOPE,
     LINK,
@@ -29,19 +30,18 @@ from a1111_worker.delivery.answer import (
     size_of,
     way_out,
 )
-from a1111_worker.delivery.deliver import Bucket, Delivery, save_pictures
+from a1111_worker.delivery.bucket import Bucket
+from a1111_worker.delivery.deliver import Delivery, save_images
 from a1111_worker.domain import (
     AppliedLora,
     BucketSettings,
-    Deadline,
     DeliveryMode,
     Generation,
+    ImageFormat,
     Model,
     ModelKind,
     OutputOptions,
-    PictureFormat,
     Progress,
-    Run,
     Stage,
 )
 from a1111_worker.errors import DeliveryFailed, GenerationFailed, JobCancelled, JobTimeout, ResultTooLarge
@@ -81,7 +81,7 @@ def inline(made: Generation) -> dict[str, Any]:
 
 
 def deliver(job_id: str, made: Generation, options: OutputOptions | None = None) -> dict[str, Any]:
-    return Delivery().deliver(job_id, made, options or OutputOptions(), Run(Deadline()))
+    return Delivery().deliver(made, options or OutputOptions(), JobContext(job_id=job_id))
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -139,11 +139,11 @@ def test_a_raw_answer_is_the_webuis_alone() -> None:
 
 
 def test_the_seconds_of_delivering_are_counted() -> None:
-    run = Run(Deadline())
+    context = JobContext(job_id="job-1")
 
-    answer = Delivery().deliver("job-1", generation(), OutputOptions(), run)
+    answer = Delivery().deliver(generation(), OutputOptions(), context)
 
-    spent = run.timings()
+    spent = context.timings.seconds()
     assert spent["deliver"] > 0.0
     assert answer["worker"]["timings"]["deliver"] == round(spent["deliver"], 3)
     assert sum(spent[stage.value] for stage in Stage) == spent["deliver"]
@@ -217,7 +217,7 @@ def test_a_bucket_does_not_help_what_is_large_without_its_pictures() -> None:
         way_out(answer, OutputOptions(), RUN_LIMIT, has_bucket=True)
 
 
-PNGS, WEBPS = OutputOptions(), OutputOptions(PictureFormat.WEBP)
+PNGS, WEBPS = OutputOptions(), OutputOptions(ImageFormat.WEBP)
 LARGER = RUNSYNC_LIMIT
 
 # what the job wants, characters of each picture, limit, whether there is a bucket: words of the hint, words not in it
@@ -263,7 +263,7 @@ def test_what_is_no_strict_json_never_leaves(broken: Any) -> None:
 def test_a_local_runs_pictures_are_named_by_job_number_and_seed(tmp_path: Path, raw: bool) -> None:
     answer = deliver("local/../test", generation(images=[PNG, PNG]), OutputOptions(raw=raw))
 
-    written = save_pictures(tmp_path / "out", "local/../test", answer)
+    written = save_images(tmp_path / "out", "local/../test", answer)
 
     # A picture beyond the seeds, such as a script's grid, has none.
     assert [path.name for path in written] == ["local----test-1-42.png", "local----test-2.png"]
@@ -304,11 +304,15 @@ class Place:
         self.delivery = Delivery(Bucket(self.settings, pauses=pauses, connect_timeout=2.0, read_timeout=2.0))
 
     def deliver(
-        self, *images: bytes, job_id: str = "job-1", run: Run | None = None, options: OutputOptions | None = None
+        self,
+        *images: bytes,
+        job_id: str = "job-1",
+        context: JobContext | None = None,
+        options: OutputOptions | None = None,
     ) -> dict[str, Any]:
         made = generation(images=[base64.b64encode(image).decode() for image in images])
         options = options or OutputOptions(delivery=BUCKET)
-        return self.delivery.deliver(job_id, made, options, run or Run(Deadline()))
+        return self.delivery.deliver(made, options, replace(context or JobContext(), job_id=job_id))
 
     @property
     def is_empty(self) -> bool:
@@ -425,7 +429,7 @@ def test_the_bucket_may_be_named_by_the_host(endpoint: str, link: str) -> None:
 def test_a_converted_picture_is_labelled_as_what_it_is(place: Place) -> None:
     png = draw.encode(draw.picture("a lighthouse", 64, 64), "a lighthouse", "png")
 
-    answer = place.deliver(png, png, options=OutputOptions(PictureFormat.JPEG, delivery=BUCKET))
+    answer = place.deliver(png, png, options=OutputOptions(ImageFormat.JPEG, delivery=BUCKET))
 
     delivered = answer["worker"]["delivery"]
     assert delivered["format"] == "jpeg"
@@ -500,7 +504,7 @@ def test_a_half_failed_upload_leaves_nothing(place: Place, what: Any, tries: int
     with pytest.raises(DeliveryFailed) as caught:
         place.deliver(ONE, TWO, THREE)
 
-    assert words in caught.value.sentence and caught.value.retryable
+    assert words in caught.value.message and caught.value.retryable
     assert place.line.puts().count("job-1/2-43.png") == tries
     assert {"job-1/1-42.png", "job-1/3.png"} <= set(place.line.puts())  # they were there
     assert place.is_empty
@@ -622,7 +626,7 @@ def test_a_job_that_is_cancelled_while_it_uploads_ends_at_once_and_leaves_nothin
             deadline.cancel()
 
     with pytest.raises(JobCancelled):
-        place.deliver(ONE, TWO, run=Run(deadline, report))
+        place.deliver(ONE, TWO, context=JobContext(deadline, report))
 
     assert place.is_empty
     place.delivery.close()
@@ -636,7 +640,7 @@ def test_a_cancelled_upload_begins_with_no_further_picture(place: Place) -> None
 
     def deliver() -> None:
         try:
-            place.deliver(*[ONE] * 16, run=Run(deadline))
+            place.deliver(*[ONE] * 16, context=JobContext(deadline))
         except JobCancelled as error:
             ended.append(error)
 
@@ -657,7 +661,7 @@ def test_an_upload_that_outlives_the_jobs_time_ends_with_it_and_leaves_nothing(p
     place.delivery.prepare()  # the job's time is not to be over before there is a client
 
     with pytest.raises(JobTimeout):
-        place.deliver(ONE, TWO, run=Run(Deadline(0.5)))
+        place.deliver(ONE, TWO, context=JobContext(Deadline(0.5)))
 
     assert place.is_empty
 
@@ -665,7 +669,7 @@ def test_an_upload_that_outlives_the_jobs_time_ends_with_it_and_leaves_nothing(p
 def test_the_upload_is_shown_as_it_goes(place: Place) -> None:
     looks: list[Progress] = []
 
-    place.deliver(ONE, TWO, run=Run(Deadline(), looks.append))
+    place.deliver(ONE, TWO, context=JobContext(Deadline(), looks.append))
 
     total = len(ONE) + len(TWO)
     assert {look.stage for look in looks} == {Stage.DELIVER}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 LEAVE_HOLES = """
-from a1111_worker.job.memory import give_back
+from a1111_worker.job.memory import release_free_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -16,7 +16,7 @@ blocks = [bytes(100_000) for _ in range(2000)]  # below glibc's threshold for a 
 kept = blocks[::50]
 del blocks
 before = resident()
-give_back()
+release_free_memory()
 print(before - resident(), len(kept))
 """
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1111_worker import __version__
-from a1111_worker.domain import Deadline, ModelKind, ModelRef, RemoteFile
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import (
     DownloadFailed,
     InvalidRequest,
@@ -29,24 +30,24 @@ from a1111_worker.errors import (
 )
 from a1111_worker.models.civitai import (
     POLICY,
-    Answer,
     CivitAI,
+    CivitAIResponse,
+    CivitAITimings,
     Refusal,
-    Waits,
     choose_file,
     newest_version,
     refusal_of,
     remote_file,
     size_of,
 )
-from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.egress import EgressPolicy
 from sandbox import civitai as sandbox
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
 from sandbox.server import Exchange, Server
 
 KEY = "0123456789abcdef-the-key"
 LORA = ModelRef(ModelKind.LORA, version_id=135867)
-QUICK = Waits(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_many=1.0)
+QUICK = CivitAITimings(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_many=1.0)
 
 
 @pytest.fixture
@@ -63,10 +64,12 @@ def service(tmp_path: Path) -> Iterator[sandbox.CivitAI]:
         yield service
 
 
-def client_of(*services: sandbox.CivitAI, key: str | None = KEY, waits: Waits = QUICK, **options: Any) -> CivitAI:
+def client_of(
+    *services: sandbox.CivitAI, key: str | None = KEY, timings: CivitAITimings = QUICK, **options: Any
+) -> CivitAI:
     urls = [service.url for service in services]
-    policy = HostPolicy([*urls, *(service.storage.url for service in services)])
-    return CivitAI(policy=policy, urls=urls, key=key, waits=waits, **options)
+    policy = EgressPolicy([*urls, *(service.storage.url for service in services)])
+    return CivitAI(policy=policy, urls=urls, key=key, timings=timings, **options)
 
 
 def asked_of(server: Server) -> list[str]:
@@ -77,7 +80,7 @@ def asked_of(server: Server) -> list[str]:
 
 
 def told(error: WorkerError) -> str:
-    return f"{error.sentence} | {error.hint}"
+    return f"{error.message} | {error.hint}"
 
 
 # -- describe ----------------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def test_what_cannot_be_without_metadata_fails(service: sandbox.CivitAI) -> None
 
 
 def test_a_file_of_another_host_is_its_url(service: sandbox.CivitAI) -> None:
-    client = CivitAI(policy=HostPolicy([service.url, "https://cdn.example.com"]), urls=[service.url], key=KEY)
+    client = CivitAI(policy=EgressPolicy([service.url, "https://cdn.example.com"]), urls=[service.url], key=KEY)
     ref = ModelRef(ModelKind.LORA, url="https://cdn.example.com/a/My%20style.safetensors?v=2", sha256="cd" * 32)
 
     remote = client.describe(ref, Deadline())
@@ -568,7 +571,7 @@ def test_a_refused_key_is_told_from_a_missing_one(service: sandbox.CivitAI) -> N
 @pytest.mark.parametrize("key", ["two words", "new\nline", "schlüssel"])
 def test_a_key_that_no_header_can_carry_is_refused_without_being_told(key: str) -> None:
     with pytest.raises(ValueError, match="holds characters") as refused:
-        CivitAI(policy=HostPolicy([]), key=key)
+        CivitAI(policy=EgressPolicy([]), key=key)
 
     assert key not in str(refused.value)
 
@@ -585,9 +588,9 @@ def test_a_passing_failure_is_not_noticed(service: sandbox.CivitAI) -> None:
 
 
 def test_what_the_first_origin_hides_the_second_one_gives_at_once(service: sandbox.CivitAI) -> None:
-    waits = dataclasses.replace(QUICK, shortest=60.0, longest=60.0)  # a wait would be noticed
+    timings = dataclasses.replace(QUICK, shortest=60.0, longest=60.0)  # a wait would be noticed
     with sandbox.CivitAI(key=KEY) as com:
-        client = client_of(com, service, waits=waits)
+        client = client_of(com, service, timings=timings)
 
         remote = client.describe(LORA, Deadline())
         link = client.link(remote, Deadline())
@@ -644,7 +647,7 @@ def test_a_429_is_waited_out(said: str | None, service: sandbox.CivitAI) -> None
     assert service.links_given == 1
 
 
-# Retry-After, the patience of all waits, the job's time left → how often it is asked.
+# Retry-After, the patience of all timings, the job's time left → how often it is asked.
 @pytest.mark.parametrize(
     ("said", "too_many", "left", "asks"),
     [
@@ -652,14 +655,14 @@ def test_a_429_is_waited_out(said: str | None, service: sandbox.CivitAI) -> None
         ("30", 60.0, 5.0, 1),  # longer than the job lasts
         ("Fri, 31 Dec 2100 23:59:59 GMT", 60.0, 500.0, 1),
         (None, 0.0, 500.0, 1),  # 10 ms of a patience of none
-        (None, 0.035, 500.0, 4),  # three waits of 10 ms fit, a fourth does not
+        (None, 0.035, 500.0, 4),  # three timings of 10 ms fit, a fourth does not
         (None, 500.0, 500.0, 11),  # never more often than that
     ],
 )
 def test_a_429_is_not_waited_out_for_ever(
     said: str | None, too_many: float, left: float, asks: int, service: sandbox.CivitAI
 ) -> None:
-    client = client_of(service, waits=dataclasses.replace(QUICK, shortest=0.01, longest=0.01, too_many=too_many))
+    client = client_of(service, timings=dataclasses.replace(QUICK, shortest=0.01, longest=0.01, too_many=too_many))
     remote = client.describe(LORA, Deadline())
     service.fail(sandbox.TOO_MANY if said is None else sandbox.too_many(said), times=None, on="/api/download/")
 
@@ -698,10 +701,10 @@ class Trickle(Server):
             exchange._handler.wfile.flush()
 
 
-@pytest.mark.parametrize("waits", [dataclasses.replace(QUICK, answer=0.2)])
-def test_an_answer_that_trickles_is_given_up(waits: Waits) -> None:
+@pytest.mark.parametrize("timings", [dataclasses.replace(QUICK, answer=0.2)])
+def test_an_answer_that_trickles_is_given_up(timings: CivitAITimings) -> None:
     with Trickle() as server:
-        client = CivitAI(policy=HostPolicy([server.url]), urls=[server.url], waits=waits)
+        client = CivitAI(policy=EgressPolicy([server.url]), urls=[server.url], timings=timings)
 
         with pytest.raises(DownloadFailed, match="no connection to CivitAI"):
             client.describe(ModelRef(ModelKind.LORA, model_id=5), Deadline())
@@ -712,7 +715,7 @@ def test_an_answer_that_trickles_is_given_up(waits: Waits) -> None:
 
 def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
     service.fail(sandbox.SILENCE, times=None, on="/api/download/")
-    client = client_of(service, waits=dataclasses.replace(QUICK, answer=0.1))
+    client = client_of(service, timings=dataclasses.replace(QUICK, answer=0.1))
     remote = client.describe(LORA, Deadline())
 
     with pytest.raises(DownloadFailed, match="no connection to CivitAI"):
@@ -721,7 +724,7 @@ def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
 
 def test_the_job_s_time_ends_a_question(service: sandbox.CivitAI) -> None:
     service.fail(sandbox.SILENCE, times=None, on="/api/download/")
-    client = client_of(service, waits=dataclasses.replace(QUICK, answer=60.0))
+    client = client_of(service, timings=dataclasses.replace(QUICK, answer=60.0))
     remote = client.describe(LORA, Deadline())
 
     with pytest.raises(JobTimeout):
@@ -729,18 +732,20 @@ def test_the_job_s_time_ends_a_question(service: sandbox.CivitAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "waits"),
+    ("fault", "timings"),
     [
         (sandbox.SILENCE, dataclasses.replace(QUICK, answer=1000.0)),  # while it is asked
         (
             sandbox.SERVER_ERROR,
             dataclasses.replace(QUICK, shortest=1000.0, longest=1000.0),
-        ),  # while it waits to ask again
+        ),  # while it timings to ask again
     ],
 )
-def test_a_cancelled_job_waits_for_nothing(fault: sandbox.Fault, waits: Waits, service: sandbox.CivitAI) -> None:
+def test_a_cancelled_job_waits_for_nothing(
+    fault: sandbox.Fault, timings: CivitAITimings, service: sandbox.CivitAI
+) -> None:
     service.fail(fault, times=None, on="/api/download/")
-    client = client_of(service, waits=waits)
+    client = client_of(service, timings=timings)
     remote = client.describe(LORA, Deadline())
     deadline = Deadline()
     cancelling = threading.Timer(0.2, deadline.cancel)
@@ -782,7 +787,7 @@ STRAYS = [
 @pytest.mark.parametrize("target", STRAYS)
 def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service: sandbox.CivitAI) -> None:
     client = CivitAI(
-        policy=HostPolicy([service.url, "https://b2.civitai.com"]), urls=[service.url], key=KEY, waits=QUICK
+        policy=EgressPolicy([service.url, "https://b2.civitai.com"]), urls=[service.url], key=KEY, timings=QUICK
     )
     remote = client.describe(LORA, Deadline())
     service.fail(sandbox.redirect(target), times=None, on="/api/download/")
@@ -814,7 +819,7 @@ def test_a_chain_of_20_hops_ends(service: sandbox.CivitAI) -> None:
 
 def test_the_key_is_not_sent_to_another_origin_that_may_be_reached(service: sandbox.CivitAI) -> None:
     with sandbox.CivitAI() as other:
-        client = CivitAI(policy=HostPolicy([service.url, other.url]), urls=[service.url], key=KEY, waits=QUICK)
+        client = CivitAI(policy=EgressPolicy([service.url, other.url]), urls=[service.url], key=KEY, timings=QUICK)
         remote = client.describe(LORA, Deadline())
         service.fail(sandbox.redirect(f"{other.url}/file?sig=1"), on="/api/download/")
 
@@ -856,13 +861,13 @@ def test_a_link_is_never_logged(service: sandbox.CivitAI, caplog: pytest.LogCapt
 def test_every_refusal_has_its_rule() -> None:
     assert set(POLICY) == set(Refusal)
     for rule in POLICY.values():
-        assert rule.sentence.format(model="M", detail="D")
+        assert rule.message.format(model="M", detail="D")
 
 
 @settings(deadline=None)
 @given(status=st.integers(200, 599), body=st.binary(max_size=50), keyed=st.booleans(), after=st.text(max_size=12))
 def test_any_answer_but_200_is_a_refusal(status: int, body: bytes, keyed: bool, after: str) -> None:
-    refused = refusal_of(Answer("https://civitai.com", status, body=body, retry_after=after), keyed=keyed)
+    refused = refusal_of(CivitAIResponse("https://civitai.com", status, body=body, retry_after=after), keyed=keyed)
 
     assert (refused is None) == (status == 200)
     assert refused is None or refused.retry_after is None or refused.retry_after >= 0

@@ -16,6 +16,7 @@ import pytest
 import model_manager
 from a1111_worker import catalog
 from a1111_worker.config import Config
+from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind
 from a1111_worker.errors import WorkerError
 from sandbox.civitai import REGION_BLOCKED
@@ -113,10 +114,10 @@ def test_list_says_what_is_there_and_how_often_it_was_used(shell: Shell) -> None
     shell.put("by hand.safetensors", 1)
     worker = shell.start(checkpoint=None)
     for _ in range(3):
-        with worker.hold([lora(77)], deadline=soon()):
+        with worker.hold([lora(77)], JobContext(soon())):
             pass
 
-    with worker.hold([lora(77)], deadline=soon()):
+    with worker.hold([lora(77)], JobContext(soon())):
         rows, text = shell.told("list"), shell.run("list").stdout
 
     by_file = {row["file"]: row for row in rows}
@@ -184,10 +185,10 @@ def test_evict_makes_the_cache_small_enough_or_says_that_it_cannot(shell: Shell)
     for number in (1, 2, 3):
         shell.serve(number, size=MB)
     worker = shell.start(checkpoint=None)
-    with worker.hold([lora(2), lora(3), lora(1)], deadline=soon()):
+    with worker.hold([lora(2), lora(3), lora(1)], JobContext(soon())):
         pass
 
-    with worker.hold([lora(1)], deadline=soon()):
+    with worker.hold([lora(1)], JobContext(soon())):
         cannot = shell.run("evict", "--to-gb", "0")
         can = shell.told("evict", "--to-gb", "0.001")
 
@@ -216,7 +217,7 @@ def test_remove_takes_a_model_away_unless_it_is_in_use_or_not_there(shell: Shell
     shell.put("mine.safetensors", 1)
     worker = shell.start(checkpoint=None)
 
-    with worker.hold([lora(1)], deadline=soon()):
+    with worker.hold([lora(1)], JobContext(soon())):
         removed = shell.run("remove", "mine")
         in_use = shell.run("remove", "Model-1_1.safetensors")
         unknown = shell.run("remove", "../loras/mine")
@@ -245,7 +246,7 @@ from pathlib import Path
 from tests.fleet import lora, manager, soon
 
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="holder", checkpoint=None) as worker:
-    with worker.hold([lora(1)], deadline=soon()):
+    with worker.hold([lora(1)], JobContext(soon())):
         print("held", flush=True)
         threading.Event().wait()
 """

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from a1111_worker.domain import Deadline, Model
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import HeldModels, Model
 from a1111_worker.errors import VolumeFull
-from a1111_worker.models.manager import Held, ModelManager
+from a1111_worker.models.manager import ModelManager
 from sandbox.models import sha256_of
 from tests.fleet import Fleet, lora
 
@@ -38,7 +39,7 @@ class Cache(RuleBasedStateMachine):
         self.fleet.__enter__()
         self.sha256 = {version: sha256_of(self.fleet.serve(version, size=SIZE)) for version in VERSIONS}
         self.workers = [self.new_worker(), self.new_worker()]
-        self.held: list[tuple[ModelManager, Model, AbstractContextManager[Held]]] = []
+        self.held: list[tuple[ModelManager, Model, AbstractContextManager[HeldModels]]] = []
         self.forgotten: set[str] = set()  # held by workers that died
 
     def new_worker(self) -> ModelManager:
@@ -52,7 +53,7 @@ class Cache(RuleBasedStateMachine):
 
     @rule(worker=st.integers(0, 1), version=st.sampled_from(VERSIONS))
     def hold(self, worker: int, version: int) -> None:
-        context = self.workers[worker].hold([lora(version)], deadline=Deadline(30))
+        context = self.workers[worker].hold([lora(version)], JobContext(Deadline(30)))
         was_there, was_held = self.file(version).exists(), self.held_files()
         try:
             held = context.__enter__()
@@ -85,7 +86,7 @@ class Cache(RuleBasedStateMachine):
     def crash(self, worker: int) -> None:
         """The worker is gone without a word: what it held stays held, for as long as it is not known to be dead."""
         dead = self.workers[worker]
-        dead._heart.stop()
+        dead._heartbeat.stop()
         self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._mine}
         dead._holds._mine.clear()
         self.held = [one for one in self.held if one[0] is not dead]
@@ -139,7 +140,7 @@ TestCache.settings = settings(
 STORM = """
 import hashlib, json, random, sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.errors import VolumeFull
 from tests.fleet import lora, manager
 
@@ -158,7 +159,7 @@ with manager(Path(folder), api, storage, **how) as worker:
             continue
         refs = [lora(int(version)) for version in chance.sample(sorted(served), chance.randint(1, 2))]
         try:
-            with worker.hold(refs, deadline=Deadline(100)) as held:
+            with worker.hold(refs, JobContext(Deadline(100))) as held:
                 for ref, model in held.models.items():
                     link = Path(folder) / f"container{name}/webui/Lora" / model.file
                     for path in (model.path, link):
@@ -222,12 +223,12 @@ def test_eight_processes_of_fifty_operations_each(tmp_path: Path) -> None:
 FETCH = """
 import sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from tests.fleet import lora, manager
 
 folder, api, storage, name = sys.argv[1:]
 with manager(Path(folder), api, storage, name=name, checkpoint=None) as worker:
-    with worker.hold([lora(1)], deadline=Deadline(100)) as held:
+    with worker.hold([lora(1)], JobContext(Deadline(100))) as held:
         print(held.models[lora(1)].downloaded)
 """
 

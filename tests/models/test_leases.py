@@ -11,21 +11,22 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.errors import JobTimeout
-from a1111_worker.models.leases import Heart, Holds, Lease, Leases, Watch, new_owner
+from a1111_worker.heartbeat import Heartbeat
+from a1111_worker.models.leases import Holds, Lease, Leases, Watch, new_owner
 
 STALE = 0.4
 
 
 class Worker:
-    """A worker's leases and holds. `alive=False`: its heart does not beat, as that of a killed one."""
+    """A worker's leases and holds. `alive=False`: its heartbeat does not beat, as that of a killed one."""
 
     def __init__(self, name: str, *, alive: bool = True, stale_after: float = STALE) -> None:
-        self.heart = Heart(0.02 if alive else 3600)
+        self.heartbeat = Heartbeat(0.02 if alive else 3600)
         self.watch = Watch(stale_after)
-        self.leases = Leases(name, self.heart, self.watch)
-        self.holds = Holds(name, self.heart, self.watch)
+        self.leases = Leases(name, self.heartbeat, self.watch)
+        self.holds = Holds(name, self.heartbeat, self.watch)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def worker() -> Iterator[Callable[..., Worker]]:
 
     yield make
     for one in made:
-        one.heart.stop()
+        one.heartbeat.stop()
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -306,7 +307,7 @@ def test_a_living_worker_whose_hold_was_dropped_makes_it_again(tmp_path: Path, w
 
 
 def test_what_oneself_uses_is_in_use_though_its_hold_is_gone(tmp_path: Path, worker: Callable[..., Worker]) -> None:
-    one = worker("one", alive=False)  # its heart has not beaten since
+    one = worker("one", alive=False)  # its heartbeat has not beaten since
     one.holds.hold(tmp_path, "a.safetensors", Deadline(1))
     for hold in tmp_path.iterdir():
         hold.unlink()

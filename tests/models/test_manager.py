@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import Deadline, Model, ModelKind, ModelRef, Progress
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress
 from a1111_worker.errors import (
     DownloadFailed,
     JobCancelled,
@@ -28,7 +29,7 @@ from a1111_worker.errors import (
     ModelRejected,
     VolumeFull,
 )
-from a1111_worker.models.manager import Held, ModelManager
+from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import NO_MODEL, SERVER_ERROR
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from sandbox.storage import Fault
@@ -46,7 +47,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 def fetch(manager: ModelManager, *refs: ModelRef) -> Model:
     """Hold models for a moment; the first of them."""
-    with manager.hold(refs, deadline=soon()) as held:
+    with manager.hold(refs, JobContext(soon())) as held:
         return held.models[refs[0]]
 
 
@@ -57,7 +58,7 @@ def test_a_lora_is_fetched_proven_and_shown_to_the_webui(fleet: Fleet) -> None:
     served = fleet.serve(77, name="Snow & Ice", base_model="SDXL 1.0", trained_words=["snow"])
     worker = fleet.start()
 
-    with worker.hold([lora(77)], deadline=soon()) as held:
+    with worker.hold([lora(77)], JobContext(soon())) as held:
         model = held.models[lora(77)]
 
         assert (fleet.folder / "container1/webui/Lora" / model.file).read_bytes() == served.read_bytes()
@@ -88,7 +89,7 @@ def test_the_files_of_a_job_come_together_and_in_the_order_of_its_references(fle
     fleet.civitai.storage.rate = 2 * MB
     worker = fleet.start()
 
-    with worker.hold([*refs, refs[0]], deadline=soon()) as held:
+    with worker.hold([*refs, refs[0]], JobContext(soon())) as held:
         there = list(held.models)
 
     assert there == refs
@@ -100,7 +101,7 @@ def test_the_first_failure_ends_the_others_and_nothing_is_held(fleet: Fleet) -> 
     fleet.civitai.storage.rate = 500_000
     worker = fleet.start()
 
-    with pytest.raises(ModelNotFound), worker.hold([lora(1), lora(404)], deadline=soon()):
+    with pytest.raises(ModelNotFound), worker.hold([lora(1), lora(404)], JobContext(soon())):
         pass
 
     assert fleet.models_there() == []
@@ -111,7 +112,7 @@ def test_failures_are_told_where_they_are_tolerated(fleet: Fleet) -> None:
     fleet.serve(1)
     worker = fleet.start()
 
-    with worker.hold([lora(404), lora(1), named("nobody")], deadline=soon(), tolerate=True) as held:
+    with worker.hold([lora(404), lora(1), named("nobody")], JobContext(soon()), tolerate=True) as held:
         there, failures = list(held.models), held.failures
 
     assert there == [lora(1)]
@@ -127,7 +128,7 @@ def test_progress_is_told_of_all_files_as_one(fleet: Fleet) -> None:
     fleet.civitai.storage.rate = 4 * MB
     seen: list[Progress] = []
 
-    with fleet.start().hold([lora(1), lora(2)], deadline=soon(), on_progress=seen.append):
+    with fleet.start().hold([lora(1), lora(2)], JobContext(soon(), seen.append)):
         pass
 
     assert seen[-1].percent == 100.0
@@ -177,7 +178,7 @@ def test_two_models_of_one_file_name_are_two_files(fleet: Fleet) -> None:
         fleet.serve(number, name="The same", file_name="same.safetensors")
     worker = fleet.start()
 
-    with worker.hold([lora(1), lora(2)], deadline=soon()) as held:
+    with worker.hold([lora(1), lora(2)], JobContext(soon())) as held:
         files = {model.file: model.sha256 for model in held.models.values()}
 
     assert sorted(files) == ["The_same_1.safetensors", "The_same_2.safetensors"]
@@ -341,7 +342,7 @@ def test_a_file_of_other_bytes_that_another_worker_uses_stays(fleet: Fleet) -> N
     one, other = fleet.start(), fleet.start()
     fleet.civitai.fail(NO_MODEL, times=None, on="/api/v1/")  # so that it is used, with a warning
 
-    with one.hold([lora(DETAIL)], deadline=soon()) as held:
+    with one.hold([lora(DETAIL)], JobContext(soon())) as held:
         warned = held.models[lora(DETAIL)].warnings
         fleet.civitai.heal()
         fleet.serve(DETAIL, size=MB)
@@ -423,8 +424,8 @@ def test_a_wrong_hash_twice_is_refused_and_nothing_is_left(fleet: Fleet) -> None
     with pytest.raises(ModelRejected) as raised:
         fetch(fleet.start(), lora(77))
 
-    assert "abababababab" in raised.value.sentence
-    assert sha256_of(served)[:12] in raised.value.sentence
+    assert "abababababab" in raised.value.message
+    assert sha256_of(served)[:12] in raised.value.message
     assert fleet.civitai.links_given == 2
     assert fleet.models_there() == []
     assert fleet.debris() == []
@@ -487,8 +488,8 @@ def test_the_checkpoint_is_fetched_once_and_kept_under_its_name(fleet: Fleet) ->
     served = fleet.serve_checkpoint()
     worker = fleet.start()
 
-    first = worker.prepare_checkpoint(deadline=soon())
-    second = worker.prepare_checkpoint(deadline=soon())
+    first = worker.prepare_checkpoint(JobContext(soon()))
+    second = worker.prepare_checkpoint(JobContext(soon()))
 
     assert (first.file, first.name, first.sha256) == ("jib_mix.safetensors", "Jib Mix v2", sha256_of(served))
     assert (fleet.folder / "container1/webui/Stable-diffusion/jib_mix.safetensors").read_bytes() == served.read_bytes()
@@ -499,9 +500,9 @@ def test_the_checkpoint_is_fetched_once_and_kept_under_its_name(fleet: Fleet) ->
 def test_a_checkpoint_on_disk_is_used_without_asking_anybody_and_read_once(fleet: Fleet) -> None:
     path = sdxl_checkpoint(fleet.models / "checkpoints/jib_mix.safetensors", 5)
 
-    first = fleet.start().prepare_checkpoint(deadline=soon())
+    first = fleet.start().prepare_checkpoint(JobContext(soon()))
     sidecar = (fleet.models / "checkpoints/jib_mix.safetensors.json").read_bytes()
-    second = fleet.start().prepare_checkpoint(deadline=soon())
+    second = fleet.start().prepare_checkpoint(JobContext(soon()))
 
     assert first.sha256 == second.sha256 == sha256_of(path)
     assert json.loads(sidecar)["sha256"] == first.sha256
@@ -517,7 +518,7 @@ def test_a_checkpoint_on_disk_is_compared_where_its_hash_is_known(fleet: Fleet, 
     served = fleet.serve_checkpoint()
     sha256 = sha256_of(there if known == "its own" else served)
 
-    model = fleet.start(checkpoint=replace(SPEC, sha256=sha256)).prepare_checkpoint(deadline=soon())
+    model = fleet.start(checkpoint=replace(SPEC, sha256=sha256)).prepare_checkpoint(JobContext(soon()))
 
     assert model.downloaded is fetched
     assert model.sha256 == sha256
@@ -528,7 +529,7 @@ def test_a_checkpoint_of_another_hash_than_configured_is_refused(fleet: Fleet) -
     spec = replace(SPEC, sha256="ab" * 32, ref=replace(SPEC.ref, sha256="ab" * 32))
 
     with pytest.raises(ModelRejected):
-        fleet.start(checkpoint=spec).prepare_checkpoint(deadline=soon())
+        fleet.start(checkpoint=spec).prepare_checkpoint(JobContext(soon()))
 
     assert fleet.debris() == []
 
@@ -536,9 +537,9 @@ def test_a_checkpoint_of_another_hash_than_configured_is_refused(fleet: Fleet) -
 def test_a_checkpoint_that_was_removed_under_a_worker_is_fetched_again(fleet: Fleet) -> None:
     fleet.serve_checkpoint()
     worker = fleet.start()
-    worker.prepare_checkpoint(deadline=soon()).path.unlink()
+    worker.prepare_checkpoint(JobContext(soon())).path.unlink()
 
-    again = worker.prepare_checkpoint(deadline=soon())
+    again = worker.prepare_checkpoint(JobContext(soon()))
 
     assert again.path.exists()
     assert fleet.civitai.resolves[CHECKPOINT] == 2
@@ -547,7 +548,7 @@ def test_a_checkpoint_that_was_removed_under_a_worker_is_fetched_again(fleet: Fl
 def test_the_fixed_checkpoint_is_its_version_too(fleet: Fleet) -> None:
     fleet.serve_checkpoint()
     worker = fleet.start()
-    fixed = worker.prepare_checkpoint(deadline=soon())
+    fixed = worker.prepare_checkpoint(JobContext(soon()))
 
     model = fetch(worker, ModelRef(ModelKind.CHECKPOINT, version_id=CHECKPOINT))
 
@@ -613,13 +614,13 @@ def test_a_lora_of_another_family_is_refused_and_an_unknown_one_comes_with_a_war
     )
     fleet.serve(17, odd, base_model="Other")
     worker = fleet.start()
-    worker.prepare_checkpoint(deadline=soon())
+    worker.prepare_checkpoint(JobContext(soon()))
 
-    with worker.hold([lora(15), lora(16), lora(17)], deadline=soon(), tolerate=True) as held:
+    with worker.hold([lora(15), lora(16), lora(17)], JobContext(soon()), tolerate=True) as held:
         models, failures = held.models, held.failures
 
     assert isinstance(failures[lora(15)], ModelRejected)
-    assert "SD 1.5" in failures[lora(15)].sentence
+    assert "SD 1.5" in failures[lora(15)].message
     assert models[lora(16)].warnings == ()
     assert "fits the checkpoint" in models[lora(17)].warnings[0]
 
@@ -634,7 +635,7 @@ def test_many_jobs_and_workers_that_want_one_file_fetch_it_once(fleet: Fleet) ->
     seen: list[Progress] = []
 
     def job(number: int) -> bool:
-        with workers[number % 3].hold([lora(77)], deadline=soon(), on_progress=seen.append) as held:
+        with workers[number % 3].hold([lora(77)], JobContext(soon(), seen.append)) as held:
             return held.models[lora(77)].downloaded
 
     with ThreadPoolExecutor(9) as threads:
@@ -686,8 +687,8 @@ def test_a_cancelled_job_ends_at_once_and_one_that_waits_goes_on_with_its_part(f
     first, second = soon(), soon()
     waiting = threading.Event()
 
-    def hold(deadline: Deadline, told: Any = None) -> Held:
-        with worker.hold([lora(77)], deadline=deadline, on_progress=told or (lambda look: None)) as held:
+    def hold(deadline: Deadline, told: Any = None) -> HeldModels:
+        with worker.hold([lora(77)], JobContext(deadline, told or (lambda look: None))) as held:
             return held
 
     def told(look: Progress) -> None:
@@ -723,7 +724,7 @@ def test_the_failure_of_one_is_told_to_those_who_waited(fleet: Fleet) -> None:
         try:
             fetch(worker, lora(77))
         except ModelRejected as error:
-            return error.sentence
+            return error.message
         return "fetched"
 
     with ThreadPoolExecutor(3) as threads:
@@ -753,7 +754,7 @@ def test_what_the_gpu_waits_for_comes_before_what_is_only_prepared(
     finished: list[str] = []
 
     def job(version_id: int, told: Any, foreground: bool) -> None:
-        with worker.hold([lora(version_id)], deadline=soon(), on_progress=told, foreground=lambda: foreground):
+        with worker.hold([lora(version_id)], JobContext(soon(), told, is_next=lambda: foreground)):
             finished.append("prepared" if version_id == 1 else "urgent")
 
     def told(look: Progress) -> None:
@@ -780,7 +781,7 @@ def test_a_wrong_hash_is_the_failure_of_whoever_named_it(fleet: Fleet) -> None:
     begun = threading.Event()
 
     def wrong() -> None:
-        with worker.hold([lora(77, sha256="ab" * 32)], deadline=soon(), on_progress=lambda look: begun.set()):
+        with worker.hold([lora(77, sha256="ab" * 32)], JobContext(soon(), lambda look: begun.set())):
             pass
 
     with ThreadPoolExecutor(1) as threads:
@@ -800,7 +801,7 @@ def test_a_job_without_time_says_so_and_its_part_stays(fleet: Fleet) -> None:
     fleet.civitai.storage.rate = MB
     worker = fleet.start()
 
-    with pytest.raises(JobTimeout), worker.hold([lora(77)], deadline=Deadline(0.7)):
+    with pytest.raises(JobTimeout), worker.hold([lora(77)], JobContext(Deadline(0.7))):
         pass
     fleet.civitai.storage.rate = None
     fetch(worker, lora(77))
@@ -811,7 +812,7 @@ def test_a_job_without_time_says_so_and_its_part_stays(fleet: Fleet) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from tests.fleet import lora, manager
 
 def told(look):
@@ -819,7 +820,7 @@ def told(look):
         os.kill(os.getpid(), 9)
 
 with manager(Path(sys.argv[1]), sys.argv[2], sys.argv[3], name="dead", checkpoint=None) as worker:
-    with worker.hold([lora(77)], deadline=Deadline(30), on_progress=told):
+    with worker.hold([lora(77)], JobContext(Deadline(30), told)):
         pass
 """
 
@@ -847,12 +848,12 @@ PAUSED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from tests.fleet import TUNING, lora, manager
 
 tuning = replace(TUNING, connections=1, piece_least=100_000, piece_most=100_000)
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, tuning=tuning) as worker:
-    with worker.hold([lora(77)], deadline=Deadline(30)) as held:
+    with worker.hold([lora(77)], JobContext(Deadline(30))) as held:
         print(held.models[lora(77)].downloaded)
 """
 
@@ -903,7 +904,7 @@ def test_a_worker_that_lost_its_lease_goes_on_with_whoever_took_over(fleet: Flee
     waits = threading.Event()
 
     def job(worker: ModelManager, told: Any) -> str:
-        with worker.hold([lora(77)], deadline=soon(), on_progress=told) as held:
+        with worker.hold([lora(77)], JobContext(soon(), told)) as held:
             return held.models[lora(77)].file
 
     def lose() -> None:
@@ -958,7 +959,7 @@ def test_what_any_worker_uses_is_not_evicted(fleet: Fleet) -> None:
     one, other = fleet.start(limit=2 * MB), fleet.start(limit=2 * MB)
     fetch(one, second)
 
-    with one.hold([first], deadline=soon()) as held:
+    with one.hold([first], JobContext(soon())) as held:
         last_used(fleet, 1, 1000)  # by age it would go first
         fetch(other, third)
         still_there = held.models[first].path.exists()
@@ -972,13 +973,13 @@ def test_the_checkpoint_is_never_evicted_and_never_kept_out_by_the_limit(fleet: 
     fleet.serve_checkpoint(size=3 * MB)
     (ref,) = sizes(fleet, 1)
     worker = fleet.start(limit=2 * MB)
-    worker.prepare_checkpoint(deadline=soon())
+    worker.prepare_checkpoint(JobContext(soon()))
     before = len(fleet.civitai.storage.asked)
 
     with pytest.raises(VolumeFull) as raised:
         fetch(worker, ref)
 
-    assert "Model 1" in raised.value.sentence
+    assert "Model 1" in raised.value.message
     assert len(fleet.civitai.storage.asked) == before  # not a byte was fetched
     assert (fleet.models / "checkpoints/jib_mix.safetensors").exists()
 
@@ -1003,7 +1004,7 @@ def test_the_files_that_come_together_keep_the_limit_together(fleet: Fleet, limi
     fleet.civitai.storage.latency = 0.3  # room was found for all of them before a byte of any is there
     worker = fleet.start(checkpoint=None, limit=limit)
 
-    with worker.hold(refs, deadline=soon(), tolerate=True) as held:
+    with worker.hold(refs, JobContext(soon()), tolerate=True) as held:
         failures = {type(error) for error in held.failures.values()}
         taken = sum((fleet.loras / file).stat().st_size for file in fleet.models_there())
 
@@ -1084,19 +1085,19 @@ def test_a_full_disk_that_cannot_be_made_large_enough_keeps_what_it_has(fleet: F
 NO_LONG_FILES = """
 import resource, sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.errors import VolumeFull
 from tests.fleet import lora, manager
 
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="1", checkpoint=None) as worker:
-    with worker.hold([lora(1)], deadline=Deadline(30)):
+    with worker.hold([lora(1)], JobContext(Deadline(30))):
         pass
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     try:
-        with worker.hold([lora(2)], deadline=Deadline(30)):
+        with worker.hold([lora(2)], JobContext(Deadline(30))):
             pass
     except VolumeFull as error:
-        print(error.sentence)
+        print(error.message)
 """
 
 
@@ -1122,7 +1123,7 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
     with read_only(fleet.models):
         worker = fleet.start()
 
-        with worker.hold([lora(1), lora(2)], deadline=soon()) as held:
+        with worker.hold([lora(1), lora(2)], JobContext(soon())) as held:
             there, fetched = held.models[lora(1)], held.models[lora(2)]
             link = fleet.folder / "container2/webui/Lora" / fetched.file
             linked = link.read_bytes() == fetched.path.read_bytes()
@@ -1185,7 +1186,7 @@ def test_a_file_of_a_source_with_other_bytes_is_passed_over(fleet: Fleet) -> Non
 def test_a_checkpoint_in_the_image_is_used_without_asking(fleet: Fleet) -> None:
     path = sdxl_checkpoint(fleet.folder / "source/checkpoints/jib_mix.safetensors", 3)
 
-    model = fleet.start(sources=[fleet.folder / "source"]).prepare_checkpoint(deadline=soon())
+    model = fleet.start(sources=[fleet.folder / "source"]).prepare_checkpoint(JobContext(soon()))
 
     assert model.path == path
     assert fleet.asked() == []

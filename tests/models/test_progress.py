@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from a1111_worker.domain import Progress
-from a1111_worker.models.progress import Tallies, Tally
+from a1111_worker.models.progress import AggregateProgress, FileProgress
 
 
 def test_files_are_added_up() -> None:
     looks: list[Progress] = []
-    tallies = Tallies(2, looks.append)
+    tallies = AggregateProgress(2, looks.append)
 
-    tallies.of("a")(Tally("A", 10, 100))
-    tallies.of("b")(Tally("B", 50, 300))
+    tallies.of("a")(FileProgress("A", 10, 100))
+    tallies.of("b")(FileProgress("B", 50, 300))
     tallies.ready()
-    tallies.of("a")(Tally("A", 100, 100))
+    tallies.of("a")(FileProgress("A", 100, 100))
 
     assert [look.percent for look in looks] == [None, 15.0, 37.5]  # of all, once all are known
     assert looks[-1].facts["bytes"] == 150
@@ -23,9 +23,9 @@ def test_files_are_added_up() -> None:
 
 def test_what_an_earlier_download_left_has_no_speed() -> None:
     looks: list[Progress] = []
-    tell = Tallies(1, looks.append).of("a")
+    tell = AggregateProgress(1, looks.append).of("a")
 
-    tell(Tally("A", 900, 1000))
+    tell(FileProgress("A", 900, 1000))
 
     assert looks[0].facts["mb_per_s"] == 0.0
     assert looks[0].eta_s is None
@@ -34,7 +34,7 @@ def test_what_an_earlier_download_left_has_no_speed() -> None:
 def test_a_size_that_nobody_knows_has_no_percent() -> None:
     looks: list[Progress] = []
 
-    Tallies(1, looks.append).of("a")(Tally("A", 5_000_000))
+    AggregateProgress(1, looks.append).of("a")(FileProgress("A", 5_000_000))
 
     assert looks[0].percent is None
     assert looks[0].detail == "0 of 1 ready, 5 of 5 MB"
@@ -42,10 +42,10 @@ def test_a_size_that_nobody_knows_has_no_percent() -> None:
 
 def test_waiting_is_told_only_where_nothing_else_is_done() -> None:
     looks: list[Progress] = []
-    tallies = Tallies(2, looks.append)
+    tallies = AggregateProgress(2, looks.append)
 
-    tallies.of("a")(Tally("A", 1_000_000, 4_000_000, waiting="another worker"))
-    tallies.of("b")(Tally("B", 1_000_000, 4_000_000))
+    tallies.of("a")(FileProgress("A", 1_000_000, 4_000_000, waiting="another worker"))
+    tallies.of("b")(FileProgress("B", 1_000_000, 4_000_000))
 
     assert looks[0].detail == "another worker is fetching A, 25 %; 0 of 2 ready, 1 of 4 MB"
     assert looks[1].detail == "0 of 2 ready, 2 of 8 MB"

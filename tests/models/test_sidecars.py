@@ -12,27 +12,28 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import Deadline, ModelKind, ModelRef
+from a1111_worker.context import Deadline
+from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.errors import JobCancelled, ModelNotFound, ModelRejected
-from a1111_worker.models.sidecars import Record, Registry, answers
-from a1111_worker.models.volume import Shelf
+from a1111_worker.models.sidecars import Record, Sidecars, answers
+from a1111_worker.models.volume import CacheDirectory
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from tests.disks import read_only
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    shelf = Shelf(tmp_path / "loras", ModelKind.LORA, writable=True)
+def shelf(tmp_path: Path) -> CacheDirectory:
+    shelf = CacheDirectory(tmp_path / "loras", ModelKind.LORA, writable=True)
     shelf.prepare()
     return shelf
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "notes", "me")
+def registry(tmp_path: Path) -> Sidecars:
+    return Sidecars(tmp_path / "notes", "me")
 
 
-def kept(shelf: Shelf, registry: Registry, file: str = "a_12.safetensors", **facts: Any) -> Record:
+def kept(shelf: CacheDirectory, registry: Sidecars, file: str = "a_12.safetensors", **facts: Any) -> Record:
     """A record of a real file."""
     path = sdxl_lora(shelf.path(file), 1)
     record = Record(
@@ -49,24 +50,24 @@ def kept(shelf: Shelf, registry: Registry, file: str = "a_12.safetensors", **fac
     return registry.write(shelf, replace(record, **facts))
 
 
-def sidecar(shelf: Shelf, file: str = "a_12.safetensors") -> Path:
+def sidecar(shelf: CacheDirectory, file: str = "a_12.safetensors") -> Path:
     return shelf.folder / f"{file}.json"
 
 
-def test_what_was_written_is_known(shelf: Shelf, registry: Registry) -> None:
+def test_what_was_written_is_known(shelf: CacheDirectory, registry: Sidecars) -> None:
     record = kept(shelf, registry)
 
     assert registry.look(shelf, "a_12.safetensors") == record
-    assert Registry(shelf.folder, "another worker").look(shelf, "a_12.safetensors") == record
+    assert Sidecars(shelf.folder, "another worker").look(shelf, "a_12.safetensors") == record
 
 
-def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: Shelf, registry: Registry) -> None:
+def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: CacheDirectory, registry: Sidecars) -> None:
     kept(shelf, registry)
     whole = sidecar(shelf).read_bytes()
 
     for length in range(0, len(whole), 5):
         sidecar(shelf).write_bytes(whole[:length])
-        assert Registry(shelf.folder, "me").look(shelf, "a_12.safetensors") is None, whole[:length]
+        assert Sidecars(shelf.folder, "me").look(shelf, "a_12.safetensors") is None, whole[:length]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: Shelf, registry: Regi
     ],
 )
 def test_a_sidecar_that_says_something_else_is_not_believed(
-    shelf: Shelf, registry: Registry, change: dict[str, Any]
+    shelf: CacheDirectory, registry: Sidecars, change: dict[str, Any]
 ) -> None:
     kept(shelf, registry)
     sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | change))
@@ -101,21 +102,21 @@ def test_a_sidecar_that_says_something_else_is_not_believed(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b"\x00" * 4096])
-def test_any_sidecar_is_survived(shelf: Shelf, registry: Registry, content: bytes) -> None:
+def test_any_sidecar_is_survived(shelf: CacheDirectory, registry: Sidecars, content: bytes) -> None:
     kept(shelf, registry)
     sidecar(shelf).write_bytes(content)
 
     assert registry.look(shelf, "a_12.safetensors") is None
 
 
-def test_unknown_facts_of_the_same_schema_are_passed_over(shelf: Shelf, registry: Registry) -> None:
+def test_unknown_facts_of_the_same_schema_are_passed_over(shelf: CacheDirectory, registry: Sidecars) -> None:
     record = kept(shelf, registry)
     sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | {"rating": 5}))
 
     assert registry.look(shelf, "a_12.safetensors") == record
 
 
-def test_a_model_is_known_again_by_reading_it(shelf: Shelf, registry: Registry) -> None:
+def test_a_model_is_known_again_by_reading_it(shelf: CacheDirectory, registry: Sidecars) -> None:
     path = sdxl_lora(shelf.path("mine.safetensors"), 3)
     looks: list[tuple[int, int]] = []
 
@@ -130,7 +131,7 @@ def test_a_model_is_known_again_by_reading_it(shelf: Shelf, registry: Registry) 
     assert registry.look(shelf, "mine.safetensors") == record
 
 
-def test_a_file_that_somebody_replaced_by_hand_is_read_again(shelf: Shelf, registry: Registry) -> None:
+def test_a_file_that_somebody_replaced_by_hand_is_read_again(shelf: CacheDirectory, registry: Sidecars) -> None:
     path = sdxl_lora(shelf.path("mine.safetensors"), 1)
     registry.rebuild(shelf, "mine.safetensors", Deadline())
     size = path.stat().st_size
@@ -142,7 +143,7 @@ def test_a_file_that_somebody_replaced_by_hand_is_read_again(shelf: Shelf, regis
     assert registry.look(shelf, "mine.safetensors") is None
 
 
-def test_a_downloaded_file_may_be_copied_with_another_time(shelf: Shelf, registry: Registry) -> None:
+def test_a_downloaded_file_may_be_copied_with_another_time(shelf: CacheDirectory, registry: Sidecars) -> None:
     record = kept(shelf, registry)
 
     os.utime(shelf.path(record.file), (0, 0))  # as image layers do
@@ -150,7 +151,7 @@ def test_a_downloaded_file_may_be_copied_with_another_time(shelf: Shelf, registr
     assert registry.look(shelf, record.file) == record
 
 
-def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(shelf: Shelf, registry: Registry) -> None:
+def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(shelf: CacheDirectory, registry: Sidecars) -> None:
     shelf.path("bad.safetensors").write_bytes(b"<html>not a model</html>" * 10)
 
     with pytest.raises(ModelRejected):
@@ -161,7 +162,7 @@ def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(shelf: Shelf,
     assert not sidecar(shelf, "bad.safetensors").exists()
 
 
-def test_reading_a_model_ends_with_its_job(shelf: Shelf, registry: Registry) -> None:
+def test_reading_a_model_ends_with_its_job(shelf: CacheDirectory, registry: Sidecars) -> None:
     sdxl_lora(shelf.path("big.safetensors"), 1, 9_000_000)
     deadline = Deadline()
     seen: list[int] = []
@@ -176,35 +177,35 @@ def test_reading_a_model_ends_with_its_job(shelf: Shelf, registry: Registry) -> 
     assert len(seen) == 1
 
 
-def test_a_shelf_that_cannot_be_written_is_known_by_notes_of_this_container(tmp_path: Path, registry: Registry) -> None:
-    source = Shelf(tmp_path / "source", ModelKind.CHECKPOINT)
+def test_a_shelf_that_cannot_be_written_is_known_by_notes_of_this_container(tmp_path: Path, registry: Sidecars) -> None:
+    source = CacheDirectory(tmp_path / "source", ModelKind.CHECKPOINT)
     sdxl_checkpoint(source.path("c.safetensors"))
     with read_only(source.folder):
         record = registry.rebuild(source, "c.safetensors", Deadline())
         known = registry.look(source, "c.safetensors")
-        elsewhere = Registry(tmp_path / "other container", "other").look(source, "c.safetensors")
+        elsewhere = Sidecars(tmp_path / "other container", "other").look(source, "c.safetensors")
 
     assert known == record
     assert elsewhere is None
     assert [path.name for path in source.folder.iterdir()] == ["c.safetensors"]
 
 
-def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, registry: Registry) -> None:
-    shelf = Shelf(tmp_path / "baked", ModelKind.LORA, writable=True)
+def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, registry: Sidecars) -> None:
+    shelf = CacheDirectory(tmp_path / "baked", ModelKind.LORA, writable=True)
     shelf.prepare()
     record = kept(shelf, registry)
-    source = Shelf(shelf.folder, ModelKind.LORA)
+    source = CacheDirectory(shelf.folder, ModelKind.LORA)
 
     assert registry.look(source, record.file) == record
 
 
-def test_no_use_of_any_worker_is_lost(shelf: Shelf, registry: Registry) -> None:
+def test_no_use_of_any_worker_is_lost(shelf: CacheDirectory, registry: Sidecars) -> None:
     kept(shelf, registry)
     use = (
         "import sys; from pathlib import Path; from a1111_worker.domain import ModelKind;"
-        "from a1111_worker.models.sidecars import Registry; from a1111_worker.models.volume import Shelf;"
-        "shelf = Shelf(Path(sys.argv[1]), ModelKind.LORA, writable=True);"
-        "[Registry(shelf.folder, 'x').use(shelf, 'a_12.safetensors') for _ in range(100)]"
+        "from a1111_worker.models.sidecars import Sidecars; from a1111_worker.models.volume import CacheDirectory;"
+        "shelf = CacheDirectory(Path(sys.argv[1]), ModelKind.LORA, writable=True);"
+        "[Sidecars(shelf.folder, 'x').use(shelf, 'a_12.safetensors') for _ in range(100)]"
     )
 
     workers = [subprocess.Popen([sys.executable, "-c", use, str(shelf.folder)]) for _ in range(3)]
@@ -216,7 +217,7 @@ def test_no_use_of_any_worker_is_lost(shelf: Shelf, registry: Registry) -> None:
     assert last > 0
 
 
-def test_a_model_that_was_never_used_counts_from_when_it_came(shelf: Shelf, registry: Registry) -> None:
+def test_a_model_that_was_never_used_counts_from_when_it_came(shelf: CacheDirectory, registry: Sidecars) -> None:
     kept(shelf, registry)
     os.utime(shelf.path("a_12.safetensors"), (1000, 1000))
 
@@ -224,7 +225,9 @@ def test_a_model_that_was_never_used_counts_from_when_it_came(shelf: Shelf, regi
     assert registry.uses(shelf, "gone.safetensors") == (0, 0.0)
 
 
-def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(shelf: Shelf, registry: Registry) -> None:
+def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(
+    shelf: CacheDirectory, registry: Sidecars
+) -> None:
     record = kept(shelf, registry)
     url = "https://models.example/x.safetensors?secret=1"
 
@@ -238,7 +241,7 @@ def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(shelf: S
 
 
 @pytest.mark.parametrize("content", ["../../etc/passwd", "", "\x00", "no.safetensors", "é"])
-def test_a_url_never_leads_out_of_the_shelf(shelf: Shelf, registry: Registry, content: str) -> None:
+def test_a_url_never_leads_out_of_the_shelf(shelf: CacheDirectory, registry: Sidecars, content: str) -> None:
     registry.remember_url(shelf, "https://x", "a.safetensors")
     (note,) = shelf.urls.iterdir()
     note.write_text(content)
@@ -260,7 +263,7 @@ def test_a_url_never_leads_out_of_the_shelf(shelf: Shelf, registry: Registry, co
     ],
 )
 def test_which_record_answers_a_reference(
-    shelf: Shelf, registry: Registry, facts: dict[str, Any], wish: dict[str, Any], expected: bool
+    shelf: CacheDirectory, registry: Sidecars, facts: dict[str, Any], wish: dict[str, Any], expected: bool
 ) -> None:
     record = kept(shelf, registry, **facts)
 

@@ -11,24 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.models.volume import (
-    Names,
-    Shelf,
-    WebUIFolder,
-    can_write,
-    digest_file,
-    slug,
-    version_file,
-    write_atomically,
-)
+from a1111_worker.files import write_atomically
+from a1111_worker.models.volume import CacheDirectory, Names, WebUIFolder, can_write, digest_file, slug, version_file
 from tests.disks import read_only
 
 SHA = "0d9bd1b873a7863e128b4672e3e245838858f71469a3cec58123c16c06f83bd7"
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    shelf = Shelf(tmp_path / "loras", ModelKind.LORA, writable=True)
+def shelf(tmp_path: Path) -> CacheDirectory:
+    shelf = CacheDirectory(tmp_path / "loras", ModelKind.LORA, writable=True)
     shelf.prepare()
     return shelf
 
@@ -129,7 +121,7 @@ def test_names_claim_versions(file: str, versions: set[int]) -> None:
 # -- a shelf
 
 
-def test_a_model_is_there_when_its_part_is_placed_and_not_before(shelf: Shelf) -> None:
+def test_a_model_is_there_when_its_part_is_placed_and_not_before(shelf: CacheDirectory) -> None:
     part = shelf.part("v1", "me")
     part.write_bytes(b"model")
     Path(f"{part}.ranges").write_text("{}")
@@ -143,7 +135,7 @@ def test_a_model_is_there_when_its_part_is_placed_and_not_before(shelf: Shelf) -
     assert list(shelf.parts.iterdir()) == []
 
 
-def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(shelf: Shelf) -> None:
+def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(shelf: CacheDirectory) -> None:
     for age, owner in enumerate(["newest", "older", "oldest"]):
         part = shelf.part("v7", owner)
         part.write_bytes(owner.encode())
@@ -159,7 +151,7 @@ def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(shelf: Shel
     assert len(list(shelf.parts.iterdir())) == 3  # mine with its ranges, and the other model's
 
 
-def test_ones_own_part_is_kept_before_any_other(shelf: Shelf) -> None:
+def test_ones_own_part_is_kept_before_any_other(shelf: CacheDirectory) -> None:
     shelf.part("v7", "me").write_bytes(b"mine")
     shelf.part("v7", "dead").write_bytes(b"other")
 
@@ -168,7 +160,7 @@ def test_ones_own_part_is_kept_before_any_other(shelf: Shelf) -> None:
     assert [path.read_bytes() for path in shelf.parts.iterdir()] == [b"mine"]
 
 
-def test_a_listing_follows_what_others_do(shelf: Shelf) -> None:
+def test_a_listing_follows_what_others_do(shelf: CacheDirectory) -> None:
     first = shelf.names().files
     (shelf.folder / "x.safetensors").write_bytes(b"1")
     os.utime(shelf.folder, (1, 1))  # a volume whose times say nothing
@@ -185,7 +177,7 @@ def test_a_listing_follows_what_others_do(shelf: Shelf) -> None:
     ]
 
 
-def test_what_was_taken_away_can_be_put_back_but_never_over_a_new_one(shelf: Shelf) -> None:
+def test_what_was_taken_away_can_be_put_back_but_never_over_a_new_one(shelf: CacheDirectory) -> None:
     shelf.path("a.safetensors").write_bytes(b"old")
     away = shelf.take_away("a.safetensors", "me")
     gone = shelf.size("a.safetensors") is None
@@ -201,7 +193,7 @@ def test_what_was_taken_away_can_be_put_back_but_never_over_a_new_one(shelf: She
     assert shelf.path("a.safetensors").read_bytes() == b"new"
 
 
-def test_a_sweep_removes_what_nobody_comes_back_for(shelf: Shelf) -> None:
+def test_a_sweep_removes_what_nobody_comes_back_for(shelf: CacheDirectory) -> None:
     now = shelf.folder.stat().st_mtime
     old, young = shelf.part("v1", "dead"), shelf.part("v2", "alive")
     for path in (old, young):
@@ -222,7 +214,7 @@ def test_a_sweep_removes_what_nobody_comes_back_for(shelf: Shelf) -> None:
     assert [path.name for path in shelf.parts.iterdir()] == [young.name]
 
 
-def test_a_folder_that_cannot_be_written_says_so(shelf: Shelf) -> None:
+def test_a_folder_that_cannot_be_written_says_so(shelf: CacheDirectory) -> None:
     with read_only(shelf.folder):
         during = can_write(shelf.folder, "me")
 
@@ -234,12 +226,12 @@ def test_a_folder_that_cannot_be_written_says_so(shelf: Shelf) -> None:
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
-    write_atomically(target, b"whole", "me")
+    write_atomically(target, b"whole")
     target.unlink()
     target.mkdir()  # so that nothing can be renamed to it
 
     with pytest.raises(OSError, match=r".*"):
-        write_atomically(target, b"other", "me")
+        write_atomically(target, b"other")
 
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -247,7 +239,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 # -- what the WebUI sees
 
 
-def test_the_webui_sees_links_to_models_under_their_names(tmp_path: Path, shelf: Shelf) -> None:
+def test_the_webui_sees_links_to_models_under_their_names(tmp_path: Path, shelf: CacheDirectory) -> None:
     shelf.path("a.safetensors").write_bytes(b"1")
     webui = WebUIFolder(tmp_path / "webui", "me")
     webui.prepare([shelf.folder])
@@ -260,8 +252,8 @@ def test_the_webui_sees_links_to_models_under_their_names(tmp_path: Path, shelf:
     assert sorted(path.name for path in (tmp_path / "webui").iterdir()) == ["Lora", "Stable-diffusion", "VAE"]
 
 
-def test_a_link_changes_at_once_and_is_hidden_only_by_its_own_model(tmp_path: Path, shelf: Shelf) -> None:
-    other = Shelf(tmp_path / "source", ModelKind.LORA)
+def test_a_link_changes_at_once_and_is_hidden_only_by_its_own_model(tmp_path: Path, shelf: CacheDirectory) -> None:
+    other = CacheDirectory(tmp_path / "source", ModelKind.LORA)
     other.folder.mkdir()
     for where in (shelf, other):
         where.path("a.safetensors").write_bytes(str(where.folder).encode())
@@ -277,7 +269,7 @@ def test_a_link_changes_at_once_and_is_hidden_only_by_its_own_model(tmp_path: Pa
     assert not link.is_symlink()
 
 
-def test_the_start_removes_links_that_lead_nowhere_or_elsewhere(tmp_path: Path, shelf: Shelf) -> None:
+def test_the_start_removes_links_that_lead_nowhere_or_elsewhere(tmp_path: Path, shelf: CacheDirectory) -> None:
     webui = WebUIFolder(tmp_path / "webui", "me")
     webui.prepare([shelf.folder])
     shelf.path("good.safetensors").write_bytes(b"1")
@@ -293,7 +285,7 @@ def test_the_start_removes_links_that_lead_nowhere_or_elsewhere(tmp_path: Path, 
     assert sorted(path.name for path in folder.iterdir()) == ["Put models here.txt", "good.safetensors"]
 
 
-def test_links_of_models_that_went_are_pruned(tmp_path: Path, shelf: Shelf) -> None:
+def test_links_of_models_that_went_are_pruned(tmp_path: Path, shelf: CacheDirectory) -> None:
     webui = WebUIFolder(tmp_path / "webui", "me")
     webui.prepare([shelf.folder])
     for name in ("stays.safetensors", "goes.safetensors"):

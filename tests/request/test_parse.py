@@ -14,26 +14,17 @@ from a1111_worker import catalog
 from a1111_worker.domain import (
     DeliveryMode,
     GenerationRequest,
-    LoraWish,
+    ImageFormat,
+    LoraRequest,
     ModelKind,
     ModelRef,
     OnLoraError,
     OutputOptions,
-    PictureFormat,
 )
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.request.parse import (
-    DEFAULT_SAMPLER,
-    MAX_COMPLAINTS,
-    OVERRIDABLE,
-    Limits,
-    final_size,
-    means,
-    parse_request,
-    read_tags,
-    scale_of,
-)
-from a1111_worker.request.schema import FieldClass, fields
+from a1111_worker.request.loras import means, read_tags, scale_of
+from a1111_worker.request.parse import DEFAULT_SAMPLER, MAX_COMPLAINTS, final_size, parse_request
+from a1111_worker.request.schema import OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
 
 DATA = Path(__file__).parent.parent / "data"
 VERSIONS = ("1.9.3", "1.10.1")
@@ -82,7 +73,7 @@ def test_what_is_refused_says_why_and_what_is_taken_says_what() -> None:
 def test_the_settings_a_job_may_override_have_the_webuis_own_defaults(version: str) -> None:
     options = schema(version, "Options")
 
-    for name, setting in OVERRIDABLE.items():
+    for name, setting in OVERRIDABLE_OPTIONS.items():
         assert options[name]["default"] == setting.default
         assert options[name].get("type") in (None, setting.value.type, "number")  # A1111 calls whole numbers numbers
         assert setting.value.check(setting.default) == setting.default
@@ -155,7 +146,6 @@ def test_what_is_a1111s_goes_on_as_it_is() -> None:
     request = parse_request(FULL, LIMITS)
 
     assert request.body == FULL
-    assert request.images_expected == 4
     assert json.loads(json.dumps(request.body, allow_nan=False)) == FULL
 
 
@@ -205,8 +195,8 @@ def test_a_job_may_say_it_in_several_ways(given: dict[str, Any], expected: dict[
         ({}, OutputOptions()),
         (None, OutputOptions()),
         ({"format": None, "quality": None, "raw": None}, OutputOptions()),
-        ({"format": "webp", "quality": 75}, OutputOptions(PictureFormat.WEBP, 75)),
-        ({"format": "jpeg", "quality": 1.0}, OutputOptions(PictureFormat.JPEG, 1)),
+        ({"format": "webp", "quality": 75}, OutputOptions(ImageFormat.WEBP, 75)),
+        ({"format": "jpeg", "quality": 1.0}, OutputOptions(ImageFormat.JPEG, 1)),
         ({"metadata": False, "raw": True}, OutputOptions(metadata=False, raw=True)),
         ({"delivery": "inline", "raw": True}, OutputOptions(delivery=DeliveryMode.INLINE, raw=True)),
         ({"delivery": "bucket"}, OutputOptions(delivery=DeliveryMode.BUCKET)),
@@ -308,12 +298,12 @@ def test_loras_keep_their_order_and_may_be_named_in_every_way() -> None:
     )
 
     assert request.loras == (
-        LoraWish(lora(version_id=135867, name="Detail Tweaker XL", format="SafeTensor"), 1.5, "loras[0]"),
-        LoraWish(lora(version_id=8), None, "loras[1]"),
-        LoraWish(lora(version_id=1681921, name="Real Skin Slider"), None, "loras[2]"),
-        LoraWish(lora(version_id=5), -10, "loras[3]"),
-        LoraWish(lora(name="my_own"), None, "loras[4]"),
-        LoraWish(lora(url="https://cdn.example.com/x.safetensors"), None, "loras[5]"),
+        LoraRequest(lora(version_id=135867, name="Detail Tweaker XL", format="SafeTensor"), 1.5, "loras[0]"),
+        LoraRequest(lora(version_id=8), None, "loras[1]"),
+        LoraRequest(lora(version_id=1681921, name="Real Skin Slider"), None, "loras[2]"),
+        LoraRequest(lora(version_id=5), -10, "loras[3]"),
+        LoraRequest(lora(name="my_own"), None, "loras[4]"),
+        LoraRequest(lora(url="https://cdn.example.com/x.safetensors"), None, "loras[5]"),
     )
     assert request.on_lora_error is OnLoraError.WARN
 
@@ -321,9 +311,9 @@ def test_loras_keep_their_order_and_may_be_named_in_every_way() -> None:
 def test_a_scale_is_the_jobs_else_the_catalogs_else_one() -> None:
     known = catalog.LORAS[0]
 
-    assert scale_of(LoraWish(lora(version_id=known.version_id), 0.0, "loras[0]")) == 0.0
-    assert scale_of(LoraWish(lora(version_id=known.version_id), None, "loras[0]")) == known.scale
-    assert scale_of(LoraWish(lora(version_id=1), None, "loras[0]")) == 1.0
+    assert scale_of(LoraRequest(lora(version_id=known.version_id), 0.0, "loras[0]")) == 0.0
+    assert scale_of(LoraRequest(lora(version_id=known.version_id), None, "loras[0]")) == known.scale
+    assert scale_of(LoraRequest(lora(version_id=1), None, "loras[0]")) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -362,11 +352,11 @@ def test_tags_in_prompts_are_loras_too_after_those_of_the_list() -> None:
     )
 
     assert request.loras == (
-        LoraWish(lora(version_id=5), None, "loras[0]"),
-        LoraWish(lora(name="own"), 0.5, "prompt", in_prompt=True),
-        LoraWish(lora(version_id=135867, name="detail_tweaker_xl"), None, "prompt", in_prompt=True),
-        LoraWish(lora(name="split"), 0.4, "prompt", in_prompt=True),
-        LoraWish(lora(name="fine"), 1.0, "hr_prompt", in_prompt=True),
+        LoraRequest(lora(version_id=5), None, "loras[0]"),
+        LoraRequest(lora(name="own"), 0.5, "prompt", in_prompt=True),
+        LoraRequest(lora(version_id=135867, name="detail_tweaker_xl"), None, "prompt", in_prompt=True),
+        LoraRequest(lora(name="split"), 0.4, "prompt", in_prompt=True),
+        LoraRequest(lora(name="fine"), 1.0, "hr_prompt", in_prompt=True),
     )
     assert request.body["prompt"] == "<lora:own:0.5> a <lyco:detail_tweaker_xl> cat <lora:split:0.2:0.4>"
     assert request.warnings == ()
@@ -430,7 +420,7 @@ def test_a_styles_tags_join_the_jobs_loras() -> None:
 
     read, wrong = read_tags("<lora:own:1> <lora:fine:0.5>", "styles", listed), read_tags("<lora:x:much>", "styles", ())
 
-    assert read.loras[len(listed) :] == (LoraWish(lora(name="fine"), 0.5, "styles", in_prompt=True),)
+    assert read.loras[len(listed) :] == (LoraRequest(lora(name="fine"), 0.5, "styles", in_prompt=True),)
     assert wrong.complaints == (Complaint("styles", "holds <lora:x>: its weight must be a number"),)
 
 
@@ -812,7 +802,7 @@ def test_anything_gives_complaints_or_a_body_within_every_limit(raw: Any) -> Non
     assert all(table[name].kind is not FieldClass.REFUSED and table[name].is_a1111s for name in body)
     assert all(table[name].value.check(value) == value for name, value in body.items())
     assert final_size(body).pixels <= LIMITS.max_pixels
-    assert 1 <= request.images_expected <= LIMITS.max_images
+    assert 1 <= body.get("batch_size", 1) * body.get("n_iter", 1) <= LIMITS.max_images
     assert len(request.loras) <= 16
     assert all(-10 <= scale_of(wish) <= 10 for wish in request.loras)
 

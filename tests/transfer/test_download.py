@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.errors import (
     DownloadFailed,
     JobCancelled,
@@ -34,18 +34,19 @@ from a1111_worker.errors import (
     ModelError,
     ModelNotFound,
     ModelRejected,
+    PartialFileLost,
     VolumeFull,
 )
 from a1111_worker.transfer.connection import Body, Busy, Changed, Gone, Hiccup, LinkRefused, Unranged, judge
 from a1111_worker.transfer.download import Downloader, Fetched
-from a1111_worker.transfer.egress import HostPolicy
-from a1111_worker.transfer.partial_file import Memory, PartFile, PartLost, ranges_file
+from a1111_worker.transfer.egress import EgressPolicy
+from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, ranges_file
 from a1111_worker.transfer.ranges import (
-    Growth,
+    ByteRange,
+    ByteRanges,
+    ConcurrencyTuner,
     MiB,
     Patience,
-    Ranges,
-    Span,
     Tuning,
     Want,
     longest_piece,
@@ -137,7 +138,7 @@ class World:
     def fetch(self, tuning: Tuning = QUICK, **options: Any) -> Fetched:
         options.setdefault("deadline", Deadline(60))
         options.setdefault("source", self.source)
-        return Downloader(HostPolicy([self.storage.url]), tuning).fetch(part=self.part, **options)
+        return Downloader(EgressPolicy([self.storage.url]), tuning).fetch(part=self.part, **options)
 
     def is_right(self, fetched: Fetched) -> bool:
         return (
@@ -476,7 +477,7 @@ def test_no_more_connections_than_allowed_serve_all_files_together(tmp_path: Pat
             file = tmp_path / f"{number}.safetensors"
             file.write_bytes(random.Random(number).randbytes(600_000))
             keys.append((file, storage.put(file)))
-        downloader = Downloader(HostPolicy([storage.url]), dataclasses.replace(QUICK, connections=6))
+        downloader = Downloader(EgressPolicy([storage.url]), dataclasses.replace(QUICK, connections=6))
         fetched: dict[Path, Fetched] = {}
 
         def fetch(file: Path, key: str) -> None:
@@ -503,7 +504,7 @@ def test_a_file_that_is_only_prepared_gives_way(tmp_path: Path) -> None:
         urgent.write_bytes(random.Random(7).randbytes(600_000))
         urgent_key = storage.put(urgent)
         downloader = Downloader(
-            HostPolicy([storage.url]), dataclasses.replace(QUICK, connections=4, min_speed=1, stall_seconds=60)
+            EgressPolicy([storage.url]), dataclasses.replace(QUICK, connections=4, min_speed=1, stall_seconds=60)
         )
         order: list[str] = []
         flows = threading.Event()
@@ -542,7 +543,7 @@ class Race:
     def run(
         self, sizes: tuple[int, int], foreground: tuple[Callable[[], bool], Callable[[], bool]], **listens: Any
     ) -> None:
-        downloader = Downloader(HostPolicy([self.storage.url]), self.tuning)
+        downloader = Downloader(EgressPolicy([self.storage.url]), self.tuning)
         flows = threading.Event()
 
         def fetch(number: int) -> None:
@@ -657,7 +658,7 @@ def test_what_the_source_of_links_raises_is_what_the_caller_gets(world: World) -
 def test_a_redirect_is_followed_once_and_then_known(world: World) -> None:
     target = world.storage.sign(world.key)
     with Elsewhere(target) as elsewhere:
-        policy = HostPolicy([world.storage.url, elsewhere.url])
+        policy = EgressPolicy([world.storage.url, elsewhere.url])
 
         fetched = Downloader(policy, QUICK).fetch(Fixed(f"{elsewhere.url}/file"), world.part, deadline=Deadline(60))
 
@@ -682,11 +683,11 @@ class Elsewhere(Server):
 )
 def test_a_redirect_to_where_it_may_not_go_is_rejected(world: World, target: str) -> None:
     with Elsewhere(target) as elsewhere, pytest.raises(ModelRejected) as caught:
-        Downloader(HostPolicy([elsewhere.url]), QUICK).fetch(
+        Downloader(EgressPolicy([elsewhere.url]), QUICK).fetch(
             Fixed(f"{elsewhere.url}/again"), world.part, deadline=Deadline(60)
         )
 
-    assert "latest" not in caught.value.sentence
+    assert "latest" not in caught.value.message
     assert not caught.value.retryable
 
 
@@ -717,8 +718,8 @@ def test_a_line_that_never_works_fails_in_words(
         spoil(world, spoiling)
 
     assert type(caught.value) is error
-    assert str(world.folder) not in caught.value.sentence
-    assert "X-Amz" not in caught.value.sentence
+    assert str(world.folder) not in caught.value.message
+    assert "X-Amz" not in caught.value.message
 
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 1])
@@ -762,7 +763,7 @@ def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_host_without_an_address_fails_in_words(world: World) -> None:
-    policy = HostPolicy(["https://nowhere.invalid"])
+    policy = EgressPolicy(["https://nowhere.invalid"])
 
     with pytest.raises(DownloadFailed, match=r"no address|connection failed"):
         Downloader(policy, QUICK).fetch(Fixed("https://nowhere.invalid/x"), world.part, deadline=Deadline(60))
@@ -963,12 +964,12 @@ def test_room_for_the_whole_file_is_taken_before_its_first_byte(world: World) ->
     ],
     ids=["forget", "settle", "truncate", "write"],
 )
-def test_a_part_that_was_taken_over_is_not_touched(tmp_path: Path, change: Callable[[PartFile], None]) -> None:
-    part, model = PartFile(tmp_path / "model.part"), tmp_path / "model.safetensors"
+def test_a_part_that_was_taken_over_is_not_touched(tmp_path: Path, change: Callable[[PartialFile], None]) -> None:
+    part, model = PartialFile(tmp_path / "model.part"), tmp_path / "model.safetensors"
     part.write(memoryview(b"a proven model"), 0)
     part.path.rename(model)
 
-    with pytest.raises(PartLost):
+    with pytest.raises(PartialFileLost):
         change(part)
 
     assert model.read_bytes() == b"a proven model"
@@ -979,18 +980,18 @@ def test_a_part_that_was_taken_over_is_not_touched(tmp_path: Path, change: Calla
 _WITH_LIMIT = """
 import resource, sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.errors import VolumeFull
-from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.egress import EgressPolicy
 class Source:
     def link(self, *, renew): return sys.argv[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 origin = "/".join(sys.argv[1].split("/")[:3])
 try:
-    Downloader(HostPolicy([origin])).fetch(Source(), Path(sys.argv[2]), deadline=Deadline(60))
+    Downloader(EgressPolicy([origin])).fetch(Source(), Path(sys.argv[2]), deadline=Deadline(60))
 except VolumeFull as error:
-    print(error.code, error.sentence)
+    print(error.code, error.message)
 """
 
 
@@ -1019,7 +1020,7 @@ def test_what_a_disk_refuses_is_a_full_volume_to_the_caller(number: int) -> None
     refused = _refused(OSError(number, os.strerror(number)), 6_938_041_234)
 
     assert refused.code == "VOLUME_FULL"
-    assert ("6,938 MB" in refused.sentence) is (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    assert ("6,938 MB" in refused.message) is (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def test_a_folder_that_is_not_there_is_a_volume_that_cannot_be_written(world: World) -> None:
@@ -1044,14 +1045,14 @@ def test_a_link_in_the_place_of_a_part_is_not_followed(world: World, tmp_path: P
 _FETCH = """
 import json, sys
 from pathlib import Path
-from a1111_worker.domain import Deadline
+from a1111_worker.context import Deadline
 from a1111_worker.transfer.download import Downloader
-from a1111_worker.transfer.egress import HostPolicy
+from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
 class Source:
     def link(self, *, renew): return sys.argv[1]
 origin = "/".join(sys.argv[1].split("/")[:3])
-downloader = Downloader(HostPolicy([origin]), Tuning(**json.loads(sys.argv[3])))
+downloader = Downloader(EgressPolicy([origin]), Tuning(**json.loads(sys.argv[3])))
 downloader.fetch(Source(), Path(sys.argv[2]), deadline=Deadline(60))
 """
 
@@ -1089,8 +1090,8 @@ def test_killed_at_random_moments_it_goes_on_where_it_was(world: World, kills: i
     assert fetched.received == SIZE - fetched.resumed
 
 
-def _memory(world: World) -> Memory | None:
-    part = PartFile(world.part)
+def _memory(world: World) -> PartialFileState | None:
+    part = PartialFile(world.part)
     try:
         return part.recall()
     finally:
@@ -1177,7 +1178,7 @@ def _certificate(folder: Path) -> Path:
 def test_over_tls_it_arrives_and_is_cancelled_as_well(world: World, tmp_path: Path) -> None:
     with Tunnel(tmp_path, world.storage.url) as tunnel:
         world.storage.public_url = tunnel.url
-        downloader = Downloader(HostPolicy([tunnel.url], ca_file=str(tunnel.ca)), QUICK)
+        downloader = Downloader(EgressPolicy([tunnel.url], ca_file=str(tunnel.ca)), QUICK)
         deadline = Deadline(60)
         world.storage.rate = 300_000
         world.storage.at(SIZE // 2, deadline.cancel)
@@ -1197,7 +1198,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(world: World, tmp_path
         world.storage.public_url = tunnel.url
 
         with pytest.raises(DownloadFailed, match="no valid certificate"):
-            Downloader(HostPolicy([tunnel.url]), QUICK).fetch(world.source, world.part, deadline=Deadline(60))
+            Downloader(EgressPolicy([tunnel.url]), QUICK).fetch(world.source, world.part, deadline=Deadline(60))
 
     assert not world.storage.asked
 
@@ -1212,7 +1213,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(world: World, tmp_path
 def test_what_is_done_and_what_is_missing_are_the_whole(size: int, cuts: list[tuple[int, int]]) -> None:
     done = [(min(a, b, size), min(max(a, b), size)) for a, b in cuts]
 
-    ranges = Ranges(size, done)
+    ranges = ByteRanges(size, done)
 
     covered = {byte for start, end in done for byte in range(start, end)}
     assert ranges.left == size - len(covered)
@@ -1227,8 +1228,8 @@ class Workers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranges = Ranges(self.SIZE)
-        self.spans: list[Span] = []
+        self.ranges = ByteRanges(self.SIZE)
+        self.spans: list[ByteRange] = []
         self.written: set[int] = set()
 
     @rule(piece=st.integers(1, 2_000))
@@ -1285,7 +1286,7 @@ TestWorkers.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def test_pieces_are_taken_in_order_so_that_the_front_moves() -> None:
-    ranges = Ranges(100)
+    ranges = ByteRanges(100)
 
     first, second = ranges.take(30), ranges.take(30)
     assert first and second
@@ -1365,7 +1366,7 @@ def test_a_piece_lasts_no_longer_than_the_hash_has_work(
 
 def grow(rates: dict[int, float], *, start: int = 8, most: int = 16) -> int:
     """Where a download ends up whose rate is what `rates` says for a number of connections."""
-    growth = Growth(start, most, settle=1.0, again=1000.0)
+    growth = ConcurrencyTuner(start, most, settle=1.0, again=1000.0)
     received, now = 0.0, 0.0
     for _ in range(100):
         lines = growth.observe(now, int(received), growth.lines)
@@ -1388,7 +1389,7 @@ def test_connections_grow_only_while_that_helps(rates: dict[int, float], expecte
 
 
 def test_growth_waits_until_all_connections_flow() -> None:
-    growth = Growth(4, 16, settle=1.0)
+    growth = ConcurrencyTuner(4, 16, settle=1.0)
 
     for second in range(10):
         growth.observe(float(second), second * 1000, flowing=3)

@@ -11,25 +11,21 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import Deadline
+from a1111_worker.background import BackgroundCall
+from a1111_worker.context import Deadline
 from a1111_worker.errors import (
     GenerationFailed,
     InvalidRequest,
     OutOfMemory,
+    RouteMissing,
+    WebUIBroken,
     WebUILost,
     WebUINotReady,
-    WorkerError,
-)
-from a1111_worker.webui.client import (
-    Call,
-    RouteMissing,
-    WebUI,
-    WebUIPoisoned,
     WebUIRefused,
     WebUISilent,
-    plain,
-    translate,
+    WorkerError,
 )
+from a1111_worker.webui.client import WebUI, plain, translate
 from sandbox.server import Exchange, Server
 
 DATA = Path(__file__).parent.parent / "data" / "webui-1.9.3"
@@ -88,7 +84,7 @@ def test_recorded_failures_are_told_apart(name: str, error: type[WorkerError], w
     found = translate(*recorded(name))
 
     assert type(found) is error
-    assert words.lower() in found.sentence.lower()
+    assert words.lower() in found.message.lower()
 
 
 # status, body, what it is
@@ -96,7 +92,7 @@ FURTHER: list[tuple[int, bytes, type[WorkerError]]] = [
     (500, shape("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB"), OutOfMemory),
     (500, shape("RuntimeError", "CUDA error: CUDA out of memory."), OutOfMemory),  # older torch raises it so
     (500, shape("NansException", "A tensor with all NaNs was produced in Unet."), GenerationFailed),
-    (500, shape("AttributeError", "'NoneType' object has no attribute 'lowvram'"), WebUIPoisoned),
+    (500, shape("AttributeError", "'NoneType' object has no attribute 'lowvram'"), WebUIBroken),
     (500, shape("AttributeError", "'NoneType' object has no attribute 'other'"), GenerationFailed),
     (500, shape("AssertionError", ""), GenerationFailed),
     (502, b"<html>Bad Gateway</html>", WebUILost),  # a proxy, not the WebUI
@@ -252,7 +248,7 @@ def test_an_answer_can_be_cut_while_it_is_read(server: Scripted) -> None:
 
     server.acts = [half]
     answer = client(server, timeout=30).txt2img({}, timeout=30)
-    reading = Call(answer.read)
+    reading = BackgroundCall(answer.read, name="call")
     begun.wait(10)
 
     answer.cut()
@@ -264,7 +260,7 @@ def test_an_answer_can_be_cut_while_it_is_read(server: Scripted) -> None:
 
 def test_whoever_waits_for_a_call_is_woken_by_its_own_deadline_alone() -> None:
     release = threading.Event()
-    call = Call(lambda: release.wait(20))
+    call = BackgroundCall(lambda: release.wait(20), name="call")
     gone, waiting = Deadline(), Deadline()
     gone.cancel()
 
@@ -274,7 +270,7 @@ def test_whoever_waits_for_a_call_is_woken_by_its_own_deadline_alone() -> None:
 
 
 def test_a_call_hands_over_what_came_of_it() -> None:
-    good, bad = Call(lambda: 7), Call(lambda: 1 // 0)
+    good, bad = BackgroundCall(lambda: 7, name="call"), BackgroundCall(lambda: 1 // 0, name="call")
 
     assert good.wait(10, Deadline()) and bad.wait(10, Deadline())
 

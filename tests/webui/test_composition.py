@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import GenerationRequest, Model, ModelKind, ModelRef
+from a1111_worker.domain import GenerationRequest, HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import InvalidRequest, ModelNotFound
-from a1111_worker.request.parse import Limits, parse_request
-from a1111_worker.webui.composition import Lists, compose, resolve
+from a1111_worker.request.parse import parse_request
+from a1111_worker.request.schema import Limits
+from a1111_worker.webui.composition import WebUILists, compose, resolve
 
 DATA = Path(__file__).parent.parent / "data"
 
 
-def lists(**changes: Any) -> Lists:
+def lists(**changes: Any) -> WebUILists:
     def recorded(name: str) -> Any:
         return json.loads((DATA / "webui-1.10.1" / f"full_{name}.json").read_text())
 
-    return Lists(
+    return WebUILists(
         **{
             "samplers": recorded("samplers"),
             "schedulers": recorded("schedulers"),
@@ -53,7 +54,7 @@ def model(stem: str, version_id: int | None = None, name: str | None = None, **c
 
 def composed(request: GenerationRequest, *found: Model) -> dict[str, Any]:
     models = {wish.ref: one for wish, one in zip(request.loras, found, strict=True)}
-    return dict(compose(request, models, {}).body)
+    return dict(compose(request, HeldModels(models)).body)
 
 
 # what the job says, what the WebUI is sent
@@ -131,7 +132,7 @@ def test_a_tag_the_caller_wrote_is_not_doubled_and_the_list_wins() -> None:
 def test_a_tag_alone_is_a_lora_of_the_job() -> None:
     request = parse(prompt="a <lora:detail_tweaker_xl:0.3> lighthouse")
 
-    plan = compose(request, {request.loras[0].ref: model("detail_tweaker_xl", 135867)}, {})
+    plan = compose(request, HeldModels({request.loras[0].ref: model("detail_tweaker_xl", 135867)}))
 
     assert plan.body["prompt"] == "a <lora:detail_tweaker_xl:0.3> lighthouse"
     assert [(lora.name, lora.scale) for lora in plan.loras] == [("detail_tweaker_xl", 0.3)]
@@ -146,7 +147,7 @@ def test_hires_has_the_loras_too() -> None:
 def test_an_entry_without_a_scale_leaves_a_tag_its_own_weights() -> None:
     request = parse(prompt="a <lora:x_7:0.5:1> lighthouse", loras=["x_7"])
 
-    plan = compose(request, {request.loras[0].ref: model("x_7")}, {})
+    plan = compose(request, HeldModels({request.loras[0].ref: model("x_7")}))
 
     assert plan.body["prompt"] == "a <lora:x_7:0.5:1> lighthouse"
     assert [lora.scale for lora in plan.loras] == [1.0]  # the U-Net's
@@ -165,7 +166,7 @@ def test_a_lora_that_could_not_be_had_is_left_out_with_a_warning() -> None:
     request = parse(prompt="a <lora:gone:1> lighthouse", on_lora_error="warn")
     ref = request.loras[0].ref
 
-    plan = compose(request, {}, {ref: ModelNotFound("nobody knows it")})
+    plan = compose(request, HeldModels(failures={ref: ModelNotFound("nobody knows it")}))
 
     assert "lora" not in plan.body["prompt"]
     assert plan.loras[0].model is None
@@ -176,7 +177,7 @@ def test_two_names_for_one_file_are_one_lora() -> None:
     request = parse(prompt="a <lora:by_hand:0.5> lighthouse", loras=[{"version_id": 7, "scale": 0.8}])
     same = model("by_hand", 7)
 
-    plan = compose(request, {wish.ref: same for wish in request.loras}, {})
+    plan = compose(request, HeldModels({wish.ref: same for wish in request.loras}))
 
     assert plan.body["prompt"] == "a <lora:by_hand:0.8> lighthouse"
     assert len(plan.loras) == 1
@@ -185,7 +186,7 @@ def test_two_names_for_one_file_are_one_lora() -> None:
 def test_what_is_to_be_said_of_a_model_is_said_of_the_job() -> None:
     request = parse(loras=[{"version_id": 7}])
 
-    plan = compose(request, {request.loras[0].ref: model("x_7", 7, warnings=("it cannot be told",))}, {})
+    plan = compose(request, HeldModels({request.loras[0].ref: model("x_7", 7, warnings=("it cannot be told",))}))
 
     assert plan.warnings == ("it cannot be told",)
 
@@ -283,4 +284,4 @@ def test_two_loras_of_urls_that_cannot_be_had_are_both_told() -> None:
     request = parse_request({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
     failures = {wish.ref: ModelNotFound("it is gone") for wish in request.loras}
 
-    assert len(compose(request, {}, failures).loras) == 2
+    assert len(compose(request, HeldModels(failures=failures)).loras) == 2

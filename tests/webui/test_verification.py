@@ -10,7 +10,7 @@ import pytest
 
 from a1111_worker.domain import AppliedLora, Model, ModelKind, OnLoraError
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost, WorkerError
-from a1111_worker.webui.verification import Plan, lora_hashes, prove
+from a1111_worker.webui.verification import GenerationPlan, lora_hashes, verify
 
 CHECKPOINT = Model(
     kind=ModelKind.CHECKPOINT, name="The Model", file="the_model.safetensors", path=Path("x"), sha256="ab" * 32, size=1
@@ -47,7 +47,7 @@ def answer(**changes: Any) -> dict[str, Any]:
 def test_an_answer_that_shows_everything_is_passed_on_untouched() -> None:
     found = answer()
 
-    generation = prove(found, Plan({"sampler_name": "Euler a"}, (lora(),)), CHECKPOINT)
+    generation = verify(found, GenerationPlan({"sampler_name": "Euler a"}, (lora(),)), CHECKPOINT)
 
     assert generation.answer is found
     assert generation.seeds == (42,)
@@ -81,19 +81,19 @@ REFUSED: list[tuple[Any, dict[str, Any], type[WorkerError]]] = [
 @pytest.mark.parametrize(("found", "body", "error"), REFUSED)
 def test_an_answer_that_shows_less_is_refused(found: Any, body: dict[str, Any], error: type[WorkerError]) -> None:
     with pytest.raises(error):
-        prove(found, Plan(body), CHECKPOINT)
+        verify(found, GenerationPlan(body), CHECKPOINT)
 
 
 def test_a_prompt_that_talks_of_a_model_hash_proves_and_disproves_nothing() -> None:
     found = answer(info={"infotexts": ["Model hash: 0123456789, a cat\nSteps: 1, Model hash: ababababab, Model: x"]})
 
-    prove(found, Plan({}), CHECKPOINT)
+    verify(found, GenerationPlan({}), CHECKPOINT)
 
 
 def test_text_of_the_second_pass_proves_and_disproves_nothing() -> None:
     facts = 'Steps: 1, Model hash: ababababab, Model: x, Hires prompt: "a cat, Model hash: 0123456789, \\"x\\""'
 
-    prove(answer(info={"infotexts": [f"a cat\n{facts}"]}), Plan({}), CHECKPOINT)
+    verify(answer(info={"infotexts": [f"a cat\n{facts}"]}), GenerationPlan({}), CHECKPOINT)
 
 
 def of_a_script(*infotexts: str, **info: Any) -> dict[str, Any]:
@@ -110,9 +110,9 @@ NOBODYS: dict[str, Any] = {
 
 
 def test_a_script_that_answers_for_no_picture_is_proven_by_each_of_them() -> None:
-    plan = Plan({"script_name": "prompts from file or textbox"}, (lora(),))
+    plan = GenerationPlan({"script_name": "prompts from file or textbox"}, (lora(),))
 
-    generation = prove(of_a_script(WITH_LORA, WITH_LORA, **NOBODYS), plan, CHECKPOINT)
+    generation = verify(of_a_script(WITH_LORA, WITH_LORA, **NOBODYS), plan, CHECKPOINT)
 
     assert [applied.loaded for applied in generation.loras] == [True]
 
@@ -122,18 +122,18 @@ def test_a_script_whose_pictures_do_not_name_the_checkpoint_proves_nothing(infot
     found = of_a_script(*infotexts, **NOBODYS) | {"images": ["iVBORw0KGgoAAAAA"]}
 
     with pytest.raises(CheckpointNotLoaded):
-        prove(found, Plan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
+        verify(found, GenerationPlan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
 
 
 def test_without_a_script_the_answer_itself_must_name_the_checkpoint() -> None:
     with pytest.raises(CheckpointNotLoaded):
-        prove(of_a_script(OURS, **NOBODYS), Plan({}), CHECKPOINT)
+        verify(of_a_script(OURS, **NOBODYS), GenerationPlan({}), CHECKPOINT)
 
 
 def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
-    plan = Plan({"script_name": "x/y/z plot"}, (lora(),))
+    plan = GenerationPlan({"script_name": "x/y/z plot"}, (lora(),))
 
-    generation = prove(of_a_script(WITH_LORA, OURS), plan, CHECKPOINT)
+    generation = verify(of_a_script(WITH_LORA, OURS), plan, CHECKPOINT)
 
     assert [applied.loaded for applied in generation.loras] == [False]
     assert generation.warnings == ("the script used the LoRA 'Detail' for 1 of 2 pictures",)
@@ -141,13 +141,13 @@ def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
 
 def test_a_script_that_uses_a_lora_nowhere_has_not_applied_it() -> None:
     with pytest.raises(LoraNotApplied):
-        prove(of_a_script(OURS, OURS), Plan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
+        verify(of_a_script(OURS, OURS), GenerationPlan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
 
 
 def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
     found = answer(info={"extra_generation_params": {"Lora hashes": "my style v2: eb0b8ef669e5"}})
 
-    assert prove(found, Plan({}, (lora("my style, v2"),)), CHECKPOINT).loras[0].loaded
+    assert verify(found, GenerationPlan({}, (lora("my style, v2"),)), CHECKPOINT).loras[0].loaded
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
 )
 def test_an_info_of_another_form_is_no_answer_of_a1111(info: dict[str, Any]) -> None:
     with pytest.raises(WebUILost):
-        prove(answer(info=info), Plan({}), CHECKPOINT)
+        verify(answer(info=info), GenerationPlan({}), CHECKPOINT)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_an_info_of_another_form_is_no_answer_of_a1111(info: dict[str, Any]) -> 
 )
 def test_a_lora_that_was_not_loaded_ends_the_job(applied: AppliedLora) -> None:
     with pytest.raises(LoraNotApplied, match=applied.name):
-        prove(answer(), Plan({}, (applied,)), CHECKPOINT)
+        verify(answer(), GenerationPlan({}, (applied,)), CHECKPOINT)
 
 
 def test_a_lora_that_was_not_loaded_is_a_warning_where_the_job_says_so() -> None:
-    plan = Plan({}, (lora("unknown"), lora()), OnLoraError.WARN)
+    plan = GenerationPlan({}, (lora("unknown"), lora()), OnLoraError.WARN)
 
-    generation = prove(answer(), plan, CHECKPOINT)
+    generation = verify(answer(), plan, CHECKPOINT)
 
     assert [applied.loaded for applied in generation.loras] == [False, True]
     assert generation.warnings == ("the WebUI did not apply the LoRA 'Unknown'",)
@@ -188,20 +188,20 @@ def test_a_script_decides_over_samplers_and_how_many_pictures_but_not_whether() 
     plot = {"script_name": "x/y/z plot", "sampler_name": "Euler a"}
     found = answer(images=["iVBORw0KGgoAAAA"] * 3, info={"sampler_name": "DPM++ 2M"})
 
-    assert prove(found, Plan(plot), CHECKPOINT).answer is found
+    assert verify(found, GenerationPlan(plot), CHECKPOINT).answer is found
     with pytest.raises(GenerationFailed, match="without a picture"):
-        prove(answer(images=[]), Plan(plot), CHECKPOINT)
+        verify(answer(images=[]), GenerationPlan(plot), CHECKPOINT)
 
 
 def test_more_pictures_than_asked_for_are_not_the_jobs() -> None:
     with pytest.raises(GenerationFailed):
-        prove(answer(images=["iVBORw0KGgoAAAA"] * 2), Plan({}), CHECKPOINT)
+        verify(answer(images=["iVBORw0KGgoAAAA"] * 2), GenerationPlan({}), CHECKPOINT)
 
 
 def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
     gone = AppliedLora(name="gone", scale=1.0, model=None, loaded=False)
 
-    generation = prove(answer(), Plan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
+    generation = verify(answer(), GenerationPlan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
 
     assert generation.warnings == ("it was left out",)
 
@@ -209,8 +209,8 @@ def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
 @pytest.mark.parametrize("picture", ["iVBORw0KGgoÄ", "iVBORw0KGgo\u2028"])
 def test_a_picture_that_is_no_base64_is_none(picture: str) -> None:
     with pytest.raises(GenerationFailed, match="no PNG"):
-        prove(answer(images=[picture]), Plan({}), CHECKPOINT)
+        verify(answer(images=[picture]), GenerationPlan({}), CHECKPOINT)
 
 
 def test_a_seed_that_is_no_number_is_no_seed() -> None:
-    assert prove(answer(info={"all_seeds": [42, None, "x"]}), Plan({}), CHECKPOINT).seeds == (42,)
+    assert verify(answer(info={"all_seeds": [42, None, "x"]}), GenerationPlan({}), CHECKPOINT).seeds == (42,)

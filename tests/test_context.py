@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from a1111_worker.domain import Deadline, Run, Stage
+from a1111_worker.context import Deadline, Timings
+from a1111_worker.domain import Stage
 from a1111_worker.errors import JobCancelled, JobTimeout
 
 
@@ -16,7 +17,7 @@ def test_a_deadline_without_end_never_raises() -> None:
     deadline.check()
     deadline.wait(0.0)
 
-    assert not deadline.cancelled
+    assert not deadline.is_cancelled
 
 
 def test_a_deadline_that_is_over_says_whose_time_is_up() -> None:
@@ -31,7 +32,7 @@ def test_a_part_of_a_deadline_never_outlives_it() -> None:
 
     part = deadline.within(100.0, what="a generation")
 
-    assert part.left() == 0.0
+    assert part.remaining() == 0.0
     with pytest.raises(JobTimeout, match=r"the time of the job is up \(1e-09 s\)"):
         part.check()
 
@@ -80,12 +81,12 @@ def test_what_begins_to_block_after_the_cancellation_is_unblocked_at_once() -> N
     assert unblocked == [True]
 
 
-def test_the_timings_of_a_run_name_every_stage() -> None:
-    run = Run(Deadline())
+def test_timings_name_every_stage() -> None:
+    measured = Timings()
 
-    with run.stage(Stage.GENERATE):
+    with measured.measure(Stage.GENERATE):
         pass
 
-    timings = run.timings()
+    timings = measured.seconds()
     assert list(timings) == ["models", "queue", "switch", "generate", "deliver", "total"]
     assert timings["generate"] > 0 and timings["models"] == 0

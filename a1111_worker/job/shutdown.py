@@ -1,0 +1,77 @@
+"""The time that a worker and its jobs have: the shutdown's grace, and a job's own execution timeout."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from a1111_worker.context import Deadline
+
+log = logging.getLogger(__name__)
+
+
+class Shutdown:
+    """On TERM, running jobs may finish. Those that still run a little before `grace` seconds are over are cancelled, in
+    time to answer.
+
+    The SDK sets its own signal handler when its loop starts. Ours is set inside that loop and calls the SDK's first.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._delay = max(grace / 2, grace - 3.0)
+        self._running: set[Deadline] = set()
+        self._is_over = False
+        self._is_listening = False
+
+    def listen(self) -> None:
+        """Handle TERM from now on. Call it in the loop, in the main thread. Idempotent."""
+        if self._is_listening or threading.current_thread() is not threading.main_thread():
+            return
+        self._is_listening = True
+        loop = asyncio.get_running_loop()
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def on_term(number: int, frame: FrameType | None) -> None:
+            if callable(previous):
+                previous(number, frame)
+            loop.call_soon_threadsafe(loop.call_later, self._delay, self._cancel_all)
+
+        signal.signal(signal.SIGTERM, on_term)
+
+    @contextlib.contextmanager
+    def may_cancel(self, deadline: Deadline) -> Iterator[None]:
+        """Inside the block, the shutdown cancels the job that has this deadline."""
+        self._running.add(deadline)
+        if self._is_over:
+            deadline.cancel()
+        try:
+            yield
+        finally:
+            self._running.discard(deadline)
+
+    def _cancel_all(self) -> None:
+        self._is_over = True
+        if self._running:
+            log.warning("the shutdown's grace is nearly over: running jobs are cancelled")
+        for deadline in list(self._running):
+            deadline.cancel()
+
+
+def job_seconds(job: Mapping[str, Any], job_timeout: float) -> float:
+    """The seconds that a job has: `job_timeout`, or a little less than the execution timeout of its own policy.
+
+    RunPod ends a job without an answer when its `policy.executionTimeout` (milliseconds) is over. A tenth of it, at most
+    30 s, is kept back for the answer to arrive.
+    """
+    policy = job.get("policy")
+    allowed = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
+    if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0:
+        return job_timeout
+    seconds = min(allowed, 1e12) / 1000
+    return min(job_timeout, seconds - min(30.0, seconds / 10))

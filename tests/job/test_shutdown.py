@@ -1,0 +1,78 @@
+"""The shutdown, and the time that a job has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from a1111_worker.context import Deadline
+from a1111_worker.errors import JobCancelled
+from a1111_worker.job.shutdown import Shutdown, job_seconds
+
+
+def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), timeout=30))
+
+
+def test_a_shutdown_cancels_what_runs_and_what_comes_after() -> None:
+    async def scene() -> None:
+        shutdown = Shutdown(grace=0.0)
+        running, late = Deadline(), Deadline()
+
+        with shutdown.may_cancel(running):
+            shutdown.listen()
+            signal.raise_signal(signal.SIGTERM)
+            with contextlib.suppress(JobCancelled):
+                await asyncio.to_thread(running.wait, 10)
+        with shutdown.may_cancel(late):
+            pass
+
+        assert running.is_cancelled and late.is_cancelled
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        run(scene)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_shutdown_calls_whoever_heard_term_before() -> None:
+    heard: list[int] = []
+
+    async def scene() -> None:
+        Shutdown(grace=100.0).listen()
+
+        signal.raise_signal(signal.SIGTERM)
+
+        assert heard == [signal.SIGTERM]
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        run(scene)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# the job, and the seconds it has of 570
+TIMES = [
+    ({}, 570.0),
+    ({"policy": None}, 570.0),
+    ({"policy": {"executionTimeout": 60_000}}, 54.0),  # a tenth is kept back for the answer
+    ({"policy": {"executionTimeout": 600_000}}, 570.0),
+    ({"policy": {"executionTimeout": 3_600_000}}, 570.0),  # ours is shorter
+    ({"policy": {"executionTimeout": "soon"}}, 570.0),
+    ({"policy": {"executionTimeout": True}}, 570.0),
+    ({"policy": {"executionTimeout": -5}}, 570.0),
+    ({"policy": {"executionTimeout": float("nan")}}, 570.0),
+    ({"policy": {"executionTimeout": 10**400}}, 570.0),
+]
+
+
+@pytest.mark.parametrize(("job", "seconds"), TIMES)
+def test_a_shorter_time_of_the_jobs_own_wins(job: dict[str, Any], seconds: float) -> None:
+    assert job_seconds(job, 570.0) == seconds
