@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from a1111_worker.domain import ModelKind, ModelRef
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,16 @@ def lora_named(name: str) -> KnownLora | None:
     """The catalog's LoRA that a bare name means: its title or its file's stem, in any case."""
     wanted = name.strip().removesuffix(".safetensors").casefold()
     return next((lora for lora in LORAS if wanted in (lora.title.casefold(), lora.stem.casefold())), None)
+
+
+def resolve(ref: ModelRef) -> ModelRef:
+    """A bare name of the catalog as the CivitAI version that it means; its `name` stays what the caller calls it.
+
+    Any other bare name loses `.safetensors`; any other reference is returned as it is.
+    """
+    if ref.kind is not ModelKind.LORA or not ref.is_bare_name or ref.name is None:
+        return ref
+    known = lora_named(ref.name)
+    if known is not None:
+        return replace(ref, version_id=known.version_id)
+    return replace(ref, name=ref.name.removesuffix(".safetensors") or ref.name)

@@ -44,6 +44,11 @@ class ModelRef:
     format: str | None = None
 
     @property
+    def is_bare_name(self) -> bool:
+        """Whether nothing but a name says which model is meant."""
+        return (self.version_id, self.model_id, self.url) == (None, None, None)
+
+    @property
     def label(self) -> str:
         """How a sentence names it: never a URL, since one may be signed."""
         if self.name:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from a1111_worker import catalog
 from a1111_worker.context import Deadline
 from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.models.cache import CheckpointSpec
@@ -33,7 +34,7 @@ def lora(version_id: int, **more: Any) -> ModelRef:
 
 
 def named(name: str, **more: Any) -> ModelRef:
-    return ModelRef(ModelKind.LORA, name=name, **more)
+    return catalog.resolve(ModelRef(ModelKind.LORA, name=name, **more))
 
 
 class Site(CivitAI):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from a1111_worker.catalog import LORAS, lora_named, lora_of_version
+from a1111_worker.catalog import LORAS, lora_of_version
 from a1111_worker.context import Deadline
 from a1111_worker.domain import Model, ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
@@ -438,15 +438,6 @@ def show_vaes(webui: WebUIFolder, roots: Sequence[Path]) -> None:
             webui.show_vae(path)
         except (ModelRejected, OSError) as error:
             log.warning("the VAE %s is not shown to the WebUI: %s", path.name, error)
-
-
-def by_catalog(ref: ModelRef) -> ModelRef:
-    """A bare name of the catalog as the version it means."""
-    if ref.kind is ModelKind.LORA and ref.name and (ref.version_id, ref.model_id, ref.url) == (None, None, None):
-        known = lora_named(ref.name)
-        if known is not None:
-            return replace(ref, version_id=known.version_id)
-    return ref
 
 
 def _is_meant(record: Record, ref: ModelRef) -> bool:

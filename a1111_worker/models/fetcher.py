@@ -18,48 +18,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from a1111_worker.catalog import KnownLora, lora_of_version
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import DownloadFailed, FileTooLong, ModelError, ModelRejected, PartialFileLost, VolumeFull
 from a1111_worker.models.cache import CheckpointSpec, Found, ModelCache, missing
+from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.leases import Lease, Leases
 from a1111_worker.models.progress import FileProgress, Tell
 from a1111_worker.models.safetensors import family_of_base_model
 from a1111_worker.models.sidecars import Record, record_of, url_key, wish_of
 from a1111_worker.models.volume import CacheDirectory, can_write, digest_file, version_file
-
-if TYPE_CHECKING:
-    from a1111_worker.transfer.download import Fetched, LinkSource, OnProgress
+from a1111_worker.transfer.download import Downloader, OnBytes, Source
 
 log = logging.getLogger(__name__)
-
-
-class Describes(Protocol):
-    """What CivitAI does for us."""
-
-    def describe(self, ref: ModelRef, deadline: Deadline) -> RemoteFile: ...
-
-    def link(self, remote: RemoteFile, deadline: Deadline) -> str: ...
-
-
-class Fetches(Protocol):
-    """What the downloader does for us (download.py)."""
-
-    def fetch(
-        self,
-        source: LinkSource,
-        part: Path,
-        *,
-        deadline: Deadline,
-        size: int | None = None,
-        sha256: str | None = None,
-        label: str = "a model",
-        foreground: Callable[[], bool] = lambda: True,
-        on_progress: OnProgress | None = None,
-    ) -> Fetched: ...
 
 
 class Fetcher:
@@ -68,8 +41,8 @@ class Fetcher:
     def __init__(
         self,
         library: ModelCache,
-        civitai: Describes,
-        downloader: Fetches,
+        civitai: CivitAI,
+        downloader: Downloader,
         leases: Leases,
         *,
         owner: str,
@@ -105,10 +78,6 @@ class Fetcher:
             if found is None:
                 raise
             return found
-        if ref.sha256 and remote.sha256 and ref.sha256 != remote.sha256:
-            raise ModelRejected(
-                f"{ref.label} has the SHA-256 {remote.sha256[:12]}… at its source, and {ref.sha256[:12]}… is wanted"
-            )
         wanted = _Wanted(ref, remote, spec)
         found = self._once_for_the_process(wanted, deadline, tell, foreground)
         return replace(found, warnings=(*remote.warnings, *found.warnings))
@@ -247,36 +216,34 @@ class Fetcher:
         with _kept_if_of_use(home, part):  # a whole part takes what it takes: it needs no more room
             return self._place(wanted, home, part, sha256, deadline)
 
-    def _bytes(self, wanted: _Wanted, part: Path, deadline: Deadline, on_progress: OnProgress) -> str:
+    def _bytes(self, wanted: _Wanted, part: Path, deadline: Deadline, on_progress: OnBytes) -> str:
         """Every byte in the part, of the right hash: once more where it is the wrong one."""
-        source = _Source(self._civitai, wanted.remote, deadline)
-        sha256 = self._whole(wanted, source, part, deadline, on_progress)
+        sha256 = self._whole(wanted, part, deadline, on_progress)
         if sha256 == (wanted.sha256 or sha256):
             return sha256
         log.warning("%s arrived with the SHA-256 %s: once more, with a fresh link", wanted.name, sha256[:12])
         self._library.shelves.home(wanted.ref.kind).drop_part(part)
-        sha256 = self._whole(wanted, _Source(self._civitai, wanted.remote, deadline), part, deadline, on_progress)
+        sha256 = self._whole(wanted, part, deadline, on_progress)
         if sha256 == wanted.sha256:
             return sha256
         raise ModelRejected(
             f"{wanted.name} arrived twice with the SHA-256 {sha256[:12]}…, not {(wanted.sha256 or '')[:12]}…"
         )
 
-    def _whole(
-        self, wanted: _Wanted, source: LinkSource, part: Path, deadline: Deadline, on_progress: OnProgress
-    ) -> str:
+    def _whole(self, wanted: _Wanted, part: Path, deadline: Deadline, on_progress: OnBytes) -> str:
         """Every byte in the part: once more where the disk was full, which a quota says no sooner."""
         for is_last in (False, True):
             try:
                 fetched = self._downloader.fetch(
-                    source,
+                    Source(
+                        wanted.name,
+                        link=lambda: self._civitai.link(wanted.remote, deadline),
+                        size=wanted.remote.size,
+                        sha256=wanted.sha256,
+                    ),
                     part,
-                    deadline=deadline,
-                    size=wanted.remote.size,
-                    sha256=wanted.sha256,
-                    label=wanted.name,
-                    foreground=wanted.foreground,
-                    on_progress=on_progress,
+                    JobContext(deadline, is_next=wanted.foreground),
+                    on_progress,
                 )
             except FileTooLong:
                 raise
@@ -286,8 +253,6 @@ class Fetcher:
                 log.warning("the disk was full before %s was whole: evicting once", wanted.name)
                 self._library.clear(missing(part, wanted.size), wanted.name, kind=wanted.ref.kind)
             else:
-                if fetched.sha256 is None:
-                    raise DownloadFailed(f"{wanted.name} arrived without a proof")
                 return fetched.sha256
         raise AssertionError("unreachable")
 
@@ -421,18 +386,6 @@ class _Wanted:
             family=family_of_base_model(remote.base_model) if record.family is None else record.family,
             trained_words=remote.trained_words,
         )
-
-
-class _Source:
-    """Where the downloader gets its link; the key stays with CivitAI's client."""
-
-    def __init__(self, civitai: Describes, remote: RemoteFile, deadline: Deadline) -> None:
-        self._civitai = civitai
-        self._remote = remote
-        self._deadline = deadline
-
-    def link(self, *, renew: bool) -> str:
-        return self._civitai.link(self._remote, self._deadline)
 
 
 class _Flight:

@@ -28,14 +28,16 @@ from a1111_worker.errors import (
     VolumeFull,
 )
 from a1111_worker.heartbeat import Heartbeat
-from a1111_worker.models.cache import CacheDirectories, CheckpointSpec, Found, ModelCache, by_catalog, show_vaes
+from a1111_worker.models.cache import CacheDirectories, CheckpointSpec, Found, ModelCache, show_vaes
+from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.eviction import Entry
-from a1111_worker.models.fetcher import Describes, Fetcher, Fetches
+from a1111_worker.models.fetcher import Fetcher
 from a1111_worker.models.leases import Holds, Leases, Watch, new_owner
 from a1111_worker.models.progress import AggregateProgress, FileProgress
 from a1111_worker.models.safetensors import families_fit
 from a1111_worker.models.sidecars import Record, Sidecars
 from a1111_worker.models.volume import SUFFIX, WebUIFolder
+from a1111_worker.transfer.download import Downloader
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class ModelManager:
         self,
         models_dir: Path,
         webui_dir: Path | None,
-        civitai: Describes,
-        downloader: Fetches,
+        civitai: CivitAI,
+        downloader: Downloader,
         *,
         local: Path,
         sources: Sequence[Path] = (),
@@ -252,7 +254,7 @@ class ModelManager:
     def _here(self, ref: ModelRef, deadline: Deadline) -> Model | None:
         """A model that is there and known: nobody is asked, nothing is read."""
         try:
-            found = self.library.find(by_catalog(ref)) or self.library.find(by_catalog(ref), fresh=True)
+            found = self.library.find(ref) or self.library.find(ref, fresh=True)
         except ModelNotFound:  # told again, and properly, by whoever brings it
             return None
         if found is None or (ref.sha256 is not None and found.record.sha256 != ref.sha256):
@@ -302,7 +304,7 @@ class ModelManager:
     ) -> Model:
         """A model that is not there, or of which nothing is known."""
         while True:
-            found = self._obtain(by_catalog(ref), deadline, show, foreground)
+            found = self._obtain(ref, deadline, show, foreground)
             if ref.sha256 is not None and found.record.sha256 != ref.sha256:
                 raise ModelRejected(
                     f"{ref.label} has the SHA-256 {found.record.sha256[:12]}…, and {ref.sha256[:12]}… is wanted"

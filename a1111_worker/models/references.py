@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
+from a1111_worker import catalog
 from a1111_worker.domain import ModelKind, ModelRef
 
 T = TypeVar("T")
@@ -67,9 +68,9 @@ def parse_reference(
     `allowed_hosts` are origins as MODEL_HOSTS has them (`https://cdn.example.com`, `http://127.0.0.1:8081`).
     """
     if isinstance(value, str):
-        return _parse_text(value, kind, allowed_hosts)
+        return catalog.resolve(_parse_text(value, kind, allowed_hosts))
     if isinstance(value, Mapping):
-        return _parse_object(value, kind, allowed_hosts)
+        return catalog.resolve(_parse_object(value, kind, allowed_hosts))
     raise BadReference(f"must be text or an object: {_FORMS}")
 
 

@@ -105,7 +105,7 @@ def _wish_of(tag: Tag, path: str) -> LoraRequest:
         raise InvalidValue("its weight must be a number") from error
     if not all(-10 <= weight <= 10 for weight in (weights.text_encoder, weights.unet)):
         raise InvalidValue("its weight must be from -10 to 10")
-    ref = by_catalog(ModelRef(kind=ModelKind.LORA, name=name))
+    ref = catalog.resolve(ModelRef(kind=ModelKind.LORA, name=name))
     return LoraRequest(ref, weights.unet if tag.is_weighted else None, path, in_prompt=True)
 
 
@@ -115,14 +115,6 @@ def has_lora_tag(text: str) -> bool:
 
 def _written(tag: Tag) -> str:
     return f"<{shown(tag.type)}:{shown(tag.name)}>"
-
-
-def by_catalog(ref: ModelRef) -> ModelRef:
-    """A bare name of the catalog's becomes its version; the name stays as what the caller calls it."""
-    if ref.name is None or (ref.version_id, ref.model_id, ref.url) != (None, None, None):
-        return ref
-    known = catalog.lora_named(ref.name)
-    return replace(ref, version_id=known.version_id) if known else replace(ref, name=_stem(ref.name))
 
 
 def are_same(one: ModelRef, other: ModelRef) -> bool:

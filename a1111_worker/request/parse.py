@@ -14,7 +14,7 @@ from typing import Any
 from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, ModelKind, OnLoraError, OutputOptions
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.models.references import BadReference, parse_reference
-from a1111_worker.request.loras import TagReading, are_same, by_catalog, has_lora_tag, read_tags
+from a1111_worker.request.loras import TagReading, are_same, has_lora_tag, read_tags
 from a1111_worker.request.schema import (
     BLANK_IS_ABSENT,
     LORA_KEYS,
@@ -168,7 +168,7 @@ class _Parser:
             for key, message in error.problems:
                 self._complain(f"{path}.{key}" if key else path, message)
             return None
-        return LoraRequest(by_catalog(ref), scale, path)
+        return LoraRequest(ref, scale, path)
 
     def _keys_and_scale(self, path: str, item: dict[str, Any]) -> float | None:
         for key in item:

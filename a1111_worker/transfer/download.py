@@ -24,9 +24,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from a1111_worker.context import Deadline
+from a1111_worker.context import JobContext
 from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected
 from a1111_worker.origins import OriginRefused
 from a1111_worker.transfer.connection import (
@@ -59,16 +58,23 @@ from a1111_worker.transfer.ranges import (
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[int, "int | None"], None]
-"""Told of bytes that are there and of all (None where unknown), some four times a second, from one thread."""
+OnBytes = Callable[[int, "int | None"], None]
+"""Gets the bytes on disk and the file's size (None: unknown), some four times a second, from one thread."""
 
 
-class LinkSource(Protocol):
-    """Who knows where a file is now."""
+@dataclass(frozen=True)
+class Source:
+    """A file to fetch. `label` is how messages and log lines name it.
 
-    def link(self, *, renew: bool) -> str:
-        """A URL of the file's bytes. Asked for once a file, and again (`renew`) only when the last one is old or was
-        refused; raises our errors."""
+    `link` returns a URL of the file's bytes, or raises one of our errors. It is called once a file, and again only if the
+    last URL is old or was refused. `size` is exact, in bytes. `sha256` tells whether what an earlier download left is of
+    the same file; the bytes are not judged by it. None: unknown.
+    """
+
+    label: str
+    link: Callable[[], str]
+    size: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Fetched:
     """A part that is complete. `sha256` is what it has, judged by whoever knows what it should be."""
 
     size: int
-    sha256: str | None
+    sha256: str
     received: int
     resumed: int
     connections: int
@@ -95,30 +101,22 @@ class Downloader:
 
     def fetch(
         self,
-        source: LinkSource,
-        part: Path,
-        *,
-        deadline: Deadline,
-        size: int | None = None,
-        sha256: str | None = None,
-        label: str = "a model",
-        foreground: Callable[[], bool] = lambda: True,
-        prove: bool = True,
-        on_progress: OnProgress | None = None,
+        source: Source,
+        path: Path,
+        context: JobContext,
+        on_bytes: OnBytes | None = None,
     ) -> Fetched:
-        """Have the file at `part`, complete, going on where an earlier download of the same file stopped.
+        """Have the file at `path`, complete, going on where an earlier download of the same file stopped.
 
-        `size` is exact or None; `sha256` tells whether what an earlier download left is of the same file, and is not
-        judged. `foreground` says whether the GPU waits for it, and is asked again and again: such files go first. The
-        part, and what is remembered of it beside it, stay on disk whatever happens; only where there was no room for a
+        Files of a job that is next at the GPU go first. The part, and what is remembered of it beside it, stay on disk whatever happens; only where there was no room for a
         new part it is gone. Raises ModelError, or what `deadline` raises: every connection is closed and every thread
         has ended by then.
         """
-        transfer = _Transfer(self, source, part, size, sha256, label, foreground, prove, deadline, on_progress)
+        transfer = _Transfer(self, source, path, context, on_bytes)
         try:
             return transfer.run()
         except OriginRefused as error:
-            raise ModelRejected(f"{label} is somewhere that may not be reached: {error}") from error
+            raise ModelRejected(f"{source.label} is somewhere that may not be reached: {error}") from error
         finally:
             with self._lock:
                 self._wants.pop(transfer, None)
@@ -148,28 +146,22 @@ class _Transfer:
     def __init__(
         self,
         downloader: Downloader,
-        source: LinkSource,
+        source: Source,
         path: Path,
-        size: int | None,
-        sha256: str | None,
-        label: str,
-        foreground: Callable[[], bool],
-        prove: bool,
-        deadline: Deadline,
-        on_progress: OnProgress | None,
+        context: JobContext,
+        on_bytes: OnBytes | None,
     ) -> None:
         self.policy = downloader._policy
         self.tuning = downloader._tuning
         self._downloader = downloader
         self._source = source
         self._path = path
-        self._expected = size
-        self._sha256 = sha256
-        self._label = label
-        self._foreground = foreground
-        self._prove = prove
-        self._deadline = deadline
-        self._on_progress = on_progress
+        self._expected = source.size
+        self._sha256 = source.sha256
+        self._label = source.label
+        self._is_next = context.is_next
+        self._deadline = context.deadline
+        self._on_bytes = on_bytes
 
         self._changed = threading.Condition()  # guards all below
         self.stopped = False
@@ -212,10 +204,10 @@ class _Transfer:
                 self._recall()
                 resumed = self._done
                 while True:
-                    self._prover = StreamingHasher(self.part, self._front) if self._prove else None
+                    self._prover = StreamingHasher(self.part, self._front)
                     try:
                         self._receive()
-                        sha256 = self._proof(self._prover) if self._prover else None
+                        sha256 = self._proof(self._prover)
                         break
                     except Changed:
                         if self._prover:
@@ -288,7 +280,7 @@ class _Transfer:
         if now >= self._ceiling_until:
             self._ceiling = self.tuning.connections
         want, useful = self._want(now)
-        foreground = self._foreground()
+        foreground = self._is_next()
         self._allowed = self._downloader.allowed(self, Want(want, foreground))
         # Another file needs the connections now, not at the end of their pieces, which may be minutes away.
         for line in self._lines[max(self._allowed, int(foreground)) :]:
@@ -321,7 +313,7 @@ class _Transfer:
         return useful, useful
 
     def _ask_link(self, *, renew: bool) -> None:
-        url = self._source.link(renew=renew)
+        url = self._source.link()
         origin = self.policy.check(url)
         with self._changed:
             number = self._link.number + 1 if self._link else 0
@@ -678,8 +670,8 @@ class _Watch:
             elif tenth > self._tenth and tenth < 10:
                 log.info("%s: %d %%, %.1f MB so far over %d", transfer._label, tenth * 10, received / 1e6, lines)
             self._tenth = max(tenth, self._tenth)
-        if transfer._on_progress and (last or ranges is not None):
+        if transfer._on_bytes and (last or ranges is not None):
             try:
-                transfer._on_progress(done, total)
+                transfer._on_bytes(done, total)
             except Exception:
                 log.exception("%s: its progress could not be told", transfer._label)
