@@ -119,7 +119,7 @@ def start_of(folder: Path, refs: Sequence[ModelRef], number: int) -> float:
 WORKER = """
 import sys, time
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind, ModelRef
 from benchmarks.cache import manager
 

@@ -243,6 +243,7 @@ def test_remove_removes_what_it_can_and_says_what_it_cannot(shell: Shell) -> Non
 HOLDER = """
 import sys, threading
 from pathlib import Path
+from a1111_worker.context import JobContext
 from tests.fleet import lora, manager, soon
 
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="holder", checkpoint=None) as worker:

@@ -140,7 +140,7 @@ TestCache.settings = settings(
 STORM = """
 import hashlib, json, random, sys
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import VolumeFull
 from tests.fleet import lora, manager
 
@@ -223,7 +223,7 @@ def test_eight_processes_of_fifty_operations_each(tmp_path: Path) -> None:
 FETCH = """
 import sys
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from tests.fleet import lora, manager
 
 folder, api, storage, name = sys.argv[1:]

@@ -812,7 +812,7 @@ def test_a_job_without_time_says_so_and_its_part_stays(fleet: Fleet) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from tests.fleet import lora, manager
 
 def told(look):
@@ -848,7 +848,7 @@ PAUSED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from tests.fleet import TUNING, lora, manager
 
 tuning = replace(TUNING, connections=1, piece_least=100_000, piece_most=100_000)
@@ -1085,7 +1085,7 @@ def test_a_full_disk_that_cannot_be_made_large_enough_keeps_what_it_has(fleet: F
 NO_LONG_FILES = """
 import resource, sys
 from pathlib import Path
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import VolumeFull
 from tests.fleet import lora, manager
 
