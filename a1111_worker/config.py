@@ -136,7 +136,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """Read every setting; an unset or empty one has its default. Raises ConfigError, one line for each bad value."""
+        """Read every setting; an unset or empty one has its default. Raises ConfigError, with a line a bad value."""
         environment = Environment(environ)
         config = environment.read(cls)
 
