@@ -65,9 +65,9 @@ def json_of(path: str) -> Any:
 
 
 def settled(**environment: str) -> dict[str, str]:
-    """What start.sh makes of an environment: its settings after `settle`."""
+    """What start.sh makes of an environment: its settings after `set_defaults`."""
     script = (
-        f"source {CHECKOUT / 'start.sh'}; settle; declare -p | sed -nE 's/^declare -[-rx]+ (\\w+)=\"(.*)\"$/\\1=\\2/p'"
+        f"source {CHECKOUT / 'start.sh'}; set_defaults; declare -p | sed -nE 's/^declare -[-rx]+ (\\w+)=\"(.*)\"$/\\1=\\2/p'"
     )
     done = subprocess.run(
         ["bash", "-c", script],

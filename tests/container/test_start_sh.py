@@ -149,7 +149,7 @@ class Container:
     def functions(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script that has sourced start.sh."""
         return subprocess.run(
-            ["bash", "-c", f"source {START}\nsettle\n{script}"],
+            ["bash", "-c", f"source {START}\nset_defaults\n{script}"],
             env=self.environment | environment,
             capture_output=True,
             text=True,
@@ -168,7 +168,7 @@ class Container:
 
     def flags(self, **environment: str) -> list[str]:
         """What the WebUI would be started with."""
-        done = self.functions('look_at_gpu && webui_flags "$(own_webui_port)"', **environment)
+        done = self.functions('choose_gpu_flags && webui_flags "$(local_webui_port)"', **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.rstrip("\0").split("\0")
 
@@ -252,7 +252,7 @@ def test_the_gpu_decides_how_attention_is_computed(
 ) -> None:
     container.gpu(says)
 
-    done = container.functions('look_at_gpu; echo "${gpu_flags[*]}"', XFORMERS=xformers, TORCH_SAYS=torch)
+    done = container.functions('choose_gpu_flags; echo "${gpu_flags[*]}"', XFORMERS=xformers, TORCH_SAYS=torch)
 
     assert (done.returncode, done.stdout) == (0, f"{expected}\n")
 
@@ -285,7 +285,7 @@ def test_without_nvidia_smi_and_without_a_device_torch_is_not_even_asked(contain
         pytest.skip("this machine has a GPU")
     (container.bin / "nvidia-smi").unlink()
 
-    done = container.functions("look_at_gpu", TORCH_SAYS="8.6")
+    done = container.functions("choose_gpu_flags", TORCH_SAYS="8.6")
 
     assert done.returncode == 1
 
@@ -669,7 +669,7 @@ def test_a_worker_that_does_not_end_is_killed_when_the_grace_is_over(container: 
 
 @pytest.mark.parametrize("seconds", ["20", "20.5", "20 ", " 20", "20\n"])  # the worker reads all of these too
 def test_blanks_around_the_grace_do_not_shorten_it(container: Container, seconds: str) -> None:
-    done = container.functions('sleep 0.5 & await_within "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
+    done = container.functions('sleep 0.5 & wait_at_most "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
 
     assert (done.stdout, done.stderr) == ("ended\n", "")  # read as 0.2 s it would have been killed before
 
