@@ -18,7 +18,7 @@ Modules that several packages need, in reading order:
     heartbeat       a thread that calls its listeners every few seconds
     logs            log lines, with the job's id
 
-Packages, each with one subject:
+Packages, each for one subject:
 
     transfer        one URL becomes bytes on disk
     models          a reference to a model becomes a verified file in the cache

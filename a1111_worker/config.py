@@ -42,7 +42,7 @@ CIVITAI_ORIGINS = ("https://civitai.com", "https://civitai.red")
 
 
 def civitai_origins(text: str) -> tuple[str, ...]:
-    """The origins of CivitAI's API. CivitAI itself has two; a mirror is the only one that is asked."""
+    """The origins of the API that are asked: both of CivitAI's own, or a mirror alone."""
     given = api_origin(text)
     return CIVITAI_ORIGINS if given == CIVITAI_ORIGINS[0] else (given,)
 
