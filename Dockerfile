@@ -1,8 +1,8 @@
-# The worker's image. Every address, version and commit is a build argument with its true default; what is built:
+# The worker's image. Every address, version and commit is a build argument, with the real value as its default. Stages:
 #
 #   system ── webui ───────────────────┬── (the image)     /opt/webui     Python 3.10, torch, A1111 at its pin
 #     │         ├── tokenizer ─────────┤                   /opt/huggingface
-#     │         └── smoke-webui ───────┤                   proof that A1111 can start; the image waits for it
+#     │         └── smoke-webui ───────┤                   the test that A1111 can start; the image needs its result
 #     ├── worker ─────────────────┬────┤                   /opt/worker    the worker's environment
 #     │         └── smoke-worker ─┼────┤
 #     ├── checkpoint ─────────────┘    ├                   /models        only with BAKE_CHECKPOINT=1
@@ -10,14 +10,14 @@
 #
 # `--target sandbox` is the worker's environment without a WebUI, for docker-compose.yml's sandbox.
 
-# torch's wheels bring CUDA with them: a CUDA base would only repeat 2 GB of it.
+# torch's wheels contain CUDA: a base image with CUDA would only add 2 GB of it again.
 ARG BASE_IMAGE=ubuntu:22.04
 
-# ---- what everything below stands on ----
+# ---- the base of every other stage ----
 FROM ${BASE_IMAGE} AS system
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PYTHON=python3.10
-# libgl1, libglib2.0-0: OpenCV; libgoogle-perftools4: tcmalloc for the WebUI; git: A1111 imports GitPython, which wants it
+# libgl1, libglib2.0-0: OpenCV; libgoogle-perftools4: tcmalloc for the WebUI; git: for GitPython, which A1111 imports
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
 rm -f /etc/apt/apt.conf.d/docker-clean
@@ -26,7 +26,7 @@ apt-get update -q
 apt-get install -qy --no-install-recommends ca-certificates git libgl1 libglib2.0-0 libgoogle-perftools4 "$PYTHON"
 END
 
-# ---- uv, for the build alone ----
+# ---- uv, only for the build ----
 FROM system AS tools
 ARG PYPI_INDEX_URL=https://pypi.org/simple
 ARG UV_VERSION=0.13.8
@@ -48,10 +48,10 @@ ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
 ARG TORCH_VERSION=2.7.0
 ARG TORCHVISION_VERSION=0.22.0
 ARG XFORMERS_VERSION=0.0.30
-# A1111's own pins, installed first so that torch does not bring newer ones that would have to be replaced.
+# The versions that A1111 pins, installed first: otherwise torch would install newer ones, only to be replaced.
 ARG NUMPY_VERSION=1.26.2
 ARG PILLOW_VERSION=9.5.0
-# The last setuptools with the pkg_resources that CLIP needs, to be built and to be run, is below 81; A1111 pins this one.
+# CLIP needs pkg_resources, to be built and to be run. setuptools has it up to version 80; A1111 pins this version.
 ARG SETUPTOOLS_VERSION=69.5.1
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
@@ -80,7 +80,7 @@ ARG BLIP_REPO=https://github.com/salesforce/BLIP.git
 ARG BLIP_COMMIT=48211a1594f1321b00f14c9f7a5b4813144b2fb9
 # A1111 looks for the helpers under exactly these names.
 RUN <<'END'
-export GIT_TERMINAL_PROMPT=0 # or git waits for a password for ever where a repository is gone
+export GIT_TERMINAL_PROMPT=0 # otherwise git waits for a password for ever if a repository is gone
 checkout() {
   git init -q "$1"
   git -C "$1" fetch -q --depth 1 "$2" "$3" || { echo "cannot fetch $3 of $2" >&2; exit 1; }
@@ -103,11 +103,11 @@ echo "setuptools==$SETUPTOOLS_VERSION" >/tmp/constraints.txt
 /uv/bin/uv pip install --build-constraints /tmp/constraints.txt --constraints /tmp/constraints.txt \
   -r /opt/webui/app/requirements_versions.txt "clip @ $CLIP_PACKAGE"
 rm /tmp/constraints.txt
-# Compiled here, or every fresh container would do it again. Some files of the helpers are not meant for this Python.
+# Compiled here: otherwise every new container would compile it again. Some files of the helpers are for another Python.
 /opt/webui/bin/python -m compileall -q -j 0 /opt/webui/app >/dev/null || true
 END
 
-# ---- what A1111 would fetch from the Hugging Face hub at the first load ----
+# ---- what A1111 would fetch from the Hugging Face hub with its first model ----
 FROM webui AS tokenizer
 # hadolint ignore=DL3064
 ARG BAKE_TOKENIZER=1
@@ -120,7 +120,7 @@ fi
 find /opt/huggingface -exec touch -h -d @0 {} +
 END
 
-# ---- the worker's environment: apart from the WebUI's, whose fastapi is too old for the runpod SDK ----
+# ---- the worker's environment: not the WebUI's, whose fastapi is too old for the runpod SDK ----
 FROM system AS worker
 ARG PYTHON=python3.10
 ARG PYPI_INDEX_URL=https://pypi.org/simple
@@ -131,7 +131,7 @@ export VIRTUAL_ENV=/opt/worker UV_DEFAULT_INDEX="$PYPI_INDEX_URL" UV_LINK_MODE=c
 /uv/bin/uv pip install --compile-bytecode -r /tmp/requirements.txt
 END
 
-# ---- the worker itself, compiled; folders and all with fixed times: the same files give the same layer on any builder ----
+# ---- the worker itself, compiled; all times are fixed, so that the same files give the same layer on any builder ----
 FROM system AS files
 ARG PYTHON=python3.10
 COPY handler.py model_manager.py start.sh image/healthcheck.py /files/opt/worker/app/
@@ -143,14 +143,14 @@ chmod 755 /files/opt/worker/app/start.sh
 find /files -exec touch -h -d @0 {} +
 END
 
-# ---- the checkpoint, where it is wanted in the image; the key for it is a build secret and enters no layer ----
+# ---- the checkpoint, if the image is to contain it; its key is a build secret and is in no layer ----
 FROM system AS checkpoint
 ARG BAKE_CHECKPOINT=0
 ARG CHECKPOINT_URL=
 ARG CHECKPOINT_FILE=
 ARG CHECKPOINT_NAME=
 ARG CHECKPOINT_SHA256=
-# Where it comes from, during the build alone; empty is CivitAI.
+# Where it comes from, only during the build. Empty: CivitAI.
 ARG CIVITAI_URL=
 ARG MODEL_HOSTS=
 ARG STORAGE_HOSTS=
@@ -168,8 +168,8 @@ if [ "$BAKE_CHECKPOINT" = 1 ]; then
   cp "/cache/models/checkpoints/$file" /baked/models/checkpoints
   cp "/cache/models/checkpoints/$file.json" /known/models/checkpoints
 fi
-# Fixed times, or a builder without this cache would make, and push, another layer of the same 6.5 GB. What is known of
-# the file says when it was fetched, and is a layer of its own.
+# Fixed times: otherwise a builder without this cache would make, and push, another layer of the same 6.5 GB.
+# The sidecar contains the time of the download, and is a layer of its own.
 find /baked /known -exec touch -h -d @0 {} +
 END
 
@@ -230,13 +230,13 @@ COPY --link --from=smoke-webui /passed/ /
 COPY --link --from=smoke-worker /passed/ /
 COPY --link --from=files /files/ /
 
-# The checkpoint that was baked is the one that is asked for; empty means the default.
+# The worker uses the checkpoint that was baked. Empty: the default.
 ARG CHECKPOINT_URL=
 ARG CHECKPOINT_FILE=
 ARG CHECKPOINT_NAME=
 ARG CHECKPOINT_SHA256=
 # RUNPOD_DEBUG_LEVEL: the SDK's default logs prompts and results; WARNING would crash its import.
-# RUNPOD_MIN_DISK_PERCENT: the SDK ends a worker with less than 10 % of / free; a full container disk is the worker's to tell.
+# RUNPOD_MIN_DISK_PERCENT: the SDK ends a worker if less than 10 % of / is free; the worker itself reports a full disk.
 ENV WEBUI_DIR=/opt/webui/app \
     WEBUI_PYTHON=/opt/webui/bin/python \
     WORKER_DIR=/opt/worker/app \
@@ -264,7 +264,7 @@ LABEL org.opencontainers.image.title="a1111-worker" \
       org.opencontainers.image.revision="${REVISION}"
 
 WORKDIR /opt/worker/app
-# The SDK's local API, where it is asked to listen on more than 127.0.0.1. The WebUI never leaves the container.
+# The SDK's local API, if it listens on more than 127.0.0.1. The WebUI cannot be reached from outside of the container.
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=420s --retries=3 \

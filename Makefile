@@ -1,4 +1,4 @@
-# Everything a developer or CI runs. `make help` lists it.
+# Everything that a developer or CI runs. `make help` lists it.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -25,10 +25,10 @@ serve: $(VENV)/installed ## the SDK's local API in front of the sandbox, on 127.
 test: $(VENV)/installed ## the tests that need no long waits
 	$(BIN)/pytest -n 4 -m "not slow"
 
-test-slow: $(VENV)/installed ## the others
+test-slow: $(VENV)/installed ## the tests that need long waits
 	$(BIN)/pytest -n 2 -m slow
 
-check: format lint types test test-slow shell ## all that CI checks
+check: format lint types test test-slow shell ## everything that CI checks
 
 format: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -44,17 +44,17 @@ shell: $(VENV)/installed
 	$(BIN)/shellcheck start.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/installed ## what the docs say about speed, measured here
+bench: $(VENV)/installed ## measure what the docs say about speed
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/installed ## ten minutes of everything going wrong at once (SOAK_ARGS="--minutes 3")
+soak: $(VENV)/installed ## ten minutes of many faults at once (SOAK_ARGS="--minutes 3")
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
-image-test: $(VENV)/installed ## build the image with stand-ins for A1111, run it, break it, stop it (takes a Docker engine)
+image-test: $(VENV)/installed ## build the image with stand-ins for A1111, run it, break it, stop it (needs a Docker engine)
 	$(BIN)/python -m tests.image $(IMAGE_ARGS)
 
 gpu-check: $(VENV)/installed ## on a machine with a GPU: boot, switch, LoRA, out of memory, times and VRAM
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
 
-clean: ## forget the environment, the demo's cache and its pictures
+clean: ## remove the environment, the demo's cache and its pictures
 	rm -rf $(VENV) .sandbox out

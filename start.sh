@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The container's first process: it starts the WebUI and keeps it alive, starts the worker and ends with it.
+# The container's first process: it starts the WebUI and keeps it alive, starts the worker, and ends with the worker.
 #
 #   start.sh [ARGUMENTS OF handler.py]
 #
@@ -7,25 +7,26 @@
 set -euo pipefail
 
 readonly WEBUI_FLAGS=(
-  --api --nowebui --server-name 127.0.0.1 # without a name --nowebui listens on every address
+  --api --nowebui --server-name 127.0.0.1 # without --server-name, --nowebui listens on every address
   --skip-prepare-environment --skip-install --skip-python-version-check --skip-version-check --skip-torch-cuda-test
   --no-download-sd-model --no-half-vae --disable-console-progressbars
 )
 readonly CPU_FLAGS=(--use-cpu all --no-half)
-readonly SECRETS=(CIVITAI_API_KEY RUNPOD_AI_API_KEY BUCKET_ACCESS_KEY_ID BUCKET_SECRET_ACCESS_KEY) # not the WebUI's business
-# Seconds between TERM and KILL for the WebUI, when the worker has ended: nothing is left in it that anyone waits for, and
-# unloading torch alone takes it longer.
+# Not in the WebUI's environment.
+readonly SECRETS=(CIVITAI_API_KEY RUNPOD_AI_API_KEY BUCKET_ACCESS_KEY_ID BUCKET_SECRET_ACCESS_KEY)
+# Seconds between TERM and KILL for the WebUI, after the worker has ended. By then nobody waits for anything in it, and
+# unloading torch alone takes longer.
 readonly WEBUI_GRACE=0.3
 
 ending=''     # the exit status that a signal asked for
 worker=''     # handler.py's pid, its process group too
-webui=''      # the WebUI's, known to its supervisor alone
-supervisor='' # the process that starts it again
+webui=''      # the WebUI's pid, known only to its supervisor
+supervisor='' # the pid of the process that starts the WebUI again
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-# Give every setting that is not set its default. Those that the worker reads too have its defaults.
-settle() {
+# Give every setting that is not set its default. If the worker reads the setting too, it is the worker's default.
+set_defaults() {
   WEBUI_DIR="${WEBUI_DIR:-/opt/webui/app}"
   WEBUI_PYTHON="${WEBUI_PYTHON:-/opt/webui/bin/python}"
   WORKER_DIR="${WORKER_DIR:-/opt/worker/app}"
@@ -36,14 +37,14 @@ settle() {
   MODEL_SOURCES="${MODEL_SOURCES-/models}"
   CHECKPOINT_FILE="${CHECKPOINT_FILE:-jib_mix_illustrious_realistic_v2.safetensors}"
   SHUTDOWN_GRACE="${SHUTDOWN_GRACE:-8}"
-  WEBUI_RESTARTS="${WEBUI_RESTARTS:-3}"               # so often
-  WEBUI_RESTART_WINDOW="${WEBUI_RESTART_WINDOW:-600}" # in so many seconds,
-  WEBUI_RESTART_BACKOFF="${WEBUI_RESTART_BACKOFF:-1}" # the first time after so many, then after twice as many each time
+  WEBUI_RESTARTS="${WEBUI_RESTARTS:-3}"               # this many restarts
+  WEBUI_RESTART_WINDOW="${WEBUI_RESTART_WINDOW:-600}" # within this many seconds
+  WEBUI_RESTART_BACKOFF="${WEBUI_RESTART_BACKOFF:-1}" # seconds before the first; doubled for each further one
   export WEBUI_STATE_FILE="${WEBUI_STATE_FILE:-/tmp/webui.state}"
   export PYTHONUNBUFFERED=1
 }
 
-# The folder of the cache where MODELS_DIR is not set, as a1111_worker/config.py chooses it.
+# The folder of the cache if MODELS_DIR is not set: the same that a1111_worker/config.py chooses.
 default_models_dir() {
   if [[ -d /runpod-volume ]]; then
     echo /runpod-volume/models
@@ -54,29 +55,29 @@ default_models_dir() {
   fi
 }
 
-# The port of a WebUI that start.sh is to run; fails where WEBUI_URL names somebody else's.
-own_webui_port() {
+# The port of the WebUI, if start.sh has to run it. Fails if WEBUI_URL is neither 127.0.0.1 nor localhost.
+local_webui_port() {
   [[ "$WEBUI_URL" =~ ^http://(127\.0\.0\.1|localhost)(:([0-9]+))?/?$ ]] && echo "${BASH_REMATCH[3]:-80}"
 }
 
 # --- the GPU --------------------------------------------------------------------------------------------------------
 
-# Set `gpu_flags` to what the WebUI needs on this GPU, or on none where ALLOW_CPU=1; fails without a GPU otherwise.
-look_at_gpu() {
+# Set `gpu_flags` to what the WebUI needs on this GPU, or without one if ALLOW_CPU=1. Without both it fails.
+choose_gpu_flags() {
   local capability
   if capability="$(compute_capability)"; then
     gpu_flags=("$(attention_flag "$capability" "$(has_xformers && echo yes)")")
-    say "a GPU of compute capability $capability: ${gpu_flags[*]}"
+    log "a GPU of compute capability $capability: ${gpu_flags[*]}"
   elif [[ "${ALLOW_CPU:-0}" == 1 ]]; then
     gpu_flags=("${CPU_FLAGS[@]}")
-    say "no GPU, and ALLOW_CPU=1: ${gpu_flags[*]}"
+    log "no GPU, and ALLOW_CPU=1: ${gpu_flags[*]}"
   else
-    say 'no GPU found: run the container with --gpus all, or with ALLOW_CPU=1 to draw (very slowly) without one'
+    log 'no GPU found: run the container with --gpus all, or with ALLOW_CPU=1 to generate (very slowly) without one'
     return 1
   fi
 }
 
-# The first GPU's, such as 8.9: from nvidia-smi, or from torch where nvidia-smi is too old to know.
+# The compute capability of the first GPU, such as 8.9: from nvidia-smi, or from torch if nvidia-smi is too old.
 compute_capability() {
   local found=''
   command -v nvidia-smi >/dev/null || [[ -e /dev/nvidiactl || -e /dev/dxg ]] || return 1
@@ -87,7 +88,7 @@ compute_capability() {
   [[ "$found" =~ ^[0-9]+\.[0-9]+$ ]] && echo "$found"
 }
 
-# attention_flag CAPABILITY XFORMERS: A1111 1.10.1 ignores --xformers without a word outside of 6.0 to 9.0.
+# attention_flag CAPABILITY XFORMERS: below 6.0 and above 9.0 A1111 1.10.1 ignores --xformers, without a message.
 attention_flag() {
   local number="${1/./}"
   if [[ "$2" == yes ]] && ((number >= 60 && number <= 90)); then
@@ -97,54 +98,54 @@ attention_flag() {
   fi
 }
 
-# Whether the WebUI's environment has xformers; looked for, not imported, which would take seconds.
+# Whether the WebUI's environment has xformers. Importing it would take seconds, so this only looks for it.
 has_xformers() {
   "$WEBUI_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("xformers") is None)' 2>/dev/null
 }
 
 # --- the WebUI ------------------------------------------------------------------------------------------------------
 
-# start_supervisor PORT: start it, and wait until it has written the WebUI's pid, which the worker reads.
+# start_supervisor PORT: start the supervisor, and wait until it has written the WebUI's pid: the worker reads that.
 start_supervisor() {
-  local log
-  exec {log}> >(prefix 'webui | ')
-  webui_lines=$!
-  supervise_webui "$1" "$log" &
+  local log_fd
+  exec {log_fd}> >(prefix_lines 'webui | ')
+  webui_logger=$!
+  supervise_webui "$1" "$log_fd" &
   supervisor=$!
-  exec {log}>&-
-  until [[ -s "$WEBUI_STATE_FILE" ]] || ! alive "$supervisor"; do sleep 0.01; done
+  exec {log_fd}>&-
+  until [[ -s "$WEBUI_STATE_FILE" ]] || ! is_alive "$supervisor"; do sleep 0.01; done
 }
 
-# supervise_webui PORT LOG: run the WebUI, again whenever it ends, until told to stop or it has ended too often.
+# supervise_webui PORT LOG_FD: run the WebUI, and run it again each time it ends, until TERM or until it ends too often.
 supervise_webui() {
   local -a restarts=()
   local delay status
-  trap '' INT # a terminal's; what is to be done about it comes as TERM
+  trap '' INT # a terminal sends it to this process too; start.sh answers it with a TERM
   trap 'ending=yes && stop_webui' TERM
   while :; do
     start_webui "$1" "$2"
     status=0
-    await "$webui" || status=$?
-    end_group "$webui"
+    wait_for_exit "$webui" || status=$?
+    kill_group "$webui"
     [[ -z "$ending" ]] || return 0
-    say "the WebUI (pid $webui) ended with status $status"
+    log "the WebUI (pid $webui) ended with status $status"
     delay="$(restart_delay "$(now)" "${restarts[@]}")" ||
       give_up "it was restarted $WEBUI_RESTARTS times in $WEBUI_RESTART_WINDOW s"
     restarts+=("$(now)")
-    say "the WebUI is started again in $delay s"
+    log "the WebUI is started again in $delay s"
     pause "$delay"
     [[ -z "$ending" ]] || return 0
   done
 }
 
-# give_up WHY: end the supervisor, and let the worker know, which answers the jobs that wait.
+# give_up WHY: end the supervisor. The worker reads `failed`, and answers the jobs that wait.
 give_up() {
-  publish failed
-  say "given up on the WebUI: $1"
+  write_state failed
+  log "given up on the WebUI: $1"
   exit 0
 }
 
-# restart_delay NOW RESTARTS…: the seconds to wait before one more; fails where the window has had enough of them.
+# restart_delay NOW RESTARTS…: the seconds to wait before the next restart. Fails if there were too many in the window.
 restart_delay() {
   local now="$1" at recent=0
   shift
@@ -154,29 +155,30 @@ restart_delay() {
   ((recent < WEBUI_RESTARTS)) && awk -v first="$WEBUI_RESTART_BACKOFF" -v n="$recent" 'BEGIN { print first * 2 ^ n }'
 }
 
-# start_webui PORT LOG: start it in a process group of its own, and write its pid.
+# start_webui PORT LOG_FD: start the WebUI in a process group of its own, and write its pid.
 start_webui() {
-  local log="$2" secret
+  local log_fd="$2" secret
   local -a flags changes=()
   mapfile -d '' -t flags < <(webui_flags "$1")
   [[ ${#flags[@]} != 0 ]] || give_up "WEBUI_MODELS_DIR=$WEBUI_MODELS_DIR cannot be made"
   for secret in "${SECRETS[@]}"; do changes+=(-u "$secret"); done
   [[ -z "$tcmalloc" ]] || changes+=("LD_PRELOAD=$tcmalloc")
   setsid env -C "$WEBUI_DIR" "${changes[@]}" "$WEBUI_PYTHON" launch.py "${flags[@]}" \
-    >&"$log" 2>&1 {log}>&- </dev/null &
+    >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   webui=$!
-  publish "$webui"
+  write_state "$webui"
   [[ -z "$ending" ]] || stop_webui
 }
 
-# webui_flags PORT: its arguments, each ended by NUL; none where its folders cannot be made. The checkpoint is loaded at
-# once where it is on disk already, else nothing is: any other model would only be loaded to be thrown away.
+# webui_flags PORT: the WebUI's arguments, each ended by NUL; nothing if its folders cannot be made. If the checkpoint
+# is on disk, the WebUI loads it at once. If not, it loads nothing: any other model would be loaded only to be thrown
+# away.
 webui_flags() {
   local checkpoint
   local -a more=()
   read -r -d '' -a more <<<"${WEBUI_ARGS:-}" || true
   mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE}
-  if checkpoint="$(linked_checkpoint)"; then
+  if checkpoint="$(link_checkpoint)"; then
     more=(--ckpt "$checkpoint" "${more[@]}")
   else
     more=(--skip-load-model-at-start "${more[@]}")
@@ -185,10 +187,11 @@ webui_flags() {
     --lora-dir "$WEBUI_MODELS_DIR/Lora" --vae-dir "$WEBUI_MODELS_DIR/VAE" "${gpu_flags[@]}" "${more[@]}"
 }
 
-# The checkpoint's link in the WebUI's folder, which the worker keeps. It is made here where the WebUI starts before the
-# worker, because A1111 must know the file by one path from its first load on. Fails where there is no checkpoint on disk
-# that was proven before (its sidecar lies beside it: docs/subsystems/resource-management.md).
-linked_checkpoint() {
+# Print the path of the checkpoint's link in the WebUI's folder. The worker keeps that link, but the WebUI may start
+# first, and A1111 must know the file by one path from its first load on: so the link is made here if it is missing.
+# Fails if there is no verified checkpoint on disk (a sidecar beside it shows that it was verified:
+# docs/subsystems/resource-management.md).
+link_checkpoint() {
   local link="$WEBUI_MODELS_DIR/Stable-diffusion/$CHECKPOINT_FILE" root folder
   local -a roots
   [[ ! -s "$link" ]] || {
@@ -207,8 +210,8 @@ linked_checkpoint() {
   return 1
 }
 
-# The library of tcmalloc, if there is one that can be preloaded: with it six model loads left 3.7 GB resident, with
-# glibc's allocator 5.6 GB.
+# Print the path of tcmalloc's library, if there is one that can be preloaded. After six model loads, 3.7 GB are
+# resident with it, and 5.6 GB with glibc's allocator.
 find_tcmalloc() {
   local library
   while read -r library; do
@@ -216,145 +219,146 @@ find_tcmalloc() {
   done < <(ldconfig -p | sed -nE 's/^\s*libtcmalloc(_minimal)?\.so\.4 .*=> //p')
 }
 
-# publish PID|failed: what the worker reads, never half of it.
-publish() {
+# write_state PID|failed: replace the file that the worker reads, so that it never reads half of it.
+write_state() {
   echo "$1" >"$WEBUI_STATE_FILE.new"
   mv -f "$WEBUI_STATE_FILE.new" "$WEBUI_STATE_FILE"
 }
 
-# End the WebUI that runs now, if there is one.
+# Stop the WebUI that runs now, if there is one.
 stop_webui() {
-  [[ -z "$webui" ]] || end_process "$webui" "$WEBUI_GRACE"
+  [[ -z "$webui" ]] || stop_process "$webui" "$WEBUI_GRACE"
 }
 
-# End the supervisor, and with it the WebUI.
+# Stop the supervisor, and with it the WebUI.
 stop_supervisor() {
   [[ -n "$supervisor" ]] || return 0
   kill -TERM "$supervisor" 2>/dev/null || true
-  await_within 2 "$supervisor" || kill -KILL "$supervisor" 2>/dev/null || true
-  end_group "$(<"$WEBUI_STATE_FILE")" # where the supervisor did not come to it
-  await_within 1 "$webui_lines" || true
+  wait_at_most 2 "$supervisor" || kill -KILL "$supervisor" 2>/dev/null || true
+  kill_group "$(<"$WEBUI_STATE_FILE")" # if the supervisor had no time for it
+  wait_at_most 1 "$webui_logger" || true
 }
 
 # --- the worker -----------------------------------------------------------------------------------------------------
 
 # start_worker [ARGUMENTS]: start handler.py in a process group of its own.
 start_worker() {
-  local log
+  local log_fd
   if [[ $# == 0 && -z "${RUNPOD_WEBHOOK_GET_JOB:-}" ]]; then
-    set -- --rp_serve_api --rp_api_host 127.0.0.1 # not on RunPod: its API, for this machine alone unless asked
+    set -- --rp_serve_api --rp_api_host 127.0.0.1 # not on RunPod: the SDK's API, for this machine alone
   fi
-  exec {log}> >(prefix 'worker | ')
-  worker_lines=$!
-  setsid env -C "$WORKER_DIR" "$WORKER_PYTHON" handler.py "$@" >&"$log" 2>&1 {log}>&- </dev/null &
+  exec {log_fd}> >(prefix_lines 'worker | ')
+  worker_logger=$!
+  setsid env -C "$WORKER_DIR" "$WORKER_PYTHON" handler.py "$@" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   worker=$!
-  exec {log}>&-
+  exec {log_fd}>&-
   [[ -z "$ending" ]] || stop_worker
 }
 
-# TERM for the worker, KILL after the grace. Its process group is spared the TERM: the SDK's ping process would stop
-# reporting the job that is still running.
+# TERM for the worker, KILL after the grace. The TERM goes to the worker's main process alone: with a TERM of its own,
+# the SDK's ping process would stop reporting the job that still runs.
 stop_worker() {
-  [[ -z "$worker" ]] || end_process "$worker" "$SHUTDOWN_GRACE"
+  [[ -z "$worker" ]] || stop_process "$worker" "$SHUTDOWN_GRACE"
 }
 
-# Wait for the worker's end and return its status, once all that it wrote has been passed on.
-follow_worker() {
+# Wait until the worker has ended and all its log lines are written. Returns its status.
+wait_for_worker() {
   local status=0
-  await "$worker" || status=$?
-  end_group "$worker" # the SDK's ping process outlives its parent and would report a healthy worker for ever
-  await_within 1 "$worker_lines" || true
+  wait_for_exit "$worker" || status=$?
+  kill_group "$worker" # else the SDK's ping process would live on, and report a healthy worker for ever
+  wait_at_most 1 "$worker_logger" || true
   return "$status"
 }
 
 # --- processes and time ---------------------------------------------------------------------------------------------
 
-# take_signal STATUS: what TERM and INT do. The worker is ended here, inside the trap: no signal can be missed.
-take_signal() {
+# handle_signal STATUS: what TERM and INT do. The worker is stopped here, inside the trap, so that no signal is missed.
+handle_signal() {
   ending="$1"
   stop_worker
 }
 
-# end_process PID GRACE: TERM, then KILL for its whole group when the grace is over.
-end_process() {
+# stop_process PID GRACE: TERM, then KILL for its whole group if it has not ended after GRACE seconds.
+stop_process() {
   kill -TERM "$1" 2>/dev/null || return 0
-  await_within "$2" "$1" || end_group "$1"
+  wait_at_most "$2" "$1" || kill_group "$1"
 }
 
-# end_group PID: nothing of its process group is left.
-end_group() {
+# kill_group PID: KILL for whatever is left of its process group.
+kill_group() {
   kill -KILL -- "-$1" 2>/dev/null || true
 }
 
-# await PID: its exit status, however many signals arrive meanwhile. What bash itself says of a killed process is left
-# out. bash 5 waits for ever for a child whose end it met in the moment of a signal, so nobody waits for one that is gone.
-await() {
+# wait_for_exit PID: return its exit status, however many signals arrive meanwhile. bash's own message about a killed
+# process is not shown. If a child ends in the moment of a signal, `wait` of bash 5 never returns: so it waits again
+# only if the child is still there.
+wait_for_exit() {
   local status
   while :; do
     status=0
     wait "$1" 2>/dev/null || status=$?
-    alive "$1" || return "$status"
+    is_alive "$1" || return "$status"
   done
 }
 
-# await_within SECONDS PID: return as soon as the process has ended; fails when the time is up first. A blank around the
-# seconds is none to the worker either.
-await_within() {
+# wait_at_most SECONDS PID: return as soon as the process has ended. Fails if the time is up first. The worker ignores
+# blanks around SHUTDOWN_GRACE, so this does too.
+wait_at_most() {
   local -i until
   printf -v until '%.0f' "${1//[[:space:]]/}e2"
   until+="$(now)"
-  while alive "$2"; do
+  while is_alive "$2"; do
     (($(now) < until)) || return 1
     sleep 0.02
   done
 }
 
-# pause SECONDS: as sleep, but a signal ends it.
+# pause SECONDS: like sleep, but a signal ends it.
 pause() {
   sleep "$1" &
   wait $! || true
   kill $! 2>/dev/null || true
 }
 
-# Whether the process is there.
-alive() { kill -0 "$1" 2>/dev/null; }
+# is_alive PID: whether the process is there.
+is_alive() { kill -0 "$1" 2>/dev/null; }
 
-# Hundredths of a second since boot: unlike the date they never jump.
+# Hundredths of a second since boot. Unlike the clock they never jump.
 now() {
   local uptime
   read -r uptime _ </proc/uptime
   echo "${uptime/./}"
 }
 
-# prefix TEXT: pass lines on, each behind TEXT; an object of JSON stays one, so that log readers know it. No signal ends
-# it: it ends with its writers, and their last lines are not lost.
-prefix() {
+# prefix_lines TEXT: pass lines on, with TEXT before each. A JSON object stays as it is, so that log readers can parse
+# it. No signal ends this process. It ends when its writers have ended, so that their last lines are not lost.
+prefix_lines() {
   trap '' TERM INT
   exec stdbuf -oL sed "/^{/!s/^/$1/"
 }
 
-# What start.sh itself has to say.
-say() { echo "start | $*" >&2; }
+# log MESSAGE…: a log line of start.sh itself.
+log() { echo "start | $*" >&2; }
 
 # --- the order of events --------------------------------------------------------------------------------------------
 
 main() {
   local port status=0
-  trap 'take_signal 143' TERM
-  trap 'take_signal 130' INT
-  settle
-  rm -f "$WEBUI_STATE_FILE" "${WORKER_STATE_FILE:-}" # a container that is started again still has them
-  if port="$(own_webui_port)"; then
-    look_at_gpu || exit 1
+  trap 'handle_signal 143' TERM
+  trap 'handle_signal 130' INT
+  set_defaults
+  rm -f "$WEBUI_STATE_FILE" "${WORKER_STATE_FILE:-}" # left by an earlier start of this container
+  if port="$(local_webui_port)"; then
+    choose_gpu_flags || exit 1
     tcmalloc="$(find_tcmalloc)" || tcmalloc=''
     [[ -z "$ending" ]] || exit "$ending"
     start_supervisor "$port"
   else
-    say "WEBUI_URL is $WEBUI_URL: that one is somebody else's, none is started here"
+    log "WEBUI_URL is $WEBUI_URL: somebody else runs that WebUI, none is started here"
     unset WEBUI_STATE_FILE
   fi
   start_worker "$@"
-  follow_worker || status=$?
+  wait_for_worker || status=$?
   stop_supervisor
   exit "${ending:-$status}"
 }

@@ -1,3 +1,33 @@
-"""What `handler.py` and `model_manager.py` are made of. Importing this package does nothing."""
+"""What `handler.py` and `model_manager.py` are made of. Importing this package does nothing.
+
+Modules that several packages need, in reading order:
+
+    domain          the nouns: what a job asks for, what is on disk, what was made, where a job is
+    errors          everything that can go wrong, as a tree, with codes
+    config          every setting, read from the environment
+    environment     how a setting is declared, read and parsed
+    context         what travels with a job: deadline and cancellation, progress, priority, timings
+    catalog         the models that the worker knows by name
+    prompt          `<lora:name:0.8>` in a prompt, as A1111 reads it
+    images          A1111's base64 PNGs in other formats, and whether an image shows anything
+    origins         scheme, host and port; CivitAI's storage
+    similar         what a complaint suggests instead of an unknown name
+    retry           growing pauses, and Retry-After
+    files           atomic writes, and the errors of a full disk
+    background      a blocking call that can be abandoned
+    heartbeat       a thread that calls its listeners every few seconds
+    logs            log lines, with the job's id
+
+Packages, each for one subject:
+
+    transfer        one URL becomes bytes on disk
+    models          a reference to a model becomes a verified file in the cache
+    request         a job's raw input becomes a request, or every complaint about it
+    webui           a request becomes a verified generation
+    delivery        a generation becomes the job's answer
+    job             what the worker does around a job: order, cancellation, status, health, shutdown
+
+Imports go one way: root modules ← transfer ← models ← request ← webui ← delivery ← job ← model_manager ← handler
+"""
 
 __version__ = "0.1.0"

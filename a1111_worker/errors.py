@@ -2,7 +2,7 @@
 
     WorkerError
     ├── InvalidRequest           the job itself; holds every complaint
-    ├── ModelError               a checkpoint or LoRA is not available; `on_lora_error: warn` turns a LoRA's into a warning
+    ├── ModelError               a checkpoint or LoRA is not available; `on_lora_error: warn` makes a LoRA's a warning
     │   ├── ModelNotFound
     │   ├── ModelAccessDenied
     │   ├── ModelRejected
@@ -10,14 +10,14 @@
     │   │   └── PartialFileLost      another worker took the partial file over, or it is gone
     │   └── VolumeFull
     │       └── FileTooLong          the file system takes no file of this size
-    ├── WebUINotReady            not up in time, or given up on
+    ├── WebUINotReady            did not start in time, or was given up on
     │   └── RouteMissing             a bare 404: the API is not mounted (yet)
     ├── WebUILost                died or hung while it worked for this job
     │   ├── WebUIRefused             nothing listens at its address
     │   └── WebUISilent              it took a request and did not answer in time
-    ├── CheckpointNotLoaded      the verification failed
-    │   └── WebUIBroken              a failed switch has broken it for good; only a restart helps
-    ├── LoraNotApplied           asked for and not loaded
+    ├── CheckpointNotLoaded      the verification of a generation failed
+    │   └── WebUIBroken              a failed switch has broken the WebUI for good; only a restart helps
+    ├── LoraNotApplied           a LoRA was asked for and not loaded
     ├── GenerationFailed         the WebUI's own failure
     ├── OutOfMemory
     ├── JobTimeout
@@ -26,12 +26,12 @@
     ├── DeliveryFailed
     └── Internal                 our own bug
 
-    ConfigError                  a setting that cannot be used; stops the start
+    ConfigError                  a setting that cannot be used; the worker does not start
 
-A class without a line of its own in docs/subsystems/api-gateway.md has its parent's code: the caller does not need to
-tell the two apart, the code that catches it does. Every class has a code that never changes, a message of one sentence,
-and a hint if someone can act on it. An error from below is translated at the place where it enters our code. No path,
-key, signed URL or traceback is ever put into a message or a hint.
+Every error has a code that never changes, a message of one sentence, and a hint if someone can act on it. A class that
+docs/subsystems/api-gateway.md does not list has the code of its parent: only our own code needs to tell the two apart.
+An error from below is translated at the place where it enters our code. No path, key, signed URL or traceback is ever
+put into a message or a hint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 
 
 class WorkerError(Exception):
-    """A failure with a code; `answer()` is what the caller gets."""
+    """A failure with a code. `answer()` is what the caller gets."""
 
     code: ClassVar[str] = "INTERNAL"
     retryable: bool = False
@@ -74,7 +74,7 @@ def json_safe(text: str, limit: int = 4000) -> str:
 
 @dataclass(frozen=True)
 class Complaint:
-    """One thing wrong with a job: where (`loras[2].scale`) and what."""
+    """One thing that is wrong with a job: where (`loras[2].scale`), and what."""
 
     path: str
     message: str
@@ -94,7 +94,7 @@ class InvalidRequest(WorkerError):
 
 
 class ModelError(WorkerError):
-    """A model cannot be had."""
+    """A model is not available."""
 
 
 class ModelNotFound(ModelError):
@@ -106,7 +106,7 @@ class ModelAccessDenied(ModelError):
 
 
 class ModelRejected(ModelError):
-    """What was found is not what may be loaded: not safetensors, another hash, too large, another base model."""
+    """The file may not be loaded: not safetensors, another hash, too large, or for another base model."""
 
     code = "MODEL_REJECTED"
 
@@ -121,7 +121,7 @@ class PartialFileLost(DownloadFailed):
 
 
 class VolumeFull(ModelError):
-    """No room that may be freed, or nowhere to write."""
+    """There is no room, and none may be freed; or there is no folder to write to."""
 
     code = "VOLUME_FULL"
     retryable = True
@@ -138,11 +138,11 @@ class WebUINotReady(WorkerError):
 
 
 class RouteMissing(WebUINotReady):
-    """A bare 404: the API is not mounted (yet), or something else listens there. Never about the request."""
+    """A bare 404: the API is not mounted (yet), or something else listens there. The request is never the cause."""
 
 
 class WebUILost(WorkerError):
-    """The WebUI died or hung while it worked for this job; raised with `refresh_worker` when it does not come back."""
+    """The WebUI died or hung while it worked for this job; raised with `refresh_worker` if it does not come back."""
 
     code = "WEBUI_LOST"
     retryable = True
@@ -163,7 +163,7 @@ class CheckpointNotLoaded(WorkerError):
 
 
 class WebUIBroken(CheckpointNotLoaded):
-    """A failed switch has broken the WebUI for good, although every GET looks healthy. Only a restart helps."""
+    """A failed switch has broken the WebUI for good, although it answers every GET. Only a restart helps."""
 
 
 class LoraNotApplied(WorkerError):
@@ -175,7 +175,7 @@ class GenerationFailed(WorkerError):
 
 
 class OutOfMemory(WorkerError):
-    """CUDA out of memory; raised with `refresh_worker` when it is the second within three jobs."""
+    """CUDA out of memory; raised with `refresh_worker` if it is the second one within three jobs."""
 
     code = "OUT_OF_MEMORY"
 
@@ -186,7 +186,7 @@ class JobTimeout(WorkerError):
 
 
 class JobCancelled(WorkerError):
-    """The worker's shutdown took the job. (A job cancelled on RunPod gets no answer at all.)"""
+    """The worker shut down during the job. (A job that is cancelled on RunPod gets no answer at all.)"""
 
     code = "JOB_CANCELLED"
     retryable = True
@@ -208,4 +208,4 @@ class Internal(WorkerError):
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used: its name, its value and what it takes, in one line. Stops the start."""
+    """A setting that cannot be used. One line with its name, its value and what it takes. The worker does not start."""

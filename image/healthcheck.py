@@ -1,9 +1,9 @@
-"""The container's health, from what the worker and start.sh write: status 0 when a job can be taken, 1 with the reason.
+"""The container's health, from the files of the worker and start.sh: status 0 if a job can be taken, else 1 and why.
 
     WORKER_STATE_FILE   {"state": "booting"|"ready"|"broken", "heartbeat": <seconds since 1970>, "webui": "up"|"down"}
-    WEBUI_STATE_FILE    the WebUI's pid, or `failed` when start.sh has given up
+    WEBUI_STATE_FILE    the WebUI's pid, or `failed` if start.sh has given up
 
-A WebUI that is down for the moment is start.sh's to restart, not a sick container.
+A container is healthy while its WebUI is down for a moment: start.sh restarts it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-HEARTBEAT_LIFE = 60.0  # seconds; the worker writes far more often
+MAX_HEARTBEAT_AGE = 60.0  # seconds; the worker writes far more often
 
 
-def sickness(environ: Mapping[str, str], now: float) -> str | None:
-    """Why no job can be taken, or None."""
+def why_unhealthy(environ: Mapping[str, str], now: float) -> str | None:
+    """Why no job can be taken; None if the container is healthy."""
     try:
-        said = json.loads(Path(environ["WORKER_STATE_FILE"]).read_text(encoding="utf-8"))
-        state, heartbeat = str(said["state"]), float(said["heartbeat"])
+        written = json.loads(Path(environ["WORKER_STATE_FILE"]).read_text(encoding="utf-8"))
+        state, heartbeat = str(written["state"]), float(written["heartbeat"])
     except (KeyError, OSError, TypeError, ValueError) as error:
         return f"the worker's state cannot be read: {type(error).__name__}"
     if state != "ready":
         return f"the worker is {state}"
-    if now - heartbeat > HEARTBEAT_LIFE:
-        return f"the worker's heart stopped {now - heartbeat:.0f} s ago"
+    if now - heartbeat > MAX_HEARTBEAT_AGE:
+        return f"the worker's last heartbeat was {now - heartbeat:.0f} s ago"
     if _webui_state(environ) == "failed":
         return "start.sh has given up on the WebUI"
     return None
@@ -42,6 +42,6 @@ def _webui_state(environ: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    reason = sickness(os.environ, time.time())
+    reason = why_unhealthy(os.environ, time.time())
     sys.stdout.write(f"{reason or 'ready'}\n")
     sys.exit(reason is not None)

@@ -1,6 +1,6 @@
-"""Bake what A1111 reads of the Hugging Face hub at the first load of a model into HF_HOME; run by the Dockerfile.
+"""Stores in HF_HOME what A1111 loads from the Hugging Face hub with its first model. Run by the Dockerfile.
 
-Loaded with the calls that A1111 makes, so that exactly these find it again offline.
+It makes the same calls as A1111, so that these calls find the files again offline.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ NAME = "openai/clip-vit-large-patch14"
 
 
 def load() -> None:
-    """The tokenizer and the text model's configuration (no weights: they are in the checkpoint)."""
+    """The tokenizer and the text model's configuration (no weights: those are in the checkpoint)."""
     transformers = importlib.import_module("transformers")
     transformers.CLIPTextConfig.from_pretrained(NAME)
     transformers.CLIPTokenizer.from_pretrained(NAME)
@@ -22,4 +22,4 @@ if __name__ == "__main__":
     try:
         load()
     except OSError as error:
-        sys.exit(f"{NAME} cannot be had from the Hugging Face hub (BAKE_TOKENIZER=0 builds without it): {error}")
+        sys.exit(f"{NAME} cannot be loaded from the Hugging Face hub (BAKE_TOKENIZER=0 builds without it): {error}")

@@ -1,8 +1,9 @@
-"""Imports point one way, and importing does nothing."""
+"""Imports go one way, importing does nothing, and each package says what is in it."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WORKER = ROOT / "a1111_worker"
 
-# The line of packages: each imports from those before it. "" stands for the modules beside the packages.
+# The order of packages: each imports only from itself and from those before it. "" stands for the root modules.
 PACKAGES = ["", "transfer", "models", "request", "webui", "delivery", "job"]
+PROGRAMS = ["model_manager", "handler"]
 
+# The only modules that may use HTTP.
 HTTP = {
     "transfer.egress",
     "transfer.connection",
@@ -23,31 +27,30 @@ HTTP = {
 }
 
 
-def modules() -> dict[str, Path]:
+def find_modules() -> dict[str, Path]:
     """Every module of the worker by its dotted name: `transfer.download`, `errors`, `handler`."""
-    inside = ROOT / "a1111_worker"
     found = {
-        ".".join(path.relative_to(inside).with_suffix("").parts): path
-        for path in inside.rglob("*.py")
+        ".".join(path.relative_to(WORKER).with_suffix("").parts): path
+        for path in WORKER.rglob("*.py")
         if path.name != "__init__.py"
     }
-    return {**found, "model_manager": ROOT / "model_manager.py", "handler": ROOT / "handler.py"}
+    return {**found, **{program: ROOT / f"{program}.py" for program in PROGRAMS}}
 
 
-MODULES = modules()
+MODULES = find_modules()
 
 
-def place_of(module: str) -> int:
-    """Where a module stands in the line: the two programs stand at its end."""
-    if module in ("model_manager", "handler"):
-        return len(PACKAGES) + (module == "handler")
+def rank_of(module: str) -> int:
+    """Where a module stands in the order of packages. The programs stand at its end."""
+    if module in PROGRAMS:
+        return len(PACKAGES) + PROGRAMS.index(module)
     return PACKAGES.index(module.rpartition(".")[0])
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every name that a module imports, dotted; those for type checkers alone included."""
+    """Every dotted name that a module imports, including those that only type checkers import."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -60,16 +63,30 @@ def our_imports(module: str) -> set[str]:
     return {name for name in names if name in MODULES} - {module}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_packages_import_along_the_line(module: str) -> None:
-    wrong = {other for other in our_imports(module) if place_of(other) > place_of(module)}
+def docstring_of(package: str) -> str:
+    source = (WORKER / package / "__init__.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source), clean=False) or ""
+
+
+def listed_in(package: str) -> list[str]:
+    """The names that a package's docstring lists: four spaces, the name, two spaces or more, what it is for."""
+    return re.findall(r"^ {4}(\w+) {2,}\S", docstring_of(package), re.MULTILINE)
+
+
+every_module = pytest.mark.parametrize("module", sorted(MODULES))
+every_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package or "root")
+
+
+@every_module
+def test_a_module_imports_only_from_its_own_package_and_those_before_it(module: str) -> None:
+    wrong = {other for other in our_imports(module) if rank_of(other) > rank_of(module)}
 
     assert not wrong
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package or "root")
+@every_package
 def test_no_imports_go_in_a_circle(package: str) -> None:
-    left = {module: our_imports(module) for module in MODULES if place_of(module) == PACKAGES.index(package)}
+    left = {module: our_imports(module) for module in MODULES if rank_of(module) == PACKAGES.index(package)}
 
     while left:
         free = {module for module, imports in left.items() if not imports & set(left)}
@@ -77,14 +94,33 @@ def test_no_imports_go_in_a_circle(package: str) -> None:
         left = {module: imports for module, imports in left.items() if module not in free}
 
 
-def test_every_package_stands_in_the_line() -> None:
-    folders = {path.parent.name for path in (ROOT / "a1111_worker").glob("*/__init__.py")}
+def test_every_package_has_its_place_in_the_order() -> None:
+    folders = {path.parent.name for path in WORKER.glob("*/__init__.py")}
 
     assert folders == set(PACKAGES) - {""}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_each_door_to_the_world_is_in_its_place(module: str) -> None:
+def test_the_import_rule_that_is_written_down_is_the_one_that_is_tested() -> None:
+    (rule,) = re.findall(r"^Imports go one way: (.*)$", docstring_of(""), re.MULTILINE)
+
+    assert rule.split(" ← ") == ["root modules", *PACKAGES[1:], *PROGRAMS]
+
+
+@every_package
+def test_a_package_lists_exactly_its_modules(package: str) -> None:
+    modules = [path.stem for path in (WORKER / package).glob("*.py") if path.stem != "__init__"]
+    packages = [] if package else PACKAGES[1:]
+
+    assert sorted(listed_in(package)) == sorted([*modules, *packages])
+
+
+@every_package
+def test_the_init_of_a_package_imports_nothing(package: str) -> None:
+    assert imports_of(WORKER / package / "__init__.py") == set()
+
+
+@every_module
+def test_only_their_own_modules_use_runpod_http_and_boto3(module: str) -> None:
     roots = {name.split(".")[0] for name in imports_of(MODULES[module])}
 
     assert "runpod" not in roots or module == "handler"
@@ -93,18 +129,23 @@ def test_each_door_to_the_world_is_in_its_place(module: str) -> None:
     assert not roots & {"sandbox", "tests", "benchmarks"}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"config", "handler", "model_manager"}))
-def test_variables_are_known_to_config_alone(module: str) -> None:
-    source = MODULES[module].read_text()
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(PROGRAMS)))
+def test_only_the_programs_read_the_environment(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
 
     assert "os.environ" not in source and "getenv" not in source
 
 
 def test_importing_the_handler_imports_no_sdk_and_reads_no_environment() -> None:
-    look = "import handler, sys; print('runpod' in sys.modules, 'boto3' in sys.modules, 'PIL' in sys.modules)"
+    script = "import handler, sys; print('runpod' in sys.modules, 'boto3' in sys.modules, 'PIL' in sys.modules)"
 
     done = subprocess.run(
-        [sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, env={"WARMUP": "not a flag"}, check=True
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"WARMUP": "not a flag"},
+        check=True,
     )
 
     assert done.stdout.split() == ["False", "False", "False"]

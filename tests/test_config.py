@@ -1,4 +1,4 @@
-"""The environment, read once."""
+"""The settings: defaults, what is refused, and the rules between them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from a1111_worker.config import SETTINGS, Config, default_models_dir, prepare_sdk_environment
+from a1111_worker.config import SETTINGS, BucketVariables, Config, default_models_dir, prepare_sdk_environment
 from a1111_worker.domain import BucketSettings
+from a1111_worker.environment import settings_of
 from a1111_worker.errors import ConfigError
 
 
-def test_an_empty_environment_is_a_working_one() -> None:
+def test_an_empty_environment_is_a_valid_one() -> None:
     config = Config.from_env({})
 
     assert config.webui_url == "http://127.0.0.1:3000"
@@ -103,7 +104,7 @@ def test_a_bad_value_stops_the_start_with_a_line_that_names_it(name: str, value:
     assert line.startswith(f"{name}=") and "takes" in line and "\n" not in line
 
 
-def test_what_an_address_takes_is_said_whatever_is_wrong_with_it() -> None:
+def test_a_bad_address_is_refused_with_what_is_taken_even_if_it_cannot_be_parsed() -> None:
     with pytest.raises(ConfigError) as raised:
         Config.from_env({"WEBUI_URL": "http://[::1"})
 
@@ -135,7 +136,7 @@ def test_a_bucket_has_sane_defaults() -> None:
     assert (bucket.region, bucket.prefix, bucket.link_seconds, bucket.public_url) == ("us-east-1", "", 86_400, None)
 
 
-def test_a_bucket_may_be_told_all() -> None:
+def test_every_setting_of_a_bucket_can_be_set() -> None:
     bucket = Config.from_env(
         {
             **BUCKET,
@@ -152,7 +153,7 @@ def test_a_bucket_may_be_told_all() -> None:
 
 
 @pytest.mark.parametrize("missing", BUCKET)
-def test_half_a_bucket_stops_the_start_with_a_line_that_names_the_other_half(missing: str) -> None:
+def test_a_bucket_without_one_of_its_four_settings_stops_the_start_with_a_line_that_names_it(missing: str) -> None:
     with pytest.raises(ConfigError) as raised:
         Config.from_env({name: value for name, value in BUCKET.items() if name != missing})
 
@@ -160,7 +161,7 @@ def test_half_a_bucket_stops_the_start_with_a_line_that_names_the_other_half(mis
     assert "secret" not in str(raised.value).replace("BUCKET_SECRET_ACCESS_KEY", "") and "\n" not in str(raised.value)
 
 
-def test_a_prefix_alone_is_half_a_bucket() -> None:
+def test_an_optional_setting_of_the_bucket_needs_the_four_too() -> None:
     with pytest.raises(ConfigError, match="BUCKET_PREFIX set without BUCKET_ENDPOINT_URL"):
         Config.from_env({"BUCKET_PREFIX": "a"})
 
@@ -169,6 +170,14 @@ def test_a_buckets_keys_are_not_in_its_repr() -> None:
     config = Config.from_env(BUCKET)
 
     assert "the-id" not in repr(config) and "the/secret" not in repr(config)
+
+
+def test_no_key_is_in_the_repr_of_the_configuration() -> None:
+    config = Config.from_env(
+        {"CIVITAI_API_KEY": "the-key", "RUNPOD_WEBHOOK_GET_JOB": "https://x", "RUNPOD_AI_API_KEY": "the-key"}
+    )
+
+    assert "the-key" not in repr(config)
 
 
 def test_every_bad_value_has_its_line() -> None:
@@ -183,13 +192,13 @@ def test_another_checkpoint_must_have_a_file_name_of_its_own() -> None:
         Config.from_env({"CHECKPOINT_URL": "https://civitai.com/api/download/models/1"})
 
 
-def test_hosts_may_be_named_with_or_without_https() -> None:
+def test_a_host_may_be_set_with_or_without_https() -> None:
     config = Config.from_env({"MODEL_HOSTS": "cdn.example.com, https://b.example:8443 http://127.0.0.1:8081"})
 
     assert config.model_hosts == ("https://cdn.example.com", "https://b.example:8443", "http://127.0.0.1:8081")
 
 
-def test_a_mirror_is_the_only_civitai_that_is_asked() -> None:
+def test_a_mirror_of_civitai_is_the_only_one_that_is_asked() -> None:
     assert Config.from_env({"CIVITAI_URL": "http://127.0.0.1:9"}).civitai_urls == ("http://127.0.0.1:9",)
 
 
@@ -197,12 +206,12 @@ def test_the_boot_ends_before_runpod_gives_up() -> None:
     assert Config.from_env({"RUNPOD_INIT_TIMEOUT": "900"}).boot_timeout == 880.0
 
 
-def test_no_further_sources_can_be_asked_for() -> None:
+def test_an_empty_list_of_sources_means_none() -> None:
     assert Config.from_env({"MODEL_SOURCES": ""}).model_sources == ()
     assert Config.from_env({}).model_sources == (Path("/models"),)
 
 
-def test_the_worker_id_is_filled_into_runpods_address_and_the_jobs_is_not() -> None:
+def test_the_workers_id_is_filled_into_runpods_address_and_the_jobs_id_is_not() -> None:
     config = Config.from_env(
         {
             "RUNPOD_WEBHOOK_GET_JOB": "https://x/job-take/$ID?gpu=1",
@@ -216,7 +225,7 @@ def test_the_worker_id_is_filled_into_runpods_address_and_the_jobs_is_not() -> N
     assert config.runpod.output_url == "https://x/job-done/pod1/$ID?gpu=1"
 
 
-def test_the_cache_lies_on_the_network_volume_where_there_is_one(tmp_path: Path) -> None:
+def test_the_cache_is_on_the_network_volume_if_there_is_one(tmp_path: Path) -> None:
     without = default_models_dir(tmp_path)
     (tmp_path / "runpod-volume").mkdir()
 
@@ -224,7 +233,7 @@ def test_the_cache_lies_on_the_network_volume_where_there_is_one(tmp_path: Path)
     assert default_models_dir(tmp_path) == tmp_path / "runpod-volume" / "models"
 
 
-# what somebody set, and what the SDK is to read
+# what somebody set, and what the SDK reads
 SDK_LEVELS = [
     ({"RUNPOD_DEBUG_LEVEL": "WARNING"}, {"RUNPOD_DEBUG_LEVEL": "INFO"}),
     ({"RUNPOD_DEBUG_LEVEL": ""}, {"RUNPOD_DEBUG_LEVEL": "INFO"}),
@@ -235,7 +244,9 @@ SDK_LEVELS = [
 
 
 @pytest.mark.parametrize(("given", "expected"), SDK_LEVELS)
-def test_a_word_that_would_end_the_sdks_import_is_replaced(given: dict[str, str], expected: dict[str, str]) -> None:
+def test_a_log_level_that_would_end_the_sdks_import_is_replaced(
+    given: dict[str, str], expected: dict[str, str]
+) -> None:
     environ = dict(given)
 
     prepare_sdk_environment(environ)
@@ -243,7 +254,7 @@ def test_a_word_that_would_end_the_sdks_import_is_replaced(given: dict[str, str]
     assert environ == expected
 
 
-def test_the_sdk_logs_prompts_only_where_somebody_asked_for_it() -> None:
+def test_the_sdk_logs_prompts_only_if_somebody_asked_for_it() -> None:
     silent: dict[str, str] = {}
     asked = {"RUNPOD_DEBUG_LEVEL": "DEBUG"}
 
@@ -253,17 +264,46 @@ def test_the_sdk_logs_prompts_only_where_somebody_asked_for_it() -> None:
     assert (silent["RUNPOD_DEBUG_LEVEL"], asked["RUNPOD_DEBUG_LEVEL"]) == ("INFO", "DEBUG")
 
 
-def test_every_field_has_its_variable() -> None:
-    fields = {field.name for field in dataclasses.fields(Config)}
-    # Fields whose name is not the variable's in lower case.
-    renamed = {
-        "cache_limit_bytes": "MODEL_CACHE_LIMIT_GB",
-        "civitai_key": "CIVITAI_API_KEY",
-        "civitai_urls": "CIVITAI_URL",
-    }
-    renamed_in_bucket = {"BUCKET_LINK_SECONDS": "BUCKET_LINK_TTL"}
-    in_bucket = {f"BUCKET_{field.name.upper()}" for field in dataclasses.fields(BucketSettings)}
-    names = {setting.name for setting in SETTINGS if setting.reader == "worker"}
+# The table
 
-    plain = {renamed.get(field, field.upper()) for field in fields - {"runpod", "bucket"}}
-    assert plain | {renamed_in_bucket.get(name, name) for name in in_bucket} == names
+
+def test_every_field_is_a_setting_unless_it_is_made_of_several_variables() -> None:
+    fields = {field.name for field in dataclasses.fields(Config)}
+
+    assert fields - set(settings_of(Config)) == {"bucket", "runpod"}
+
+
+def test_the_bucket_has_a_setting_for_every_field() -> None:
+    fields = {field.name for field in dataclasses.fields(BucketSettings)}
+
+    assert set(settings_of(BucketVariables)) == fields
+
+
+def test_every_variable_has_one_place_in_the_table() -> None:
+    tables = [settings_of(Config), settings_of(BucketVariables)]
+
+    names = [setting.name for setting in SETTINGS]
+
+    assert len(names) == len(set(names))
+    assert {setting.name for table in tables for setting in table.values()} == {
+        setting.name for setting in SETTINGS if setting.reader == "worker"
+    }
+
+
+def test_a_default_that_is_shown_means_the_same_when_it_is_set() -> None:
+    shown = {setting.name: setting.default for setting in SETTINGS if setting.default != "none"}
+    described = {"BOOT_TIMEOUT", "MODELS_DIR", "STORAGE_HOSTS", "CHECKPOINT_URL"}  # in words, not as a value
+
+    values = {name: default for name, default in shown.items() if name not in described}
+
+    for name, default in values.items():
+        assert Config.from_env({**(BUCKET if name.startswith("BUCKET_") else {}), name: default}) == Config.from_env(
+            BUCKET if name.startswith("BUCKET_") else {}
+        ), name
+
+
+def test_every_setting_is_described_and_every_key_is_secret() -> None:
+    assert all(setting.what for setting in SETTINGS)
+    assert {setting.name for setting in SETTINGS if setting.secret} == {
+        setting.name for setting in SETTINGS if "KEY" in setting.name
+    }

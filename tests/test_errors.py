@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+import re
 
 import pytest
 
+import a1111_worker
 from a1111_worker import errors
-from a1111_worker.errors import Complaint, InvalidRequest, WorkerError
+from a1111_worker.errors import Complaint, ConfigError, InvalidRequest, WorkerError
 
 
 def every_error() -> list[type[WorkerError]]:
@@ -37,7 +41,7 @@ CODES = {
 }
 
 
-def test_every_code_says_whether_to_try_again_and_whether_the_worker_is_fit() -> None:
+def test_every_code_says_whether_to_try_again_and_whether_to_replace_the_worker() -> None:
     found = {cls.code: (cls.retryable, cls.refresh_worker) for cls in every_error()}
 
     assert found == CODES
@@ -59,13 +63,48 @@ def test_all_complaints_come_at_once_each_with_its_path() -> None:
     assert error.answer()["error"] == "INVALID_REQUEST: steps: takes a number; no prompt"
 
 
-def test_a_sentence_with_a_lone_surrogate_can_still_leave() -> None:
+def test_a_message_with_a_lone_surrogate_can_be_sent() -> None:
     answer = InvalidRequest("unknown field '\ud800'").answer()
 
     json.dumps(answer, ensure_ascii=False).encode()
 
 
-def test_a_sentence_is_never_endless() -> None:
+def test_the_length_of_a_message_is_limited() -> None:
     answer = InvalidRequest([Complaint("x" * 100, "is unknown")] * 1000).answer()
 
     assert len(answer["error"]) <= 4000
+
+
+# The tree in the docstring of errors.py
+
+
+def drawn_tree() -> dict[str, str | None]:
+    """Every class in the tree with its parent. The classes at the left margin have none."""
+    tree: dict[str, str | None] = {}
+    branch: list[str] = []  # the path from the root to the class of the line before
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r" {4}(?P<lines>(?:[│ ] {3})*(?:[├└]── )?)(?P<name>[A-Z]\w+)(?: {2}|$)", line):
+            depth = len(found["lines"]) // 4
+            del branch[depth:]
+            assert len(branch) == depth, f"{found['name']} hangs below nothing"
+            tree[found["name"]] = branch[-1] if branch else None
+            branch.append(found["name"])
+    return tree
+
+
+def class_tree() -> dict[str, str | None]:
+    """The same of the classes themselves, wherever in the worker they are defined."""
+    for module in pkgutil.walk_packages(a1111_worker.__path__, "a1111_worker."):
+        importlib.import_module(module.name)
+    tree: dict[str, str | None] = {"WorkerError": None, "ConfigError": None}
+    rest: list[type[Exception]] = [WorkerError, ConfigError]
+    while rest:
+        parent = rest.pop()
+        children = [child for child in parent.__subclasses__() if child.__module__.startswith("a1111_worker.")]
+        tree |= {child.__name__: parent.__name__ for child in children}
+        rest += children
+    return tree
+
+
+def test_the_tree_that_is_drawn_is_the_tree_of_classes() -> None:
+    assert drawn_tree() == class_tree()

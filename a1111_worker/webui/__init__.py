@@ -1,0 +1,12 @@
+"""A `GenerationRequest` and held models become a verified `Generation`.
+
+The modules, the public one first:
+
+    generation      one request to the WebUI, watched until its answer begins, then verified
+    composition     the body of that request: names as the WebUI spells them, LoRAs as tags in the prompt
+    samplers        sampler and scheduler as people write them, and the WebUI's own names for them
+    verification    what `info` in an answer must show before the answer is believed
+    readiness       makes the WebUI ready, and ready again: it answers, has the defaults, and has loaded the checkpoint
+    supervisor      the WebUI's process: what start.sh has written about it, and signals to it
+    client          the WebUI's HTTP API, one method an endpoint
+"""

@@ -1,4 +1,4 @@
-"""The image's files held against one another and against the code: what one of them says, the others must mean too."""
+"""The image's files compared with one another and with the code: they must agree."""
 
 from __future__ import annotations
 
@@ -64,13 +64,11 @@ def json_of(path: str) -> Any:
     return json.loads((CHECKOUT / path).read_bytes())
 
 
-def settled(**environment: str) -> dict[str, str]:
-    """What start.sh makes of an environment: its settings after `settle`."""
-    script = (
-        f"source {CHECKOUT / 'start.sh'}; settle; declare -p | sed -nE 's/^declare -[-rx]+ (\\w+)=\"(.*)\"$/\\1=\\2/p'"
-    )
+def start_sh_settings(**environment: str) -> dict[str, str]:
+    """The settings of start.sh in an environment, after `set_defaults`."""
+    variables = r"""declare -p | sed -nE 's/^declare -[-rx]+ (\w+)="(.*)"$/\1=\2/p'"""
     done = subprocess.run(
-        ["bash", "-c", script],
+        ["bash", "-c", f"source {CHECKOUT / 'start.sh'}; set_defaults; {variables}"],
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
@@ -98,7 +96,7 @@ PINS = {
 
 
 @pytest.mark.parametrize(("name", "default"), PINS.items())
-def test_the_pins_are_those_that_are_known_to_work(name: str, default: str) -> None:
+def test_the_pinned_versions_are_those_that_are_known_to_work(name: str, default: str) -> None:
     assert DOCKERFILE.arg(name) == default
 
 
@@ -152,7 +150,7 @@ def test_only_the_worker_is_copied_into_the_image() -> None:
     assert (CHECKOUT / ".dockerignore").read_text(encoding="utf-8").splitlines()[1] == "*"
 
 
-def test_the_image_says_nothing_that_is_secret() -> None:
+def test_the_image_contains_no_secret() -> None:
     secrets = {setting.name for setting in SETTINGS if setting.secret}
 
     named = {*DOCKERFILE.args, *DOCKERFILE.environment}
@@ -162,7 +160,7 @@ def test_the_image_says_nothing_that_is_secret() -> None:
     assert "--mount=type=secret,id=civitai_api_key" in DOCKERFILE.text
 
 
-def test_the_image_sets_only_variables_that_somebody_reads() -> None:
+def test_the_image_sets_only_variables_that_are_read() -> None:
     platform = {"HF_HOME", "HF_HUB_OFFLINE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "PYTHONUNBUFFERED"}
     sdk = {"RUNPOD_DEBUG_LEVEL", "RUNPOD_MIN_DISK_PERCENT"}
     start_sh = {"WEBUI_DIR", "WEBUI_PYTHON", "WORKER_DIR", "WORKER_PYTHON"}
@@ -174,7 +172,7 @@ def test_the_sdk_logs_no_prompts_and_survives_its_import() -> None:
     assert DOCKERFILE.environment["RUNPOD_DEBUG_LEVEL"] == "INFO"  # WARNING would crash it, DEBUG logs results
 
 
-def test_the_tokenizer_is_read_from_the_image_and_nowhere_else() -> None:
+def test_the_tokenizer_is_read_only_from_the_image() -> None:
     assert DOCKERFILE.environment["HF_HUB_OFFLINE"] == "1"
     assert f"mkdir -p {DOCKERFILE.environment['HF_HOME']}" in DOCKERFILE.text
 
@@ -187,7 +185,7 @@ def test_the_defaults_of_the_image_are_a_valid_configuration() -> None:
     assert config.checkpoint_file == catalog.CHECKPOINT_FILE
 
 
-def test_it_starts_with_start_sh_and_listens_to_term() -> None:
+def test_the_container_starts_with_start_sh_and_stops_by_term() -> None:
     (entrypoint,) = DOCKERFILE.all("ENTRYPOINT")
 
     assert json.loads(entrypoint) == [f"{DOCKERFILE.environment['WORKER_DIR']}/start.sh"]
@@ -199,7 +197,7 @@ def test_it_starts_with_start_sh_and_listens_to_term() -> None:
 def test_the_worker_and_the_webui_are_where_start_sh_looks() -> None:
     names = ("WEBUI_DIR", "WEBUI_PYTHON", "WORKER_DIR", "WORKER_PYTHON", "WEBUI_STATE_FILE")
 
-    defaults = settled()
+    defaults = start_sh_settings()
 
     assert {name: defaults[name] for name in names} == {name: DOCKERFILE.environment[name] for name in names}
 
@@ -210,7 +208,7 @@ def test_the_worker_and_the_webui_are_where_start_sh_looks() -> None:
 def test_start_sh_and_the_worker_have_the_same_defaults() -> None:
     config = Config.from_env({})
 
-    defaults = settled()
+    defaults = start_sh_settings()
 
     assert defaults["WEBUI_URL"] == config.webui_url
     assert defaults["WEBUI_MODELS_DIR"] == str(config.webui_models_dir)
@@ -220,8 +218,8 @@ def test_start_sh_and_the_worker_have_the_same_defaults() -> None:
     assert defaults["MODELS_DIR"] == str(Path(defaults["WORKER_DIR"]) / default_models_dir(Path("/")))
 
 
-def test_an_empty_list_of_sources_means_none_to_both() -> None:
-    assert settled(MODEL_SOURCES="")["MODEL_SOURCES"] == ""
+def test_an_empty_list_of_sources_means_none_to_start_sh_and_to_the_worker() -> None:
+    assert start_sh_settings(MODEL_SOURCES="")["MODEL_SOURCES"] == ""
     assert Config.from_env({"MODEL_SOURCES": ""}).model_sources == ()
 
 
@@ -241,23 +239,23 @@ def test_every_secret_of_the_worker_is_kept_from_the_webui() -> None:
     assert {setting.name for setting in SETTINGS if setting.secret} <= kept
 
 
-def test_worker_and_webui_end_before_docker_loses_patience() -> None:
+def test_worker_and_webui_end_before_docker_kills_them() -> None:
     docker_stop = 10
 
-    assert float(settled()["SHUTDOWN_GRACE"]) + float(settled()["WEBUI_GRACE"]) < docker_stop
+    assert float(start_sh_settings()["SHUTDOWN_GRACE"]) + float(start_sh_settings()["WEBUI_GRACE"]) < docker_stop
 
 
 # The health check
 
 HEALTH: list[tuple[str | None, str | None, int, str]] = [
-    # the worker's state file, start.sh's, status, what it says
+    # the worker's state file, start.sh's, status, a part of its output
     ('{"state": "ready", "heartbeat": NOW, "webui": "up"}', "123", 0, "ready"),
     ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "123", 0, "ready"),  # being restarted
     ('{"state": "ready", "heartbeat": NOW, "webui": "up"}', None, 0, "ready"),  # somebody else's WebUI
     ('{"state": "booting", "heartbeat": NOW, "webui": "down"}', "123", 1, "booting"),
     ('{"state": "broken", "heartbeat": NOW, "webui": "down"}', "123", 1, "broken"),
     ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed", 1, "given up"),
-    ('{"state": "ready", "heartbeat": 1, "webui": "up"}', "123", 1, "heart stopped"),
+    ('{"state": "ready", "heartbeat": 1, "webui": "up"}', "123", 1, "last heartbeat"),
     (None, "123", 1, "cannot be read"),  # not started yet
     ('{"state": "rea', "123", 1, "cannot be read"),
     ("[]", "123", 1, "cannot be read"),
@@ -266,9 +264,9 @@ HEALTH: list[tuple[str | None, str | None, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("worker", "webui", "status", "said"), HEALTH)
+@pytest.mark.parametrize(("worker", "webui", "status", "printed"), HEALTH)
 def test_the_health_check_is_red_when_no_job_can_be_taken(
-    tmp_path: Path, worker: str | None, webui: str | None, status: int, said: str
+    tmp_path: Path, worker: str | None, webui: str | None, status: int, printed: str
 ) -> None:
     environment = {"WORKER_STATE_FILE": str(tmp_path / "worker"), "WEBUI_STATE_FILE": str(tmp_path / "webui")}
     if worker is not None:
@@ -282,7 +280,7 @@ def test_the_health_check_is_red_when_no_job_can_be_taken(
     )
 
     assert done.returncode == status
-    assert said in done.stdout
+    assert printed in done.stdout
     assert done.stderr == ""
 
 
@@ -306,7 +304,7 @@ def test_the_smoke_test_of_the_worker_passes_here() -> None:
     assert re.fullmatch(r"runpod \S+\n", done.stdout)
 
 
-def test_the_smoke_test_fails_where_a_module_is_missing(tmp_path: Path) -> None:
+def test_the_smoke_test_fails_if_a_module_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, CHECKOUT / "image" / "smoke.py", "worker", tmp_path], capture_output=True, text=True
     )
@@ -315,7 +313,7 @@ def test_the_smoke_test_fails_where_a_module_is_missing(tmp_path: Path) -> None:
 
 
 class WebUIEnvironment:
-    """A folder that looks to the smoke test like A1111's, and packages of it that are installed."""
+    """A folder that has for the smoke test what A1111's has, and the installed packages of its environment."""
 
     def __init__(self, folder: Path) -> None:
         self.app = folder / "app"
@@ -330,7 +328,7 @@ class WebUIEnvironment:
         self.install("clip", "clip/__init__.py")
 
     def install(self, name: str, *files: str, listed: str | None = None, text: str = "") -> None:
-        """As an installer leaves it; `listed` is its own list of modules, which not every wheel has."""
+        """Install a package as an installer does. `listed` is its own list of modules: not every wheel has one."""
         info = f"{name.replace('-', '_')}-1.0.dist-info"
         self.write(self.site / info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         if listed is not None:
@@ -363,7 +361,7 @@ WHEELS: list[tuple[tuple[str, ...], str | None]] = [
 
 
 @pytest.mark.parametrize(("files", "listed"), WHEELS)
-def test_the_smoke_test_imports_what_a_requirement_brings(
+def test_the_smoke_test_imports_the_modules_of_a_requirement(
     tmp_path: Path, files: tuple[str, ...], listed: str | None
 ) -> None:
     environment = WebUIEnvironment(tmp_path / "webui")
@@ -377,14 +375,14 @@ def test_the_smoke_test_imports_what_a_requirement_brings(
     assert bad.returncode != 0 and "ImportError: broken" in bad.stderr
 
 
-def test_the_smoke_test_fails_where_a_requirement_brings_nothing(tmp_path: Path) -> None:
+def test_the_smoke_test_fails_if_a_requirement_has_no_modules(tmp_path: Path) -> None:
     environment = WebUIEnvironment(tmp_path)
     environment.install("a-package")
 
     done = environment.smoke()
 
     assert done.returncode == 1
-    assert "a-package brings no module" in done.stderr
+    assert "a-package has no module" in done.stderr
 
 
 # RunPod's Hub
@@ -404,7 +402,7 @@ CU128_RUNS_ON = (7.5, 12.0)  # sm_75 to sm_120
 SDXL_NEEDS = 16  # GB of VRAM, with hires and a batch
 
 
-def test_the_hub_has_what_it_asks_for() -> None:
+def test_the_hub_gets_every_field_that_it_requires() -> None:
     hub = json_of(".runpod/hub.json")
 
     assert hub["type"] == "serverless"
@@ -484,15 +482,17 @@ def test_compose_has_a_profile_with_a_gpu_and_one_without() -> None:
     assert set(services["worker"]["environment"]) <= NAMES
 
 
-def test_compose_opens_the_api_on_this_machine_alone() -> None:
+def test_compose_opens_the_api_only_on_this_machine() -> None:
     for service in yaml_of("docker-compose.yml")["services"].values():
         assert service["ports"] == [f"127.0.0.1:8000:{DOCKERFILE.all('EXPOSE')[0]}"]
 
 
 def test_compose_waits_longer_than_start_sh() -> None:
-    patience = yaml_of("docker-compose.yml")["services"]["worker"]["stop_grace_period"]
+    grace = yaml_of("docker-compose.yml")["services"]["worker"]["stop_grace_period"]
 
-    assert float(patience.removesuffix("s")) > float(settled()["SHUTDOWN_GRACE"]) + float(settled()["WEBUI_GRACE"])
+    assert float(grace.removesuffix("s")) > float(start_sh_settings()["SHUTDOWN_GRACE"]) + float(
+        start_sh_settings()["WEBUI_GRACE"]
+    )
 
 
 def test_every_supported_python_is_checked() -> None:

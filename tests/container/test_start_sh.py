@@ -17,7 +17,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent.parent
 START = CHECKOUT / "start.sh"
-DEADLINE = 20.0  # seconds; only a failing test ever waits so long
+DEADLINE = 20.0  # seconds; only a failing test waits so long
 TOOLS = (
     *("awk", "bash", "cat", "env", "ldconfig", "ln", "mkdir", "mv", "realpath", "rm", "sed", "setsid", "sleep"),
     *("stdbuf", "timeout", "true"),
@@ -29,18 +29,18 @@ import json, os, signal, subprocess, sys, time
 who = {"launch.py": "webui", "handler.py": "worker"}[os.path.basename(sys.argv[0])]
 plan = os.environ.get(who.upper() + "_PLAN", "serve")
 
-def tell(what, **more):
+def record(what, **more):
     line = json.dumps({"who": who, "what": what, "pid": os.getpid(), **more}) + "\\n"
     with open(os.environ["EVENTS"], "a") as events:
         events.write(line)
 
 def on_term(*_):
-    tell("TERM")
+    record("TERM")
     if plan == "talk":
         for number in range(500):
             print("last words", number)
     if plan != "stubborn":
-        tell("end")
+        record("end")
         sys.exit(0)
 
 signal.signal(signal.SIGTERM, on_term)
@@ -52,7 +52,7 @@ except OSError:
 if plan == "talk":
     print("hello")
     print('{"level": "INFO", "message": "one object a line"}')
-tell("start", arguments=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), state=state, child=child)
+record("start", arguments=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), state=state, child=child)
 if plan.startswith("exit:"):
     while who == "worker" and state and '"webui", "what": "start"' not in open(os.environ["EVENTS"]).read():
         time.sleep(0.005)
@@ -65,14 +65,14 @@ PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
   -c*xformers*) [[ "${XFORMERS:-yes}" == yes ]] ;;
-  -c*torch*) [[ -n "${TORCH_SAYS:-}" ]] && echo "$TORCH_SAYS" ;;
+  -c*torch*) [[ -n "${TORCH_CAPABILITY:-}" ]] && echo "$TORCH_CAPABILITY" ;;
   *) exec "$REAL_PYTHON" -S "$@" ;;
 esac
 """
 
 
 class Container:
-    """A folder that looks to start.sh like the image, and a run of start.sh in it."""
+    """A folder that has for start.sh what the image has, and a run of start.sh in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,13 +116,13 @@ class Container:
         (self.bin / name).chmod(0o755)
 
     def gpu(self, capabilities: str | None) -> None:
-        """What nvidia-smi says; None: it fails, as without a driver."""
-        says = "exit 9" if capabilities is None else f"printf '{capabilities}\\n'"
-        self.program("nvidia-smi", f"#!/usr/bin/env bash\n{says}\n")
+        """Set what nvidia-smi prints. None: it fails, as it does without a driver."""
+        command = "exit 9" if capabilities is None else f"printf '{capabilities}\\n'"
+        self.program("nvidia-smi", f"#!/usr/bin/env bash\n{command}\n")
 
     def start(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            # A background job of a shell ignores INT, and so would all that it starts, traps or not.
+            # A background job of a shell ignores INT, and so do all processes that it starts, whatever they trap.
             ["env", "--default-signal=INT", str(START), *arguments],
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
@@ -133,7 +133,7 @@ class Container:
         )
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for start.sh: its status, and what it wrote on stdout and stderr."""
+        """Wait until start.sh has ended. Returns its status, and what it wrote to stdout and stderr."""
         assert self.process
         output, errors = self.process.communicate(timeout=DEADLINE)
         return self.process.returncode, output, errors
@@ -149,7 +149,7 @@ class Container:
     def functions(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script that has sourced start.sh."""
         return subprocess.run(
-            ["bash", "-c", f"source {START}\nsettle\n{script}"],
+            ["bash", "-c", f"source {START}\nset_defaults\n{script}"],
             env=self.environment | environment,
             capture_output=True,
             text=True,
@@ -162,26 +162,26 @@ class Container:
         return [e for e in found if who in (None, e["who"]) and what in (None, e["what"])]
 
     def event(self, who: str, what: str, number: int = 1) -> dict[str, Any]:
-        """Wait for the n-th of its kind."""
+        """Wait for the n-th event of its kind."""
         wait_until(lambda: len(self.events(who, what)) >= number, f"{what} of the {who}, number {number}")
         return self.events(who, what)[number - 1]
 
     def flags(self, **environment: str) -> list[str]:
-        """What the WebUI would be started with."""
-        done = self.functions('look_at_gpu && webui_flags "$(own_webui_port)"', **environment)
+        """The arguments that the WebUI would be started with."""
+        done = self.functions('choose_gpu_flags && webui_flags "$(local_webui_port)"', **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.rstrip("\0").split("\0")
 
-    def put_checkpoint(self, place: str, *, proven: bool = True) -> Path:
+    def put_checkpoint(self, place: str, *, verified: bool = True) -> Path:
         path = self.folder / place / "the.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"weights")
-        if proven:
+        if verified:
             path.with_name(f"{path.name}.json").write_text("{}", encoding="utf-8")
         return path
 
     def clean(self) -> None:
-        """End what a test has left running."""
+        """End the processes that a test has left running."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -236,23 +236,23 @@ GPUS = [
     # nvidia-smi, xformers, torch, expected
     ("8.6", "yes", "", "--xformers"),  # Ampere
     ("9.0", "yes", "", "--xformers"),  # Hopper, the last one that A1111 lets xformers run on
-    ("10.0", "yes", "", "--opt-sdp-attention"),  # Blackwell: --xformers would be ignored in silence
+    ("10.0", "yes", "", "--opt-sdp-attention"),  # Blackwell: --xformers would be ignored without a message
     ("12.0", "yes", "", "--opt-sdp-attention"),
-    ("5.2", "yes", "", "--opt-sdp-attention"),  # Maxwell: too old for it
+    ("5.2", "yes", "", "--opt-sdp-attention"),  # Maxwell: too old for xformers
     ("8.9", "no", "", "--opt-sdp-attention"),  # an image without xformers
     ("8.6\\n12.0", "yes", "", "--xformers"),  # two: A1111 uses the first
-    ("[N/A]", "yes", "7.5", "--xformers"),  # a driver that does not know the question: torch is asked
+    ("[N/A]", "yes", "7.5", "--xformers"),  # a driver that does not know compute_cap: torch is asked
     (None, "yes", "12.0", "--opt-sdp-attention"),  # nvidia-smi is broken, CUDA is not
 ]
 
 
-@pytest.mark.parametrize(("says", "xformers", "torch", "expected"), GPUS)
+@pytest.mark.parametrize(("printed", "xformers", "torch", "expected"), GPUS)
 def test_the_gpu_decides_how_attention_is_computed(
-    container: Container, says: str | None, xformers: str, torch: str, expected: str
+    container: Container, printed: str | None, xformers: str, torch: str, expected: str
 ) -> None:
-    container.gpu(says)
+    container.gpu(printed)
 
-    done = container.functions('look_at_gpu; echo "${gpu_flags[*]}"', XFORMERS=xformers, TORCH_SAYS=torch)
+    done = container.functions('choose_gpu_flags; echo "${gpu_flags[*]}"', XFORMERS=xformers, TORCH_CAPABILITY=torch)
 
     assert (done.returncode, done.stdout) == (0, f"{expected}\n")
 
@@ -280,18 +280,18 @@ def test_with_allow_cpu_it_starts_without_a_gpu(container: Container) -> None:
     assert "--xformers" not in flags
 
 
-def test_without_nvidia_smi_and_without_a_device_torch_is_not_even_asked(container: Container) -> None:
+def test_without_nvidia_smi_and_without_a_device_torch_is_not_imported(container: Container) -> None:
     if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists():
         pytest.skip("this machine has a GPU")
     (container.bin / "nvidia-smi").unlink()
 
-    done = container.functions("look_at_gpu", TORCH_SAYS="8.6")
+    done = container.functions("choose_gpu_flags", TORCH_CAPABILITY="8.6")
 
     assert done.returncode == 1
 
 
-def test_with_a_gpu_nothing_is_computed_at_full_precision_but_the_vae(container: Container) -> None:
-    flags = container.flags(ALLOW_CPU="1")  # allows it, does not ask for it
+def test_with_a_gpu_only_the_vae_is_computed_at_full_precision(container: Container) -> None:
+    flags = container.flags(ALLOW_CPU="1")  # it allows the CPU, it does not choose it
 
     assert "--no-half" not in flags
     assert "--no-half-vae" in flags
@@ -314,13 +314,13 @@ WARNED_OF = {
     "--api-server-stop",
     "--disable-safe-unpickle",
     "--enable-insecure-extension-access",
-    "--no-hashing",  # takes the proof of checkpoint and LoRA away
+    "--no-hashing",  # without hashes neither checkpoint nor LoRA can be verified
     "--disable-nan-check",
     "--no-half",
 }
 
 
-def test_the_webui_listens_on_loopback_alone(container: Container) -> None:
+def test_the_webui_listens_on_loopback_only(container: Container) -> None:
     flags = container.flags()
 
     assert {"--api", "--nowebui"} <= set(flags)
@@ -397,15 +397,15 @@ def test_the_workers_own_link_is_left_as_it_is(container: Container) -> None:
     assert link.readlink() == elsewhere
 
 
-def test_where_the_checkpoint_is_not_on_disk_nothing_else_is_loaded_first(container: Container) -> None:
+def test_if_the_checkpoint_is_not_on_disk_no_other_model_is_loaded_first(container: Container) -> None:
     flags = container.flags()
 
     assert "--skip-load-model-at-start" in flags
     assert "--ckpt" not in flags
 
 
-def test_a_checkpoint_that_was_never_proven_is_not_shown_to_the_webui(container: Container) -> None:
-    container.put_checkpoint("models/checkpoints", proven=False)
+def test_a_checkpoint_that_was_never_verified_is_not_shown_to_the_webui(container: Container) -> None:
+    container.put_checkpoint("models/checkpoints", verified=False)
 
     flags = container.flags()
 
@@ -413,9 +413,9 @@ def test_a_checkpoint_that_was_never_proven_is_not_shown_to_the_webui(container:
     assert list((container.webui_models / "Stable-diffusion").iterdir()) == []
 
 
-def test_tcmalloc_is_for_the_webuis_process_alone(container: Container) -> None:
+def test_tcmalloc_is_preloaded_only_into_the_webui(container: Container) -> None:
     library = a_library()
-    container.program("ldconfig", ldconfig_says("/nowhere/libtcmalloc.so.4", library))
+    container.program("ldconfig", ldconfig_listing("/nowhere/libtcmalloc.so.4", library))
 
     container.run(WORKER_PLAN="exit:0")
 
@@ -423,26 +423,26 @@ def test_tcmalloc_is_for_the_webuis_process_alone(container: Container) -> None:
     assert "LD_PRELOAD" not in container.event("worker", "start")["environment"]
 
 
-def test_without_tcmalloc_the_webui_starts_all_the_same(container: Container) -> None:
-    container.program("ldconfig", ldconfig_says("/nowhere/libtcmalloc.so.4"))
+def test_the_webui_starts_without_tcmalloc_too(container: Container) -> None:
+    container.program("ldconfig", ldconfig_listing("/nowhere/libtcmalloc.so.4"))
 
     container.run(WORKER_PLAN="exit:0")
 
     assert "LD_PRELOAD" not in container.event("webui", "start")["environment"]
 
 
-def ldconfig_says(*libraries: str) -> str:
+def ldconfig_listing(*libraries: str) -> str:
     lines = "".join(f"\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}\n" for library in libraries)
     return f"#!/usr/bin/env bash\ncat <<'END'\n2 libs found in cache\n\tlibz.so.1 (libc6) => /libz.so.1\n{lines}END\n"
 
 
 def a_library() -> str:
-    """Any one that can be preloaded here."""
+    """A library that can be preloaded on this machine."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return next(words[-1] for words in map(str.split, maps.splitlines()) if "/libc.so" in words[-1])
 
 
-def test_keys_are_not_the_webuis_business(container: Container) -> None:
+def test_the_webui_gets_no_keys(container: Container) -> None:
     keys = dict.fromkeys(
         ("CIVITAI_API_KEY", "RUNPOD_AI_API_KEY", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"), "secret"
     )
@@ -473,7 +473,7 @@ def test_arguments_go_to_the_handler(
     assert container.event("worker", "start")["arguments"] == expected
 
 
-def test_both_run_unbuffered_in_their_own_folder_and_process_group(container: Container) -> None:
+def test_webui_and_worker_run_unbuffered_in_their_own_folder_and_process_group(container: Container) -> None:
     container.start()
     webui, worker = container.event("webui", "start"), container.event("worker", "start")
 
@@ -504,7 +504,7 @@ def test_a_worker_that_is_killed_ends_the_container_too(container: Container) ->
     assert container.events("webui", "TERM")
 
 
-def test_nothing_of_the_workers_process_group_outlives_it(container: Container) -> None:
+def test_the_workers_process_group_ends_with_the_worker(container: Container) -> None:
     container.start(WORKER_PLAN="spawn")
     worker = container.event("worker", "start")
 
@@ -514,7 +514,7 @@ def test_nothing_of_the_workers_process_group_outlives_it(container: Container) 
     assert not is_alive(worker["child"])
 
 
-def test_somebody_elses_webui_is_not_started_and_takes_no_gpu(container: Container) -> None:
+def test_a_webui_elsewhere_is_not_started_and_needs_no_gpu(container: Container) -> None:
     container.gpu(None)
 
     status, _, errors = container.run(WORKER_PLAN="exit:0", WEBUI_URL="http://10.0.0.7:3000")
@@ -529,7 +529,7 @@ def test_somebody_elses_webui_is_not_started_and_takes_no_gpu(container: Contain
 
 
 def test_the_pid_is_in_the_state_file_before_the_worker_starts(container: Container) -> None:
-    container.state_file.write_text("4242\n", encoding="utf-8")  # of an earlier life of this container
+    container.state_file.write_text("4242\n", encoding="utf-8")  # left by an earlier start of this container
 
     container.start()
     webui, worker = container.event("webui", "start"), container.event("worker", "start")
@@ -539,7 +539,7 @@ def test_the_pid_is_in_the_state_file_before_the_worker_starts(container: Contai
     assert [path.name for path in container.folder.glob("webui.state*")] == ["webui.state"]
 
 
-def test_a_stale_health_of_the_worker_is_forgotten(container: Container) -> None:
+def test_a_stale_state_file_of_the_worker_is_removed(container: Container) -> None:
     health = container.folder / "worker.state.json"
     health.write_text('{"state": "ready"}', encoding="utf-8")
 
@@ -560,7 +560,7 @@ def test_a_webui_that_ends_is_started_again_and_the_worker_does_not_notice(conta
     assert len(container.events("worker")) == 1
 
 
-def test_what_the_webui_left_in_its_process_group_is_gone_before_it_starts_again(container: Container) -> None:
+def test_processes_that_the_webui_left_behind_are_killed_before_it_starts_again(container: Container) -> None:
     container.start(WEBUI_PLAN="spawn")
     first = container.event("webui", "start")
 
@@ -570,7 +570,7 @@ def test_what_the_webui_left_in_its_process_group_is_gone_before_it_starts_again
     assert not is_alive(first["child"])
 
 
-def test_a_webui_that_ends_too_often_is_given_up_on_and_the_worker_is_told(container: Container) -> None:
+def test_a_webui_that_ends_too_often_is_not_started_again_and_the_worker_can_read_it(container: Container) -> None:
     container.start(WEBUI_PLAN="exit:0")
 
     wait_until(lambda: container.state_file.exists() and "failed" in container.state_file.read_text(), "failed")
@@ -579,12 +579,12 @@ def test_a_webui_that_ends_too_often_is_given_up_on_and_the_worker_is_told(conta
 
     assert container.state_file.read_text(encoding="utf-8") == "failed\n"
     assert len(container.events("webui", "start")) == 1 + 3
-    assert status == 143  # the worker ran until it was told to end
+    assert status == 143  # the worker ran until TERM
     assert "given up on the WebUI" in errors
     assert [line.split()[-2] for line in errors.splitlines() if "started again" in line] == ["0.01", "0.02", "0.04"]
 
 
-def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_is_told(container: Container) -> None:
+def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_can_read_it(container: Container) -> None:
     (container.folder / "a file").touch()
     folder = container.folder / "a file" / "webui-models"
 
@@ -595,7 +595,7 @@ def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_is_tol
 
     assert worker["state"] == "failed"
     assert container.events("webui") == []
-    assert status == 143  # the worker ran until it was told to end, and could answer jobs
+    assert status == 143  # the worker ran until TERM, and could answer jobs
     assert f"start | given up on the WebUI: WEBUI_MODELS_DIR={folder} cannot be made" in errors.splitlines()
 
 
@@ -604,15 +604,15 @@ RESTARTS = [
     ([], 100, "1"),
     ([100], 200, "2"),
     ([100, 200], 300, "4"),
-    ([100, 200, 300], 400, None),  # the window has had three
+    ([100, 200, 300], 400, None),  # three in the window already
     ([100, 200, 300], 60_100, "4"),  # the first of them left it a moment ago
     ([100, 200, 300], 60_099, None),
-    ([100, 200, 300], 200_000, "1"),  # all long ago
+    ([100, 200, 300], 200_000, "1"),  # all of them long ago
 ]
 
 
 @pytest.mark.parametrize(("restarts", "now", "delay"), RESTARTS)
-def test_three_restarts_in_ten_minutes_each_after_twice_the_time(
+def test_there_are_three_restarts_in_ten_minutes_and_the_delay_doubles(
     container: Container, restarts: list[int], now: int, delay: str | None
 ) -> None:
     script = f"restart_delay {now} {' '.join(map(str, restarts))}"
@@ -634,17 +634,17 @@ def test_term_goes_to_the_worker_first_and_to_the_webui_only_after_the_worker_ha
     status, _, _ = container.end()
 
     assert status == 143
-    story = [(event["who"], event["what"]) for event in container.events() if event["what"] != "start"]
-    assert story == [("worker", "TERM"), ("worker", "end"), ("webui", "TERM"), ("webui", "end")]
+    order = [(event["who"], event["what"]) for event in container.events() if event["what"] != "start"]
+    assert order == [("worker", "TERM"), ("worker", "end"), ("webui", "TERM"), ("webui", "end")]
 
 
-def test_an_interrupt_from_a_terminal_ends_it_the_same_way_and_no_line_is_lost(container: Container) -> None:
+def test_an_interrupt_from_a_terminal_ends_it_the_same_way_and_no_log_line_is_lost(container: Container) -> None:
     container.start(WORKER_PLAN="talk")
     container.event("webui", "start")
     container.event("worker", "start")
 
     assert container.process
-    os.killpg(container.process.pid, signal.SIGINT)  # a terminal tells everything in the group, what prefixes lines too
+    os.killpg(container.process.pid, signal.SIGINT)  # a terminal signals the whole group, the prefixing processes too
     status, output, _ = container.end()
 
     assert status == 130
@@ -669,12 +669,12 @@ def test_a_worker_that_does_not_end_is_killed_when_the_grace_is_over(container: 
 
 @pytest.mark.parametrize("seconds", ["20", "20.5", "20 ", " 20", "20\n"])  # the worker reads all of these too
 def test_blanks_around_the_grace_do_not_shorten_it(container: Container, seconds: str) -> None:
-    done = container.functions('sleep 0.5 & await_within "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
+    done = container.functions('sleep 0.5 & wait_at_most "$SHUTDOWN_GRACE" $! && echo ended', SHUTDOWN_GRACE=seconds)
 
-    assert (done.stdout, done.stderr) == ("ended\n", "")  # read as 0.2 s it would have been killed before
+    assert (done.stdout, done.stderr) == ("ended\n", "")  # read as 0.2 s, the grace would have been over before
 
 
-def test_a_webui_that_does_not_end_is_killed_without_a_word_of_bash(container: Container) -> None:
+def test_a_webui_that_does_not_end_is_killed_and_bash_prints_nothing_about_it(container: Container) -> None:
     container.start(WEBUI_PLAN="stubborn")
     webui = container.event("webui", "start")
     container.event("worker", "start")
@@ -688,7 +688,7 @@ def test_a_webui_that_does_not_end_is_killed_without_a_word_of_bash(container: C
     assert not is_alive(webui["pid"])
 
 
-def test_no_webui_is_left_behind_by_a_supervisor_that_was_killed(container: Container) -> None:
+def test_the_webui_of_a_killed_supervisor_is_killed_at_the_end(container: Container) -> None:
     container.start()
     webui = container.event("webui", "start")
     container.event("worker", "start")
@@ -701,7 +701,7 @@ def test_no_webui_is_left_behind_by_a_supervisor_that_was_killed(container: Cont
     wait_until(lambda: not is_alive(webui["pid"]), "the WebUI's end")
 
 
-def test_term_ends_it_also_while_the_webui_waits_to_be_started_again(container: Container) -> None:
+def test_term_ends_it_while_the_webui_waits_to_be_started_again(container: Container) -> None:
     container.start(WEBUI_PLAN="exit:1", WEBUI_RESTART_BACKOFF="1000")
     webui = container.event("webui", "start")
     container.event("worker", "start")
@@ -714,27 +714,27 @@ def test_term_ends_it_also_while_the_webui_waits_to_be_started_again(container: 
     assert len(container.events("webui", "start")) == 1
 
 
-def test_a_term_during_the_look_at_the_gpu_is_not_forgotten(container: Container) -> None:
+def test_a_term_while_the_gpu_is_identified_is_not_forgotten(container: Container) -> None:
     looking = container.folder / "looking"
     os.mkfifo(container.folder / "go")
     container.program(
         "nvidia-smi", f"#!/usr/bin/env bash\n: >{looking}\nread -r _ <{container.folder / 'go'}\necho 8.9\n"
     )
     container.start()
-    wait_until(looking.exists, "the look at the GPU")
+    wait_until(looking.exists, "nvidia-smi to start")
 
     container.signal(signal.SIGTERM)
     (container.folder / "go").write_text("\n", encoding="utf-8")
     status, _, _ = container.end()
 
     assert status == 143
-    assert not container.state_file.exists()  # nothing was started any more
+    assert not container.state_file.exists()  # nothing was started after it
 
 
 # The log
 
 
-def test_every_line_says_whose_it_is_and_the_last_ones_are_not_lost(container: Container) -> None:
+def test_every_line_names_its_process_and_the_last_lines_are_not_lost(container: Container) -> None:
     container.start(WORKER_PLAN="talk", WEBUI_PLAN="talk")
     container.event("webui", "start")
     container.event("worker", "start")
@@ -744,8 +744,8 @@ def test_every_line_says_whose_it_is_and_the_last_ones_are_not_lost(container: C
 
     lines = output.splitlines()
     for name in ("webui", "worker"):
-        said = [line.removeprefix(f"{name} | ") for line in lines if line.startswith(f"{name} | ")]
-        assert said == ["hello", *(f"last words {number}" for number in range(500))]
+        printed = [line.removeprefix(f"{name} | ") for line in lines if line.startswith(f"{name} | ")]
+        assert printed == ["hello", *(f"last words {number}" for number in range(500))]
 
 
 @pytest.mark.parametrize(("webui", "logs"), [("http://127.0.0.1:3000", 2), ("http://10.0.0.7:3000", 1)])
@@ -760,7 +760,7 @@ def test_the_container_does_not_end_before_its_log_is_written(container: Contain
     assert log.read_text(encoding="utf-8").count("written") == logs
 
 
-def test_an_object_of_json_stays_one(container: Container) -> None:
+def test_a_json_object_in_the_log_stays_as_it_is(container: Container) -> None:
     container.start(WORKER_PLAN="talk")
     container.event("worker", "start")
 

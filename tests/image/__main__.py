@@ -2,8 +2,9 @@
 
     python -m tests.image [ARGUMENTS OF docker build]
 
-Takes a Docker engine with BuildKit and says so where none answers. Everything else comes from this checkout, the
-distribution's archive and PyPI; BASE_IMAGE in the environment names another base. What it prints are measurements.
+It needs a Docker engine with BuildKit. Without one it does nothing, and prints that. Everything else comes from this
+checkout, the distribution's archive and PyPI. BASE_IMAGE in the environment names another base image. It prints
+measurements.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from sandbox.__main__ import Sandbox
 from tests.image import make_mirror
 
 CHECKOUT = Path(__file__).parent.parent.parent
-PARTS = ("Dockerfile", ".dockerignore", *("a1111_worker", "handler.py", "image"), "model_manager.py")
+BUILD_FILES = (
+    *("Dockerfile", ".dockerignore", "a1111_worker", "handler.py", "image", "model_manager.py"),
+    *("requirements.txt", "start.sh"),
+)
 TAG = "a1111-worker:image-test"
-PATIENCE = 120.0  # seconds for anything a container is to do
+TIMEOUT = 120.0  # seconds for anything that a container has to do
 REPOSITORIES = {
     "WEBUI": "AUTOMATIC1111/stable-diffusion-webui",
     "ASSETS": "AUTOMATIC1111/stable-diffusion-webui-assets",
@@ -45,27 +49,27 @@ REPOSITORIES = {
 
 def main(arguments: list[str]) -> None:
     if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode:
-        say("no Docker engine answers here: nothing was built, nothing was tested")
+        log("no Docker engine answers here: nothing was built, nothing was tested")
         return
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        mirror = running.enter_context(mirrored(Path(folder) / "mirror"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        mirror = stack.enter_context(serve_mirror(Path(folder) / "mirror"))
         sandbox = Sandbox(Path(folder) / "sandbox")
-        running.enter_context(sandbox.running())
-        build = functools.partial(built, mirror=[*mirror, *arguments])
+        stack.enter_context(sandbox.running())
+        build = functools.partial(build_image, mirror=[*mirror, *arguments])
 
         layers = build(CHECKOUT)
-        say_sizes()
-        a_change_of_the_handler_is_one_layer(layers, build, Path(folder) / "changed")
+        print_layer_sizes()
+        check_that_a_new_handler_is_one_layer(layers, build, Path(folder) / "changed")
         build(CHECKOUT)
-        a_job_and_a_stop(sandbox)
-        a_webui_that_is_killed_for_good(sandbox)
+        check_a_job_and_a_stop(sandbox)
+        check_a_webui_that_is_killed_for_good(sandbox)
 
 
 @contextlib.contextmanager
-def mirrored(folder: Path) -> Iterator[list[str]]:
-    """Serve the stand-ins; the build arguments that name them."""
+def serve_mirror(folder: Path) -> Iterator[list[str]]:
+    """Serve the stand-ins, and yield the build arguments that name them."""
     make_mirror.make(folder)
-    files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_QuietFiles, directory=str(folder)))
     threading.Thread(target=files.serve_forever, daemon=True).start()
     port = free_port()
     git = subprocess.Popen(
@@ -93,12 +97,12 @@ def mirrored(folder: Path) -> Iterator[list[str]]:
         files.server_close()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class _QuietFiles(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
-def built(context: Path, *, mirror: list[str]) -> list[str]:
+def build_image(context: Path, *, mirror: list[str]) -> list[str]:
     """Build the image, and return its layers."""
     began = time.monotonic()
     done = subprocess.run(
@@ -109,66 +113,66 @@ def built(context: Path, *, mirror: list[str]) -> list[str]:
     )
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stderr[-8000:]}")
-    say(f"built in {time.monotonic() - began:.1f} s")
+    log(f"built in {time.monotonic() - began:.1f} s")
     layers: list[str] = json.loads(output("docker", "image", "inspect", TAG, "--format", "{{json .RootFS.Layers}}"))
     return layers
 
 
-def say_sizes() -> None:
+def print_layer_sizes() -> None:
     for line in output("docker", "history", TAG, "--format", "{{.Size}}\t{{.CreatedBy}}").splitlines():
         size, _, made_by = line.partition("\t")
         if size != "0B":
-            say(f"  {size:>8}  {made_by[:60]}")
+            log(f"  {size:>8}  {made_by[:60]}")
 
 
-def a_change_of_the_handler_is_one_layer(before: list[str], build: Any, context: Path) -> None:
+def check_that_a_new_handler_is_one_layer(before: list[str], build: Any, context: Path) -> None:
     context.mkdir()
-    for part in (*PARTS, "requirements.txt", "start.sh"):
-        source = CHECKOUT / part
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, context / part)
+    for name in BUILD_FILES:
+        source = CHECKOUT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, context / name)
     with (context / "handler.py").open("a", encoding="utf-8") as handler:
         handler.write("# changed\n")
 
     after = build(context)
 
-    changed = [number for number, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    changed = [number for number, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     expect(len(changed) == 1, f"a change of handler.py changes the layers {changed} of {len(after)}")
 
 
-def a_job_and_a_stop(sandbox: Sandbox) -> None:
+def check_a_job_and_a_stop(sandbox: Sandbox) -> None:
     with container(sandbox) as (name, api):
         job = json.loads((CHECKOUT / "test_input.json").read_bytes())
         answer = ask(f"{api}/runsync", job)
-        expect(answer["status"] == "COMPLETED", f"the job ended {answer}")
+        expect(answer["status"] == "COMPLETED", f"the job ended with {answer}")
         expect(answer["output"]["worker"]["loras"][0]["loaded"], "the LoRA is not in the picture")
-        say(f"a job: {answer['output']['worker']['timings']}")
+        log(f"a job: {answer['output']['worker']['timings']}")
 
         began = time.monotonic()
         output("docker", "stop", name)
 
-        say(f"docker stop: {time.monotonic() - began:.2f} s, exit status {status_of(name)}")
+        log(f"docker stop: {time.monotonic() - began:.2f} s, exit status {status_of(name)}")
         expect(status_of(name) == 143, "the exit status is not 143")
 
 
-def a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
+def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
     with container(sandbox, WEBUI_RESTARTS="0") as (name, _):
         output("docker", "exec", name, "bash", "-c", 'kill -KILL "$(cat /tmp/webui.state)"')
         began = time.monotonic()
 
         wait_for(lambda: health_of(name) == "unhealthy", f"{name} to become unhealthy")
 
-        say(f"the health check is red {time.monotonic() - began:.1f} s after the WebUI was killed for good")
+        log(f"the container is unhealthy {time.monotonic() - began:.1f} s after the WebUI was killed for good")
 
 
 @contextlib.contextmanager
 def container(sandbox: Sandbox, **environment: str) -> Iterator[tuple[str, str]]:
-    """A container of the image that is ready: its name, and where the SDK's API listens."""
+    """A ready container of the image: its name, and the address of the SDK's API."""
     name = f"a1111-worker-image-test-{os.getpid()}"
     port = free_port()
-    told = sandbox.environment() | environment | {"ALLOW_CPU": "1", "WEBUI_URL": f"http://127.0.0.1:{free_port()}"}
-    for own in ("MODELS_DIR", "MODEL_SOURCES", "WEBUI_MODELS_DIR"):
-        told.pop(own)
-    variables = [word for item in told.items() for word in ("--env", "=".join(item))]
+    settings = sandbox.environment() | environment | {"ALLOW_CPU": "1", "WEBUI_URL": f"http://127.0.0.1:{free_port()}"}
+    for variable in ("MODELS_DIR", "MODEL_SOURCES", "WEBUI_MODELS_DIR"):
+        settings.pop(variable)
+    variables = [word for item in settings.items() for word in ("--env", "=".join(item))]
     health = ["--health-interval", "1s", "--health-start-period", "60s", "--health-retries", "2"]
     began = time.monotonic()
     output("docker", "run", "--detach", "--name", name, "--network", "host", *health, *variables, TAG,
@@ -176,11 +180,11 @@ def container(sandbox: Sandbox, **environment: str) -> Iterator[tuple[str, str]]
     try:
         api = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(f"{api}/docs"), f"{name} to be ready")
-        say(f"docker run to ready: {time.monotonic() - began:.1f} s")
+        log(f"docker run to ready: {time.monotonic() - began:.1f} s")
         wait_for(lambda: health_of(name) == "healthy", f"{name} to be healthy")
         yield name, api
     except BaseException:
-        say(output("docker", "logs", "--tail", "60", name))
+        log(output("docker", "logs", "--tail", "60", name))
         raise
     finally:
         output("docker", "rm", "--force", name)
@@ -204,15 +208,15 @@ def answers(url: str) -> bool:
 
 def ask(url: str, body: Any) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return json.load(answer)
 
 
-def wait_for(holds: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
+            raise TimeoutError(f"waited {TIMEOUT:.0f} s for {what}")
         time.sleep(0.1)
 
 
@@ -230,12 +234,12 @@ def output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        sys.exit(f"image-test: {otherwise}")
+def expect(condition: bool, failure: str) -> None:
+    if not condition:
+        sys.exit(f"image-test: {failure}")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

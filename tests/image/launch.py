@@ -1,5 +1,7 @@
-"""Stands where A1111's launch.py stands in the image that `make image-test` builds: the sandbox's WebUI, behind A1111's
-flags. A flag that A1111 1.10.1 does not know is an error here too."""
+"""Replaces A1111's launch.py in the image that `make image-test` builds: the sandbox's WebUI with A1111's flags.
+
+A flag that A1111 1.10.1 does not know is an error here too.
+"""
 
 from __future__ import annotations
 
@@ -19,39 +21,41 @@ from sandbox.webui import WebUI
 FLAGS = json.loads((Path(__file__).parent / "sandbox" / "data" / "1.10.1" / "cmd-flags.json").read_bytes())
 
 
-def parser() -> argparse.ArgumentParser:
-    """A1111's, as its own /cmd-flags lists it."""
-    made = argparse.ArgumentParser()
+def make_parser() -> argparse.ArgumentParser:
+    """A parser of A1111's flags, as its own /cmd-flags lists them."""
+    flags = argparse.ArgumentParser()
     for name, value in FLAGS.items():
         flag = "--" + name.replace("_", "-")
         if name == "use_cpu":
-            made.add_argument(flag, nargs="+")
+            flags.add_argument(flag, nargs="+")
         elif isinstance(value, bool):
-            made.add_argument(flag, action="store_true")
+            flags.add_argument(flag, action="store_true")
         else:
-            made.add_argument(flag)
-    return made
+            flags.add_argument(flag)
+    return flags
 
 
 def main() -> None:
-    asked = parser().parse_args()
-    if not (asked.api and asked.nowebui and asked.server_name == "127.0.0.1" and asked.skip_prepare_environment):
+    options = make_parser().parse_args()
+    if not (
+        options.api and options.nowebui and options.server_name == "127.0.0.1" and options.skip_prepare_environment
+    ):
         sys.exit("this is not how start.sh starts a WebUI")
-    if importlib.util.find_spec("torch"):  # as long as A1111's own imports take
-        say(f"torch {importlib.import_module('torch').__version__}")
-    models = Path(asked.ckpt_dir).parent
-    initial = None if asked.skip_load_model_at_start else Path(asked.ckpt).name
-    webui = WebUI(models, port=int(asked.port), initial_checkpoint=initial, step_seconds=0.05)
+    if importlib.util.find_spec("torch"):  # it takes as long as A1111's own imports
+        log(f"torch {importlib.import_module('torch').__version__}")
+    models = Path(options.ckpt_dir).parent
+    initial = None if options.skip_load_model_at_start else Path(options.ckpt).name
+    webui = WebUI(models, port=int(options.port), initial_checkpoint=initial, step_seconds=0.05)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with webui:
-        say(f"listening on {webui.url}, LD_PRELOAD={os.environ.get('LD_PRELOAD', '')}, loading {initial}")
+        log(f"listening on {webui.url}, LD_PRELOAD={os.environ.get('LD_PRELOAD', '')}, loading {initial}")
         try:
             signal.pause()
         except KeyboardInterrupt:
-            say("shutting down")
+            log("shutting down")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 

@@ -1,10 +1,10 @@
-"""Repositories of our own in place of those that the Dockerfile fetches from GitHub, for a build without it.
+"""Stand-ins for the repositories that the Dockerfile fetches from GitHub, for a build without GitHub.
 
     python tests/image/make_mirror.py FOLDER
 
-makes FOLDER/OWNER/NAME.git for each, with one branch, `main`: A1111's is the sandbox's WebUI behind A1111's flags
-(launch.py beside this file), CLIP is a package that, as the true one, needs pkg_resources to be built and to be run
-(CLIP.zip too), the helpers are empty packages where A1111 looks for them.
+makes FOLDER/OWNER/NAME.git for each, with one branch, `main`. A1111's repository contains the sandbox's WebUI with
+A1111's flags (launch.py beside this file). CLIP is a package that needs pkg_resources to be built and to be run, as the
+real one does; it is also in CLIP.zip. The helpers are empty packages in the folders in which A1111 looks for them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ REPOSITORIES: dict[str, dict[str, str]] = {
 
 
 def make(target: Path) -> None:
-    """Write every repository, anew."""
+    """Write every repository again."""
     for name, files in REPOSITORIES.items():
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder)
@@ -101,7 +101,7 @@ def make(target: Path) -> None:
 
 
 def commit(tree: Path, bare: Path) -> None:
-    """The tree as the one commit of a bare repository. Equal trees give equal commits."""
+    """Make a bare repository whose only commit is the tree. Equal trees give equal commits."""
     shutil.rmtree(bare, ignore_errors=True)
     bare.mkdir(parents=True)
     who = {f"GIT_{role}_{what}": "a1111-worker" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
