@@ -251,6 +251,15 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
     return zip(re.findall(r"[A-Z_]+", names), re.findall(r"[\w/.]+", defaults), strict=True)
 
 
+def test_every_function_of_start_sh_that_is_described_exists() -> None:
+    script = (ROOT / "start.sh").read_text(encoding="utf-8")
+
+    steps = table(START_SH, "start.sh: what it does, and in which order", "step")
+
+    defined = re.findall(r"^(\w+)\(\) \{", script, re.MULTILINE)
+    assert {cells[0].strip("`") for cells in steps.values()} <= set(defined)
+
+
 def image_arguments() -> dict[str, str]:
     given = re.findall(r"^ARG (\w+)=(.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     return dict(given)
