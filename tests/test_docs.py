@@ -1,4 +1,4 @@
-"""What the pages say, held against the code: lists are complete, links lead somewhere, examples are accepted."""
+"""The pages agree with the code: lists are complete, links have a target, examples are accepted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from a1111_worker import errors
+import handler
+from a1111_worker import __version__, context, domain, errors
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS
 from a1111_worker.context import Deadline, JobContext
@@ -21,13 +22,20 @@ from a1111_worker.models.civitai import POLICY
 from a1111_worker.models.sidecars import Record
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
+from tests.test_architecture import HTTP, MODULES, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
-README, ATLAS = ROOT / "README.md", DOCS / "project-atlas.md"
-API, CONTAINER = DOCS / "subsystems" / "api-gateway.md", DOCS / "subsystems" / "container-management.md"
-FLOW, RESOURCES = DOCS / "workflows" / "request-flow.md", DOCS / "subsystems" / "resource-management.md"
+README = ROOT / "README.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
+ATLAS = DOCS / "project-atlas.md"
+API = DOCS / "subsystems" / "api-gateway.md"
+CONTAINER = DOCS / "subsystems" / "container-management.md"
+RESOURCES = DOCS / "subsystems" / "resource-management.md"
+HANDLER = DOCS / "modules" / "handler-module.md"
+START_SH = DOCS / "modules" / "startup-script.md"
+FLOW = DOCS / "workflows" / "request-flow.md"
 
 
 def name_of(page: Path) -> str:
@@ -41,9 +49,9 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def section(page: Path, heading: str) -> str:
-    """What stands under a heading, down to the next one of its rank or above."""
+    """The text under a heading, up to the next heading of the same or a higher rank."""
     text = page.read_text(encoding="utf-8")
-    # In a fenced block `# …` is a comment.
+    # Inside a fenced block, `# …` is a comment and not a heading.
     plain = re.sub(r"^```.*?^```$", lambda code: code[0].replace("#", " "), text, flags=re.MULTILINE | re.DOTALL)
     found = re.search(rf"^(#+) {re.escape(heading)}\n", plain, re.MULTILINE)
     assert found, f"{name_of(page)} has no heading {heading!r}"
@@ -52,7 +60,10 @@ def section(page: Path, heading: str) -> str:
 
 
 def table(page: Path, heading: str, first_column: str) -> dict[str, tuple[str, ...]]:
-    """The table under a heading whose first column has this name: its rows by their first cell, without the ticks."""
+    """The table under a heading whose first column has this name. Returns each row's other cells by its first cell.
+
+    The first cell is returned without its backticks.
+    """
     lines = iter(section(page, heading).splitlines())
     for line in lines:
         if line.startswith(f"| {first_column} |"):
@@ -64,10 +75,12 @@ def table(page: Path, heading: str, first_column: str) -> dict[str, tuple[str, .
             break
         first, *others = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
         rows[first.strip("`")] = tuple(others)
+    assert rows, f"{name_of(page)} has no table {first_column!r} under {heading!r}"
     return rows
 
 
 def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in this language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -76,7 +89,7 @@ def outside_of_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Where a link may lead in a page: its headings as GitHub names them."""
+    """The anchors of a page: its headings, as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", outside_of_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -85,13 +98,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_setting_is_described_with_its_default() -> None:
-    told = table(CONTAINER, "Settings", "name")
+    rows = table(CONTAINER, "Settings", "name")
 
-    assert {name: cells[0] for name, cells in told.items()} == {
+    assert {name: cells[0] for name, cells in rows.items()} == {
         setting.name: f"`{setting.default}`" if _is_literal(setting.default) else setting.default
         for setting in SETTINGS
     }
-    assert all(cells[1] for cells in told.values())
+    assert all(cells[1] for cells in rows.values())
 
 
 def _is_literal(default: str) -> bool:
@@ -99,85 +112,85 @@ def _is_literal(default: str) -> bool:
 
 
 def test_the_readme_shows_six_settings_with_the_same_defaults() -> None:
-    told = table(README, "Settings", "name")
+    rows = table(README, "Settings", "name")
     defaults = {name: cells[0].replace("`", "") for name, cells in table(CONTAINER, "Settings", "name").items()}
 
-    assert len(told) == 6
-    assert {name: cells[0].replace("`", "") for name, cells in told.items()} == {name: defaults[name] for name in told}
+    assert len(rows) == 6
+    assert {name: cells[0].replace("`", "") for name, cells in rows.items()} == {name: defaults[name] for name in rows}
 
 
 def error_classes() -> dict[str, type[errors.WorkerError]]:
-    """Every class that has a code of its own."""
+    """Every class that has a code of its own, by its code."""
     return {
-        one.code: one
-        for _, one in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(one, errors.WorkerError) and "code" in vars(one) and one is not errors.WorkerError
+        error.code: error
+        for _, error in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(error, errors.WorkerError) and "code" in vars(error) and error is not errors.WorkerError
     }
 
 
 def test_every_error_code_is_described_with_what_it_means_for_the_caller() -> None:
-    told = table(API, "Errors", "code")
+    rows = table(API, "Errors", "code")
 
-    assert set(told) == set(error_classes())
-    for code, (when, retryable, refresh) in told.items():
+    assert set(rows) == set(error_classes())
+    for code, (when, retryable, refresh) in rows.items():
         assert when
         assert retryable == ("yes" if error_classes()[code].retryable else "no"), code
         assert refresh.split(";")[0] == ("yes" if error_classes()[code].refresh_worker else "no"), code
 
 
 def test_the_readme_says_what_to_do_about_every_error_code() -> None:
-    told = table(README, "Troubleshooting", "code")
+    rows = table(README, "Troubleshooting", "code")
 
-    assert set(told) == set(error_classes())
-    assert all(cells[0] for cells in told.values())
+    assert set(rows) == set(error_classes())
+    assert all(cells[0] for cells in rows.values())
 
 
 HEADINGS = {
-    FieldClass.OURS: "Ours: understood by the worker",
-    FieldClass.CHECKED: "Checked: against the WebUI's live lists",
-    FieldClass.PASSED: "Passed: checked for type and range, and handed on as they are",
+    FieldClass.OURS: "Fields that the worker interprets",
+    FieldClass.CHECKED: "Fields checked against the WebUI's live lists",
+    FieldClass.PASSED: "Fields checked for type and range, then passed on unchanged",
 }
 
 
 @pytest.mark.parametrize("kind", HEADINGS, ids=lambda kind: kind.value)
 def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldClass) -> None:
-    told = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
+    rows = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
 
     expected = {n: (field.value.type, field.value.takes) for n, field in fields(Limits()).items() if field.kind is kind}
-    assert told == expected
+    assert rows == expected
 
 
 def test_every_refused_field_is_described_with_the_reason() -> None:
-    told = table(API, "Refused: by name, with the reason", "field")
+    rows = table(API, "Fields that are refused", "field")
 
-    assert told == {
-        name: (field.reason, ", ".join(f"`{json.dumps(one)}`" for one in field.harmless))
+    assert rows == {
+        name: (field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.harmless))
         for name, field in fields(Limits()).items()
         if field.kind is FieldClass.REFUSED
     }
 
 
 def test_every_setting_a_job_may_override_is_described() -> None:
-    told = table(API, "Settings a job may override", "setting")
+    rows = table(API, "Settings a job may override", "setting")
 
-    assert told == {
+    assert rows == {
         name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE_OPTIONS.items()
     }
 
 
 def test_every_output_option_is_described_with_its_default() -> None:
-    told = table(API, "Output options", "key")
+    rows = table(API, "Output options", "key")
     defaults = {name: getattr(OutputOptions(), name) for name in OUTPUT if name != "quality"}
 
-    assert {name: cells[0] for name, cells in told.items()} == {name: value.takes for name, value in OUTPUT.items()}
+    assert {name: cells[0] for name, cells in rows.items()} == {name: value.takes for name, value in OUTPUT.items()}
     for name, default in defaults.items():
-        assert told[name][1] == f"`{json.dumps(default)}`".replace('"', "")
+        assert rows[name][1] == f"`{json.dumps(default)}`".replace('"', "")
 
 
 def test_the_catalog_is_described_as_it_is() -> None:
-    told = table(API, "LoRAs", "name")
+    rows = table(API, "LoRAs", "name")
 
-    assert told == {lora.stem: (lora.title, str(lora.version_id), str(lora.scale)) for lora in LORAS}
+    assert rows == {lora.stem: (lora.title, str(lora.version_id), str(lora.scale)) for lora in LORAS}
     assert f"at most {MAX_LORAS}" in section(API, "LoRAs")
 
 
@@ -202,12 +215,12 @@ def test_every_stage_is_described_with_what_status_shows() -> None:
 
 
 def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
-    told = table(RESOURCES, "CivitAI's answers", "answer")
+    rows = table(RESOURCES, "CivitAI's answers", "answer")
 
-    assert {answer: cells[0] for answer, cells in told.items()} == {
+    assert {answer: cells[0] for answer, cells in rows.items()} == {
         refusal.value: f"`{rule.error.code}`" for refusal, rule in POLICY.items()
     }
-    assert {answer for answer, cells in told.items() if cells[1]} == {
+    assert {answer for answer, cells in rows.items() if cells[1]} == {
         refusal.value for refusal, rule in POLICY.items() if rule.elsewhere or rule.again
     }
 
@@ -219,7 +232,7 @@ def test_the_sidecar_that_is_shown_has_the_keys_that_are_written() -> None:
     written = json.loads(record.to_json())
 
     assert set(json.loads(shown)) == set(written)
-    keys = re.findall(r"`(\w+)`", "".join(f"`{row}`" for row in table(RESOURCES, "What is known of a model", "key")))
+    keys = re.findall(r"`(\w+)`", "".join(f"`{row}`" for row in table(RESOURCES, "What is known about a model", "key")))
     assert set(keys) == set(written)
 
 
@@ -228,7 +241,7 @@ def test_every_setting_that_start_sh_reads_is_described() -> None:
     read = dict(re.findall(r'^ +(?:export )?([A-Z_]+)="\$\{\1:?-([^}$(]*)', script, re.MULTILINE))
 
     shared = {setting.name for setting in SETTINGS}
-    own = table(DOCS / "modules" / "startup-script.md", "Settings", "name")
+    own = table(START_SH, "Settings", "name")
     named = {name: default for row, cells in own.items() for name, default in _pairs(row, cells[0])}
 
     assert named == {name: default for name, default in read.items() if name not in shared}
@@ -238,35 +251,77 @@ def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
     return zip(re.findall(r"[A-Z_]+", names), re.findall(r"[\w/.]+", defaults), strict=True)
 
 
+def test_every_function_of_start_sh_that_is_described_exists() -> None:
+    script = (ROOT / "start.sh").read_text(encoding="utf-8")
+
+    steps = table(START_SH, "start.sh: what it does, and in which order", "step")
+
+    defined = re.findall(r"^(\w+)\(\) \{", script, re.MULTILINE)
+    assert {cells[0].strip("`") for cells in steps.values()} <= set(defined)
+
+
 def image_arguments() -> dict[str, str]:
     given = re.findall(r"^ARG (\w+)=(.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     return dict(given)
 
 
 def test_every_argument_of_the_image_is_described_with_its_default() -> None:
-    told = {name: cells[0] for name, cells in table(CONTAINER, "Image arguments", "argument").items()}
+    rows = {name: cells[0] for name, cells in table(CONTAINER, "Image arguments", "argument").items()}
 
-    assert set(told) == set(image_arguments())
+    assert set(rows) == set(image_arguments())
     for name, default in image_arguments().items():
-        # An address or a commit has its one home in the Dockerfile.
+        # Only the Dockerfile contains addresses and commits.
         if "://" in default or re.fullmatch(r"[0-9a-f]{40}", default):
-            assert told[name] and default not in told[name]
+            assert rows[name] and default not in rows[name]
         else:
-            assert told[name] == (f"`{default}`" if default else "empty"), name
+            assert rows[name] == (f"`{default}`" if default else "empty"), name
 
 
-def test_the_layers_are_those_that_the_imports_are_held_against() -> None:
-    from tests.test_architecture import LAYERS
-
-    (drawn,) = re.findall(r"^```text\n(handler\n.*?)^```$", ATLAS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-    assert [set(line.split()) for line in drawn.splitlines()] == [*reversed(LAYERS)]
+# -- the tree
 
 
-def test_every_module_has_its_line_in_the_atlas() -> None:
-    told = table(ATLAS, "The worker", "module")
+def modules_of(package: str) -> set[str]:
+    """The names of the modules in a package; "" means the modules beside the packages."""
+    return {path.stem for path in (ROOT / "a1111_worker" / package).glob("*.py") if path.stem != "__init__"}
 
-    assert set(told) == {path.stem for path in (ROOT / "a1111_worker").glob("*.py") if path.stem != "__init__"}
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package or "root")
+def test_every_module_is_in_the_table_of_its_package(package: str) -> None:
+    rows = table(ATLAS, package or "Root modules", "module")
+
+    assert set(rows) == modules_of(package)
+    assert all(cells[0] for cells in rows.values())
+
+
+def test_the_atlas_shows_the_order_of_packages_that_the_imports_are_checked_against() -> None:
+    (drawn,) = re.findall(r"^root modules ← .*$", ATLAS.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert drawn.split(" ← ") == ["root modules", *PACKAGES[1:], "model_manager.py", "handler.py"]
+
+
+def test_the_atlas_names_every_module_that_speaks_http() -> None:
+    (rule,) = re.findall(r"^- Only ([^.]*) speak HTTP\.$", ATLAS.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert set(re.findall(r"`([^`]+)`", rule)) == {module.replace(".", "/") for module in HTTP}
+
+
+def test_every_noun_is_described() -> None:
+    described = re.findall(r"\w+", " ".join(table(ATLAS, "The nouns", "noun")))
+
+    assert sorted(described) == sorted(
+        name
+        for module in (domain, context)
+        for name, noun in inspect.getmembers(module, inspect.isclass)
+        if noun.__module__ == module.__name__ and not name.startswith("_")
+    )
+
+
+def test_run_job_makes_every_call_that_is_described() -> None:
+    source = inspect.getsource(handler.run_job)
+
+    described = table(HANDLER, "handler.py: what it does, and in which order", "call")
+
+    assert [call for call in described if call not in source] == []
 
 
 # -- commands, files, links
@@ -282,7 +337,7 @@ def test_every_make_target_that_is_named_exists(page: Path) -> None:
 
 
 @every_page
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", outside_of_code(page)):
         if urlsplit(link).scheme:
             assert link.startswith("https://"), link
@@ -303,7 +358,15 @@ def test_every_file_that_is_named_by_its_path_is_there(page: Path) -> None:
 
 
 @every_page
-def test_every_fenced_block_is_closed_and_every_diagram_is_one(page: Path) -> None:
+def test_every_module_that_is_named_is_there(page: Path) -> None:
+    packages = "|".join(PACKAGES[1:])
+    named = re.findall(rf"`((?:{packages})/\w+)`", page.read_text(encoding="utf-8"))
+
+    assert [name for name in named if name.replace("/", ".") not in MODULES] == []
+
+
+@every_page
+def test_every_fenced_block_is_closed_and_every_diagram_is_complete(page: Path) -> None:
     fences = re.findall(r"^\s*(```\S*)", page.read_text(encoding="utf-8"), re.MULTILINE)
 
     assert [fence == "```" for fence in fences] == [number % 2 == 1 for number in range(len(fences))]
@@ -326,16 +389,16 @@ def test_the_index_lists_every_page() -> None:
 
 
 FOREIGN = (
-    r"/work\b",  # where it was written
+    r"/work\b",  # the folder in which the pages were written
     r"/tmp/(?!webui-models|webui\.state|worker\.state\.json)",
     r"\bfact sheet|\bissue \d|\bsession\b",
-    r"pypi\.org|download\.pytorch\.org|ghcr\.io|docker\.io|registry\.npmjs",  # their home is the Dockerfile
+    r"pypi\.org|download\.pytorch\.org|ghcr\.io|docker\.io|registry\.npmjs",  # only the Dockerfile names these
     r"\bTODO\b|\bFIXME\b|\bXXX\b",
 )
 
 
 @every_page
-def test_nothing_of_the_place_it_was_written_at_is_in_a_page(page: Path) -> None:
+def test_no_page_names_the_place_in_which_it_was_written(page: Path) -> None:
     found = [match for pattern in FOREIGN for match in re.findall(pattern, page.read_text(encoding="utf-8"))]
 
     assert found == []
@@ -351,8 +414,8 @@ def jobs() -> Iterator[tuple[str, dict[str, object]]]:
                 yield f"{name_of(page)}-{number}", json.loads(block)
 
 
-@pytest.mark.parametrize(("where", "job"), [*jobs()])
-def test_every_example_of_a_job_is_accepted(where: str, job: dict[str, object]) -> None:
+@pytest.mark.parametrize("job", [pytest.param(job, id=name) for name, job in jobs()])
+def test_every_example_of_a_job_is_accepted(job: dict[str, object]) -> None:
     assert parse_request(job["input"], Limits()).body["prompt"]
 
 
@@ -362,27 +425,25 @@ def test_the_readmes_example_is_what_the_demo_runs() -> None:
     assert shown == json.loads((ROOT / "test_input.json").read_text(encoding="utf-8"))
 
 
-def test_the_readmes_answer_has_the_worker_block_that_leaves() -> None:
+def test_the_readmes_answer_has_the_worker_block_of_a_real_answer() -> None:
     shown = json.loads(blocks(README, "json")[1])["worker"]
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
 
-    leaves = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
+    real = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
 
-    assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in leaves.items()}
+    assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in real.items()}
 
 
 def _shape(value: object) -> object:
     if isinstance(value, dict):
         return list(value)
     if isinstance(value, list):
-        return [_shape(one) for one in value if isinstance(one, dict)]
+        return [_shape(item) for item in value if isinstance(item, dict)]
     return type(value).__name__
 
 
 def test_the_changelog_begins_with_the_version_that_the_worker_has() -> None:
-    from a1111_worker import __version__
-
-    released = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = re.findall(r"^## \[?(\d+\.\d+\.\d+)", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
 
     assert released[0] == __version__

@@ -1,5 +1,7 @@
-"""The examples of docs/subsystems/api-gateway.md, run as they stand there, against the real worker behind the sandbox's
-queue. Only RunPod's address is another one."""
+"""The examples of docs/subsystems/api-gateway.md run unchanged against the real worker behind the sandbox's queue.
+
+Only RunPod's address is replaced.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,23 @@ PNG, WEBP = b"\x89PNG", b"RIFF"
 @pytest.fixture(scope="module")
 def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
     folder = tmp_path_factory.mktemp("examples")
-    with world(folder, boot=False) as it, RunPod(long_poll=0.5, client_key=KEY) as queue:
-        its = Endpoint(it, queue, folder / "worker.log")
-        its.start()
+    with world(folder, boot=False) as servers, RunPod(long_poll=0.5, client_key=KEY) as queue:
+        endpoint = Endpoint(servers, queue, folder / "worker.log")
+        endpoint.start()
         try:
             yield queue
         finally:
-            its.kill()
+            endpoint.kill()
 
 
 def example(language: str) -> str:
+    """The example in this language, as it is on the page."""
     (found,) = blocks(API, language)
     return found
 
 
 def run(command: list[str], queue: RunPod, folder: Path) -> str:
-    """Run an example as its caller would; what it printed."""
+    """Run an example as its caller would. Returns what it printed."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -62,7 +65,7 @@ def run(command: list[str], queue: RunPod, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_example_for_curl(queue: RunPod, tmp_path: Path) -> None:
+def test_the_curl_example_runs(queue: RunPod, tmp_path: Path) -> None:
     shutil.copy(ROOT / "test_input.json", tmp_path)
     script = example("sh").replace(RUNPOD, f"{queue.url}/v2")
 
@@ -73,19 +76,19 @@ def test_the_example_for_curl(queue: RunPod, tmp_path: Path) -> None:
     assert answers[0]["output"]["worker"]["loras"][0]["loaded"] is True
 
 
-def test_the_example_for_python(queue: RunPod, tmp_path: Path) -> None:
-    said = run([sys.executable, "-c", example("python")], queue, tmp_path)
+def test_the_python_example_runs(queue: RunPod, tmp_path: Path) -> None:
+    printed = run([sys.executable, "-c", example("python")], queue, tmp_path)
 
     assert (tmp_path / "1.png").read_bytes().startswith(PNG)
-    assert re.search(r"^\[\d+\] \[\]$", said, re.MULTILINE)
+    assert re.search(r"^\[\d+\] \[\]$", printed, re.MULTILINE)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="the JavaScript example takes Node.js, which is not installed")
-def test_the_example_for_javascript(queue: RunPod, tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("node") is None, reason="the JavaScript example needs Node.js, which is not installed")
+def test_the_javascript_example_runs(queue: RunPod, tmp_path: Path) -> None:
     script = tmp_path / "example.mjs"
     script.write_text(example("js").replace(RUNPOD, f"{queue.url}/v2"))
 
-    said = run(["node", str(script)], queue, tmp_path)
+    printed = run(["node", str(script)], queue, tmp_path)
 
     assert (tmp_path / "1.webp").read_bytes().startswith(WEBP)
-    assert re.search(r"^\[ \d+ \]$", said, re.MULTILINE)
+    assert re.search(r"^\[ \d+ \]$", printed, re.MULTILINE)
