@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.errors import WebUINotReady
-from a1111_worker.webui.supervisor import Ownership, Supervisor
+from a1111_worker.webui.supervisor import Supervisor
 from sandbox.server import Exchange
 from sandbox.webui import Canned, Fault
 from tests.world import QUICK, World, world
@@ -179,7 +179,7 @@ def test_one_that_start_sh_gives_up_on_ends_the_job_and_the_worker(tmp_path: Pat
     with kept(tmp_path) as (it, keeper):
         keeper.may_restart.clear()
         keeper.kill()
-        wait_for(lambda: Supervisor(tmp_path / "webui.state").ownership is Ownership.RESTARTING)
+        wait_for(lambda: not Supervisor(tmp_path / "webui.state").is_running())
         (tmp_path / "webui.state").write_text("failed")
 
         answer = it.ask()
