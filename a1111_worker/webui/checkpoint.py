@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSwitch:
-    """Brings `checkpoint` into the WebUI. `timeout` is seconds, for loading it and for its verification each."""
+    """Loads `checkpoint` into the WebUI. `timeout` is seconds: for loading it, and again for its verification."""
 
     def __init__(self, webui: WebUI, checkpoint: Model, *, timeout: float, timings: WebUITimings) -> None:
         self._webui = webui

@@ -1,8 +1,8 @@
 """The WebUI's options: reset before jobs run, so that no job leaves a setting to the next one.
 
-A1111 restores `override_settings` after a job only if the option was set before. So every option that a job may
-override is set once (measured on 1.9.3 and 1.10.1). A script may change further options: an axis of an X/Y/Z plot
-overrides settings that no job may.
+`override_settings` leak into later jobs unless every option that a job may override was set once: A1111 restores only
+those (measured on 1.9.3 and 1.10.1). A script may change further options: an axis of an X/Y/Z plot overrides settings
+that no job may.
 """
 
 from __future__ import annotations

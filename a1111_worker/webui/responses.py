@@ -78,10 +78,10 @@ class WebUIOptions:
 
 @dataclass(frozen=True)
 class WebUIProgress:
-    """How far the running generation is. It does not say whose generation it is.
+    """How far the running generation is. It does not say whose generation that is.
 
     `progress` is 0 to 1. `image` counts from 1. `images` is -1 while a checkpoint is loaded inside a generation, and 0
-    if nothing runs.
+    if nothing runs. A1111's `job_timestamp`, which would tell jobs apart, is not read.
     """
 
     progress: float

@@ -38,24 +38,24 @@ class Supervisor:
     def __init__(self, state_file: Path | None, boot_time: Callable[[], float] = boot_time) -> None:
         self._state_file = state_file
         self._boot_time = boot_time
-        self._process: _NamedProcess | None = None
+        self._identified: _NamedProcess | None = None
 
     @property
     def ownership(self) -> Ownership:
-        state = self._read()
+        state, process = self._read()
         if state == "failed":
             return Ownership.GIVEN_UP
-        return Ownership.NOBODY if _parse_pid(state) is None else Ownership.START_SH
+        return Ownership.NOBODY if process is None else Ownership.START_SH
 
     @property
     def instance_id(self) -> str:
         """Another text for each process of the WebUI; always the same if start.sh does not own it."""
-        return self._read()
+        state, _ = self._read()
+        return state
 
     def is_running(self) -> bool:
         """Whether the process that the state file names lives. False if the file names none."""
-        self._read()
-        process = self._process
+        _, process = self._read()
         return process is not None and process.is_alive()
 
     def kill(self, *, wait: float) -> bool:
@@ -64,8 +64,7 @@ class Supervisor:
         False if start.sh does not own the WebUI; True if it is gone, or is being restarted. Its process group is killed
         if it leads one; start.sh makes it the leader of one.
         """
-        self._read()
-        process = self._process
+        _, process = self._read()
         if process is None:
             return False
         if process.is_alive():
@@ -79,22 +78,23 @@ class Supervisor:
             time.sleep(0.02)
         return True
 
-    def _read(self) -> str:
-        """The state file's content. Also identifies the process that it names, if that is another one than before."""
+    def _read(self) -> tuple[str, _NamedProcess | None]:
+        """The state file's content, and the process that it names."""
         if self._state_file is None:
-            return ""
+            return "", None
         try:
             state = self._state_file.read_text(encoding="ascii").strip()
             written = self._state_file.stat().st_mtime_ns
         except (OSError, UnicodeDecodeError):
-            state, written = "", 0
+            return "", None
         pid = _parse_pid(state)
         if pid is None:
-            self._process = None
-        elif self._process is None or (self._process.pid, self._process.written) != (pid, written):
+            return state, None
+        process = self._identified
+        if process is None or (process.pid, process.written) != (pid, written):
             # Once for each pid, as soon as it is seen: a worker that was frozen wakes up with a clock that has jumped.
-            self._process = _identify(pid, written, self._boot_time())
-        return state
+            process = self._identified = _identify(pid, written, self._boot_time())
+        return state, process
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _NamedProcess:
 
 
 def _identify(pid: int, written: int, boot_time: float) -> _NamedProcess:
-    """The process that a file of this time names. A process that began after the file was written has only its pid."""
+    """The process that a state file names. One that began after the file was written is another, with the same pid."""
     _, started = _read_proc_stat(pid)
     if started is not None and boot_time + started / os.sysconf("SC_CLK_TCK") > written / 1e9 + 2.0:
         started = None
