@@ -37,8 +37,9 @@ from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
-from a1111_worker.webui.readiness import Readiness, WebUITimings
+from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.supervisor import Supervisor
+from a1111_worker.webui.timings import WebUITimings
 from model_manager import HeldModels, ModelManager, open_manager
 
 log = logging.getLogger("worker")

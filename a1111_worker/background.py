@@ -1,4 +1,4 @@
-"""A blocking call in a thread of its own: whoever waits for it can look around meanwhile, or give it up."""
+"""A blocking call in a thread of its own. The caller can do other things while it waits, or abandon the call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class BackgroundCall(Generic[T]):
-    """`function` runs at once, in a daemon thread that is called `name`. Its log lines are those of the same job."""
+    """Runs `function` at once, in a daemon thread called `name`. Its log lines carry the id of the caller's job."""
 
     def __init__(self, function: Callable[[], T], *, name: str) -> None:
         self._function = function
@@ -27,13 +27,13 @@ class BackgroundCall(Generic[T]):
         return self._outcome is not None
 
     def wait(self, seconds: float, deadline: Deadline) -> bool:
-        """Wait until it is done, for `seconds` at most and no longer than the deadline allows. Returns whether it is."""
+        """Wait for the end of the call, at most `seconds`, at most until the deadline. Returns whether it is done."""
         with deadline.on_cancel(self._wake), self._changed:
             self._changed.wait_for(lambda: self.is_done() or deadline.is_cancelled, min(seconds, deadline.remaining()))
         return self.is_done()
 
     def result(self) -> T:
-        """What the function returned or raised. Only after it is done."""
+        """What the function returned or raised. Only after the call is done."""
         assert self._outcome is not None, "it is not done"
         value, error = self._outcome
         if error is not None:
@@ -41,7 +41,7 @@ class BackgroundCall(Generic[T]):
         return cast(T, value)
 
     def abandon(self, dispose: Callable[[T], None]) -> None:
-        """Nobody waits any more: `dispose` gets what the function still returns."""
+        """Nobody waits for the call any more: `dispose` gets what the function returns, or has returned."""
         with self._changed:
             self._dispose = dispose
             outcome = self._outcome

@@ -581,7 +581,7 @@ def test_a_cancelled_generation_is_interrupted_and_its_answer_awaited(fresh: Wor
     fresh.webui.step_seconds = 0.0
 
     assert "/sdapi/v1/interrupt" in paths
-    assert WebUI(fresh.webui.url).progress().job == ""  # nothing of it runs on
+    assert WebUI(fresh.webui.url).progress().images == 0  # nothing of it runs on
     assert_unharmed(fresh)
 
 

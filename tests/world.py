@@ -12,7 +12,7 @@ from typing import Any
 from a1111_worker.config import Config
 from a1111_worker.models import civitai as civitai_client
 from a1111_worker.transfer.ranges import Tuning
-from a1111_worker.webui.readiness import WebUITimings
+from a1111_worker.webui.timings import WebUITimings
 from handler import Worker
 from model_manager import ModelManager, open_manager
 from sandbox.civitai import CivitAI
@@ -22,8 +22,8 @@ from sandbox.webui import WebUI
 CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
 QUICK = WebUITimings(
     unowned_grace=0.05,
-    look_every=0.02,
-    interrupt_every=0.02,
+    progress_interval=0.02,
+    interrupt_interval=0.02,
     interrupt_grace=0.5,
     interrupt_patience=0.5,
     recovery_pause=0.01,

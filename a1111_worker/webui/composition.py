@@ -10,161 +10,192 @@ from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.loras import means, read_tags, scale_of
-from a1111_worker.webui.samplers import resolve_one, resolve_sampler, resolve_scheduler
+from a1111_worker.webui.responses import Sampler, Scheduler, Style
+from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 
+Body = Mapping[str, Any]  # of a txt2img request
+
 
 @dataclass(frozen=True)
 class WebUILists:
-    """What the WebUI has: the live lists that a job's names are checked against."""
+    """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name."""
 
-    samplers: Sequence[Mapping[str, Any]]
-    schedulers: Sequence[Mapping[str, Any]]
-    upscalers: tuple[str, ...]
-    scripts: tuple[str, ...]
-    styles: Mapping[str, Mapping[str, Any]]
-    vaes: tuple[str, ...]
+    samplers: Sequence[Sampler]
+    schedulers: Sequence[Scheduler]
+    upscalers: Sequence[str]
+    scripts: Sequence[str]
+    styles: Mapping[str, Style]
+    vaes: Sequence[str]
 
 
 def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
     """The request with every name as the WebUI spells it. InvalidRequest holds all complaints, with the nearest names.
 
-    Styles that bring LoRA tags are merged into the prompts here, so that their LoRAs are held and proven like others.
+    Styles with LoRA tags are merged into the prompts here, so that their LoRAs are held and verified like others.
     """
     body = dict(request.body)
     complaints: list[Complaint] = []
-
-    def check(decide: Callable[[], None]) -> None:
+    for resolve_part in _RESOLVERS:
         try:
-            decide()
+            body.update(resolve_part(body, lists))
         except InvalidRequest as error:
             complaints.extend(error.complaints)
-
-    def one(key: str, known: Sequence[str], what: str) -> None:
-        if body.get(key):
-            body[key] = resolve_one(body[key], known, what, path=key)
-
-    check(lambda: _resolve_sampler(body, lists, ""))
-    check(lambda: _resolve_sampler(body, lists, "hr_"))
-    check(lambda: one("hr_upscaler", lists.upscalers, "upscaler"))
-    check(lambda: one("script_name", lists.scripts, "script"))
-    check(lambda: _resolve_always_on(body, lists))
-    check(lambda: _resolve_vae(body, lists))
-    check(lambda: _resolve_styles(body, lists))
     if complaints:
         raise InvalidRequest(complaints)
-    return _with_styles_merged(replace(request, body=body), lists)
+    return _merge_styles_with_loras(replace(request, body=body), lists)
 
 
 def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
-    """The body and what its answer must prove. A LoRA among `failures` is left out, with a warning."""
+    """The body, and what its answer must show. A LoRA among `failures` is left out, with a warning."""
     warnings = list(request.warnings)
-    wanted: dict[str, _PromptLora] = {}
-    for wish in request.loras:
-        model = held.models.get(wish.ref)
+    loras: dict[str, _JobLora] = {}
+    for lora_request in request.loras:
+        ref = lora_request.ref
+        model = held.models.get(ref)
         if model is None:
-            failure = held.failures[wish.ref]
-            warnings.append(f"the LoRA {wish.ref.label} was left out: {failure.code}: {failure.message}")
-        key = model.file if model else f"{wish.path} {wish.ref.label}"
-        if key in wanted:
-            wanted[key].refs.append(wish.ref)  # two names for one file
+            failure = held.failures[ref]
+            warnings.append(f"the LoRA {ref.label} was left out: {failure.code}: {failure.message}")
+        key = model.file if model else f"{lora_request.path} {ref.label}"
+        if key in loras:
+            loras[key].refs.append(ref)  # two names for one file
             continue
-        wanted[key] = _PromptLora(wish, model, [wish.ref])
+        loras[key] = _JobLora(lora_request, model, [ref])
         warnings += model.warnings if model else ()
     body = dict(request.body)
-    placements = [lora.placement() for lora in wanted.values()]
+    placements = [lora.placement() for lora in loras.values()]
     for field in ("prompt", "hr_prompt"):
         if body.get(field):
             body[field] = prompt.place(body[field], placements)
     if body.get("enable_hr") and body.get("hr_prompt"):
-        stems = [lora.model.stem for lora in wanted.values() if lora.model]
+        stems = [lora.model.stem for lora in loras.values() if lora.model]
         body["hr_prompt"] = prompt.mentioning(body["hr_prompt"], stems)
-    loras = tuple(lora.applied() for lora in wanted.values())
-    return GenerationPlan(body, loras, request.on_lora_error, tuple(warnings), request.allow_blank)
+    applied = tuple(lora.applied() for lora in loras.values())
+    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank)
 
 
 @dataclass(frozen=True)
-class _PromptLora:
-    """A LoRA of the job: the first wish for it, its file (None: could not be had), and every reference to it."""
+class _JobLora:
+    """A LoRA of the job: the first request for it, its file (None: it could not be had), and every reference to it."""
 
-    wish: LoraRequest
+    request: LoraRequest
     model: Model | None
     refs: list[ModelRef]
 
-    def is_meant_by(self, name: str) -> bool:
-        """Whether a tag of this name means it."""
+    def has_name(self, name: str) -> bool:
+        """Whether a tag with this name means this LoRA."""
         stem = self.model.stem if self.model else None
         return name == stem or any(means(name, ref) for ref in self.refs)
 
     def placement(self) -> prompt.Placement:
+        has_own_weights = self.request.in_prompt or self.request.weighted_in_prompt
         return prompt.Placement(
-            means=self.is_meant_by,
+            means=self.has_name,
             name=self.model.stem if self.model else None,
-            scale=None if self.wish.in_prompt or self.wish.weighted_in_prompt else scale_of(self.wish),
-            default=scale_of(self.wish),
-            append=not self.wish.in_prompt,
+            scale=None if has_own_weights else scale_of(self.request),
+            default=scale_of(self.request),
+            append=not self.request.in_prompt,
         )
 
     def applied(self) -> AppliedLora:
+        """The LoRA as the answer reports it; `loaded` is decided by the verification."""
         return AppliedLora(
-            name=self.model.name if self.model else self.wish.ref.name or self.wish.ref.label,
-            scale=scale_of(self.wish),
+            name=self.model.name if self.model else self.request.ref.name or self.request.ref.label,
+            scale=scale_of(self.request),
             model=self.model,
             loaded=False,
         )
 
 
-def _resolve_sampler(body: dict[str, Any], lists: WebUILists, prefix: str) -> None:
-    sampler, scheduler = body.get(f"{prefix}sampler_name"), body.get(f"{prefix}scheduler")
+# -- one function for each kind of name: it returns the fields that change
+
+
+def _resolve_first_pass(body: Body, lists: WebUILists) -> Body:
+    return _resolve_sampler(body, lists, prefix="")
+
+
+def _resolve_second_pass(body: Body, lists: WebUILists) -> Body:
+    return _resolve_sampler(body, lists, prefix="hr_")
+
+
+def _resolve_sampler(body: Body, lists: WebUILists, prefix: str) -> Body:
+    sampler_field, scheduler_field = f"{prefix}sampler_name", f"{prefix}scheduler"
+    sampler, scheduler = body.get(sampler_field), body.get(scheduler_field)
     if sampler and sampler != SAME_SAMPLER:
         name, label = resolve_sampler(sampler, scheduler, lists.samplers, lists.schedulers, prefix=prefix)
-        body[f"{prefix}sampler_name"] = name
-        if label is not None:
-            body[f"{prefix}scheduler"] = label
-    elif scheduler and scheduler != SAME_SCHEDULER:
-        body[f"{prefix}scheduler"] = resolve_scheduler(scheduler, lists.schedulers, path=f"{prefix}scheduler")
+        return {sampler_field: name} if label is None else {sampler_field: name, scheduler_field: label}
+    if scheduler and scheduler != SAME_SCHEDULER:
+        return {scheduler_field: resolve_scheduler(scheduler, lists.schedulers, path=scheduler_field)}
+    return {}
 
 
-def _resolve_always_on(body: dict[str, Any], lists: WebUILists) -> None:
+def _resolve_upscaler(body: Body, lists: WebUILists) -> Body:
+    name = body.get("hr_upscaler")
+    return {"hr_upscaler": resolve_name(name, lists.upscalers, "upscaler", path="hr_upscaler")} if name else {}
+
+
+def _resolve_script(body: Body, lists: WebUILists) -> Body:
+    name = body.get("script_name")
+    return {"script_name": resolve_name(name, lists.scripts, "script", path="script_name")} if name else {}
+
+
+def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
     scripts = body.get("alwayson_scripts")
-    if scripts:
-        body["alwayson_scripts"] = {
-            resolve_one(name, lists.scripts, "script", path=f"alwayson_scripts.{name}"): arguments
+    if not scripts:
+        return {}
+    return {
+        "alwayson_scripts": {
+            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{name}"): arguments
             for name, arguments in scripts.items()
         }
+    }
 
 
-def _resolve_vae(body: dict[str, Any], lists: WebUILists) -> None:
+def _resolve_vae(body: Body, lists: WebUILists) -> Body:
     settings = body.get("override_settings")
-    if settings and "sd_vae" in settings:
-        vae = resolve_one(settings["sd_vae"], lists.vaes, "VAE", path="vae")
-        body["override_settings"] = {**settings, "sd_vae": vae}
+    if not settings or "sd_vae" not in settings:
+        return {}
+    return {
+        "override_settings": {**settings, "sd_vae": resolve_name(settings["sd_vae"], lists.vaes, "VAE", path="vae")}
+    }
 
 
-def _resolve_styles(body: dict[str, Any], lists: WebUILists) -> None:
-    if body.get("styles"):
-        known = tuple(lists.styles)
-        body["styles"] = [
-            resolve_one(style, known, "style", path=f"styles[{n}]") for n, style in enumerate(body["styles"])
-        ]
+def _resolve_styles(body: Body, lists: WebUILists) -> Body:
+    styles = body.get("styles")
+    if not styles:
+        return {}
+    known = tuple(lists.styles)
+    return {"styles": [resolve_name(style, known, "style", path=f"styles[{n}]") for n, style in enumerate(styles)]}
 
 
-def _with_styles_merged(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
+_RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
+    _resolve_first_pass,
+    _resolve_second_pass,
+    _resolve_upscaler,
+    _resolve_script,
+    _resolve_always_on_scripts,
+    _resolve_vae,
+    _resolve_styles,
+)
+
+
+def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
+    """The request with its styles written into the prompts, if one of them has a LoRA tag. Else the WebUI does that."""
     styles = [lists.styles[name] for name in request.body.get("styles") or ()]
-    if not any(tag.is_lora for style in styles for tag in prompt.find_tags(str(style.get("prompt") or ""))):
+    if not any(tag.is_lora for style in styles for tag in prompt.find_tags(style.prompt)):
         return request
     body = dict(request.body)
     names = body.pop("styles")
     for field in ("prompt", "hr_prompt", "negative_prompt", "hr_negative_prompt"):
         if field.startswith("hr_") and not body.get(field):
-            continue  # the second pass has what the first one has
-        part = field.removeprefix("hr_")
+            continue  # the second pass gets the text of the first one
         for style in styles:
-            body[field] = prompt.merge_style(body.get(field, ""), str(style.get(part) or ""))
+            text = style.negative_prompt if field.endswith("negative_prompt") else style.prompt
+            body[field] = prompt.merge_style(body.get(field, ""), text)
     read = read_tags(body["prompt"], "styles", request.loras)
     if read.complaints:
         raise InvalidRequest(read.complaints)
-    said = f"the styles {', '.join(names)} bring LoRAs and were written into the prompt"
-    return replace(request, body=body, loras=read.loras, warnings=(*request.warnings, *read.warnings, said))
+    merged = f"the styles {', '.join(names)} bring LoRAs and were written into the prompt"
+    return replace(request, body=body, loras=read.loras, warnings=(*request.warnings, *read.warnings, merged))

@@ -1,25 +1,24 @@
-"""The policy of generating: one request to the WebUI, looked after until its answer begins, then proven.
+"""The policy of generating: a request to the WebUI, supervised until its answer begins, and the answer's verification.
 
-Every way in which that can go wrong has its end here, and what of the WebUI is to be believed afterwards:
+What can go wrong, and what the worker does then:
 
-    refused, nothing was sent        waited for and made ready again, then tried once more
-    a bare 404                       waited out, three tries in all: it says nothing about the request
-    an HTTPException                 the caller's error, at once
-    out of memory                    the weights out of the GPU and back; the second within three jobs: not fit any more
-    poisoned by a failed switch      restarted where it is ours, and tried once more: nothing was generated
-    lost in the middle               the job's end; whoever comes next makes the WebUI ready again
-    silent, or deaf to /interrupt    hung: killed where it is ours
-    a job out of time                interrupted; what does not end at once is waited for by whoever comes next
+    the connection is refused        nothing was sent: prepare the WebUI again; three tries in all
+    a bare 404                       nothing about the request: wait, then try again; three tries in all
+    an HTTPException                 the job fails at once: its request is wrong
+    out of memory                    the job fails; the weights leave the GPU and come back. If it is the second time
+                                     within three jobs, the worker is not fit any more
+    a failed switch has broken it    nothing was generated: restart the WebUI if start.sh owns it; three tries in all
+    lost during the generation       the job fails; the next job prepares the WebUI again
+    hangs: silent, or does not end   the job fails; the WebUI is killed if start.sh owns it
+        an interrupted generation
+    the job's time is up             interrupt; if the generation does not end at once, the next job waits for its end
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext, ReportProgress
@@ -32,62 +31,61 @@ from a1111_worker.errors import (
     WebUIBroken,
     WebUILost,
     WebUIRefused,
+    WebUISilent,
     WorkerError,
 )
 from a1111_worker.images import is_blank
-from a1111_worker.webui.client import WebUI, WebUIProgress, WebUIResponse
+from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
 from a1111_worker.webui.readiness import Readiness
+from a1111_worker.webui.responses import WebUIProgress
+from a1111_worker.webui.running import RunningRequest
 from a1111_worker.webui.verification import GenerationPlan, verify
 
 log = logging.getLogger(__name__)
 
-TRIES = 3  # of a txt2img that was not even begun
-OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory within which a second one says that the worker is not fit
+MAX_TRIES = 3  # of a txt2img that did not even begin
+OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them shows that the worker is not fit
 
 
 @dataclass(frozen=True)
 class StartedGeneration:
-    """A generation whose answer has begun: the WebUI is free, the proof is still to come."""
+    """A generation whose answer has begun: the WebUI can take the next request. The answer is not verified yet."""
 
     answer: WebUIResponse
     plan: GenerationPlan
     checkpoint: Model
 
     def discard(self) -> None:
-        """Nobody will finish it: its answer is thrown away."""
+        """Drop the answer: nobody will finish this generation."""
         self.answer.close()
 
 
 class Generator:
-    """Generates with one WebUI. `start` is called by one job at a time, `resolve` and `finish` by any."""
+    """Generates with one WebUI. Only one job at a time may call `start`; any job may call `resolve` and `finish`."""
 
     def __init__(self, webui: WebUI, readiness: Readiness, *, generation_timeout: float = 540.0) -> None:
         self._webui = webui
         self._readiness = readiness
         self._generation_timeout = generation_timeout
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
-        self._ending: BackgroundCall[None] | None = None  # of a generation that its job could not wait for
+        self._interruption: BackgroundCall[None] | None = None  # of a generation whose job could not wait for its end
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
         return resolve(request, self._readiness.lists)
 
-    def start(
-        self,
-        request: GenerationRequest,
-        held: HeldModels,
-        context: JobContext,
-    ) -> StartedGeneration:
-        """Generate, and return when the answer begins: the next job may start then."""
+    def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
+        """Generate, and return when the answer begins. From then on the next job may start."""
         plan = compose(request, held)
         self._jobs_since_out_of_memory += 1
-        self._wait_for_the_last_one(context)
+        self._wait_for_interruption(context)
         self._readiness.ensure_ready(context)
         if plan.body.get("script_name"):
-            self._readiness.invalidate()  # after this one: a script may leave settings behind that no job may override
+            # For the next job: a script may leave settings behind that no job may override.
+            self._readiness.invalidate()
         try:
-            return self._start(plan, context)
+            return self._generate(plan, context)
         except OutOfMemory as error:
             if self._jobs_since_out_of_memory <= OUT_OF_MEMORY_WINDOW:
                 error.refresh_worker = True
@@ -96,15 +94,9 @@ class Generator:
             raise
 
     def finish(self, started: StartedGeneration, context: JobContext) -> Generation:
-        """Read the answer and prove it: of this checkpoint, with these LoRAs, every picture there and none blank."""
-        reading = BackgroundCall(started.answer.read, name="webui-call")
-        limit = context.deadline.within(self._readiness.timings.silence, what="reading the WebUI's answer")
+        """Read and verify the answer: made with this checkpoint and these LoRAs, all images there and none blank."""
         try:
-            if not reading.wait(limit.remaining(), limit):
-                started.answer.cut()
-                context.deadline.check()
-                raise WebUILost("the WebUI's answer did not come to its end")
-            generation = verify(reading.result(), started.plan, started.checkpoint)
+            generation = verify(self._read(started.answer, context), started.plan, started.checkpoint)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
@@ -116,33 +108,33 @@ class Generator:
         return generation
 
     def warm_up(self, context: JobContext) -> None:
-        """A tiny generation, so that the first job does not pay for what is loaded lazily."""
+        """Run a tiny generation, so that the first job does not pay for what is loaded lazily."""
         began = time.monotonic()
         body = {"prompt": "warm-up", "steps": 1, "width": 64, "height": 64, "seed": 0}
-        self.finish(self._start(GenerationPlan(body, allow_blank=True), context), context)
+        self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
         log.info("the WebUI is warm after %.1f s", time.monotonic() - began)
 
-    def _start(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
-        for attempt in range(1, TRIES + 1):
+    # -- start: the tries, and each of them
+
+    def _generate(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
+        for attempt in range(1, MAX_TRIES + 1):
+            is_last = attempt == MAX_TRIES
             try:
-                with context.timings.measure(Stage.GENERATE):
-                    return StartedGeneration(self._generate(plan.body, context), plan, self._readiness.checkpoint)
+                return self._generate_once(plan, context)
             except WebUIRefused:
                 self._readiness.invalidate()
-                if attempt == TRIES:
+                if is_last:
                     raise
                 self._readiness.ensure_ready(context)
             except RouteMissing:
-                if attempt == TRIES:
+                if is_last:
                     raise
-                log.warning(
-                    "the WebUI has no txt2img (a bare 404); trying again in %.0f s",
-                    self._readiness.timings.recovery_pause,
-                )
-                context.deadline.wait(self._readiness.timings.recovery_pause)
+                pause = self._readiness.timings.recovery_pause
+                log.warning("the WebUI has no txt2img (a bare 404); trying again in %.0f s", pause)
+                context.deadline.wait(pause)
                 self._readiness.wait_until_up(context.deadline)
             except WebUIBroken as error:
-                if attempt == TRIES or not self._readiness.restart(error.message):
+                if is_last or not self._readiness.restart(error.message):
                     raise
                 self._readiness.ensure_ready(context)
             except WebUILost as error:
@@ -151,88 +143,95 @@ class Generator:
                 raise
         raise AssertionError("the loop returns or raises")
 
-    def _generate(self, body: Mapping[str, Any], context: JobContext) -> WebUIResponse:
+    def _generate_once(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
+        timings = self._readiness.timings
+        # The request itself times out last: before that, the worker has decided whether the WebUI hangs.
+        timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
         limit = context.deadline.within(self._generation_timeout, what="a generation")
-        # Longer than the patience below, which judges: the line itself is given up last.
-        line = self._generation_timeout + 2 * self._readiness.timings.interrupt_grace + 1.0
-        call = BackgroundCall(lambda: self._webui.txt2img(body, timeout=line), name="webui-call")
-        heard = time.monotonic()
-        while not call.wait(self._readiness.timings.look_every, limit):
-            if limit.is_cancelled or limit.remaining() == 0.0:
-                self._interrupt(call, context)
+        with context.timings.measure(Stage.GENERATE):
+            request = RunningRequest(
+                self._webui,
+                lambda: self._webui.txt2img(plan.body, timeout=timeout),
+                activity="generates",
+                timings=timings,
+            )
+            try:
+                has_ended = request.wait(limit, lambda progress: _report(progress, context.report))
+            except WebUISilent as error:
+                raise self._kill(request, error) from error
+            if not has_ended:
+                self._interrupt(request, context)
                 limit.check()
-            look = self._look()
-            if look is not None:
-                heard = time.monotonic()
-                _report(look, context.report)
-            elif time.monotonic() - heard > self._readiness.timings.silence:
-                raise self._hung(call, "the WebUI hangs: it answers nothing any more")
-        return call.result()
+            return StartedGeneration(request.result(), plan, self._readiness.checkpoint)
 
-    def _interrupt(self, call: BackgroundCall[WebUIResponse], context: JobContext) -> None:
-        """End the running generation, whose answer is thrown away. Only then is the WebUI free: a job with time left
-        timings for that, one without leaves it to whoever generates next."""
+    # -- the interruption of a generation whose time is up, or whose job was cancelled
+
+    def _interrupt(self, request: RunningRequest[WebUIResponse], context: JobContext) -> None:
+        """End the running generation and drop its answer. Only after that can the WebUI take the next request.
+
+        A job with time left waits for the end. A job without leaves that to the next one.
+        """
         log.info("interrupting the generation")
         timings = self._readiness.timings
-        left = (
-            0.0
-            if context.deadline.is_cancelled
-            else min(context.deadline.remaining(), timings.interrupt_grace + timings.death)
-        )
-        ending = BackgroundCall(lambda: self._end(call), name="webui-call")
-        if ending.wait(max(left, timings.interrupt_patience), Deadline()):
-            ending.result()
+        deadline = context.deadline
+        time_left = 0.0 if deadline.is_cancelled else min(deadline.remaining(), timings.interrupt_grace + timings.death)
+        interruption = BackgroundCall(lambda: self._end(request), name="webui-call")
+        if interruption.wait(max(time_left, timings.interrupt_patience), Deadline()):
+            interruption.result()
         else:
-            log.warning("the WebUI has not ended the generation yet; the next one timings for that")
-            self._ending = ending
+            log.warning("the WebUI has not ended the generation yet; the next job waits for that")
+            self._interruption = interruption
 
-    def _wait_for_the_last_one(self, context: JobContext) -> None:
-        """Until the WebUI has ended what an earlier job left running; it was restarted where it would not."""
-        while self._ending is not None:
-            if self._ending.wait(self._readiness.timings.look_every, context.deadline):
-                ending, self._ending = self._ending, None
+    def _wait_for_interruption(self, context: JobContext) -> None:
+        """Return when the WebUI has ended what an earlier job left running, or was killed because it did not."""
+        while self._interruption is not None:
+            if self._interruption.wait(self._readiness.timings.progress_interval, context.deadline):
+                interruption, self._interruption = self._interruption, None
                 try:
-                    ending.result()
+                    interruption.result()
                 except WebUILost as error:
                     if error.refresh_worker:
                         raise
             context.deadline.check()
 
-    def _end(self, call: BackgroundCall[WebUIResponse]) -> None:
-        timings = self._readiness.timings
-        grace = Deadline(timings.interrupt_grace)
-        while not call.is_done():
-            if grace.remaining() == 0.0:
-                raise self._hung(call, "the WebUI hangs: it did not end an interrupted generation")
-            with contextlib.suppress(WorkerError):
-                self._webui.interrupt()  # again and again: one that comes before the generation begins is lost
-            call.wait(timings.interrupt_every, grace)
+    def _end(self, request: RunningRequest[WebUIResponse]) -> None:
         try:
-            call.result().close()
+            request.interrupt()
+        except WebUISilent as error:
+            raise self._kill(request, error) from error
+        try:
+            request.result().close()
         except WebUILost:
             self._readiness.invalidate()
         except WorkerError:
-            pass  # it failed on its own; the job is over all the same
+            pass  # the generation failed by itself, and its job is over in any case
 
-    def _hung(self, call: BackgroundCall[WebUIResponse], sentence: str) -> WebUILost:
-        """The WebUI is killed where it is ours; elsewhere this worker is not fit for another job."""
-        call.abandon(WebUIResponse.close)
-        return WebUILost(sentence, refresh_worker=not self._readiness.restart(sentence))
+    def _kill(self, request: RunningRequest[WebUIResponse], error: WebUISilent) -> WebUILost:
+        """Kill a WebUI that hangs, if start.sh owns it. If not, this worker is not fit for another job."""
+        request.abandon(WebUIResponse.close)
+        return WebUILost(error.message, refresh_worker=not self._readiness.restart(error.message))
 
-    def _look(self) -> WebUIProgress | None:
-        try:
-            return self._webui.progress()
-        except WorkerError:
-            return None  # a look is not worth a job
+    # -- finish
+
+    def _read(self, answer: WebUIResponse, context: JobContext) -> object:
+        silence = self._readiness.timings.silence
+        limit = context.deadline.within(silence, what="reading the WebUI's answer")
+        reading = BackgroundCall(answer.read, name="webui-call")
+        if not reading.wait(limit.remaining(), limit):
+            answer.abort()
+            context.deadline.check()
+            raise WebUILost("the WebUI's answer did not come to its end")
+        return reading.result()
 
 
-def _report(look: WebUIProgress, report: ReportProgress) -> None:
-    if look.images > 0:  # −1 while a checkpoint is loaded inside a generation
+def _report(progress: WebUIProgress, report: ReportProgress) -> None:
+    if progress.images > 0:  # -1 while a checkpoint is loaded inside a generation
+        image = min(progress.image, progress.images)
         report(
             Progress(
                 Stage.GENERATE,
-                percent=look.progress * 100,
-                detail=f"step {look.step} of {look.steps}, image {min(look.image, look.images)} of {look.images}",
-                eta_s=look.eta_seconds,
+                percent=progress.progress * 100,
+                detail=f"step {progress.step} of {progress.steps}, image {image} of {progress.images}",
+                eta_s=progress.eta_seconds,
             )
         )

@@ -1,6 +1,10 @@
-"""Who keeps the WebUI alive: start.sh, told through its state file. Only the pid in that file may ever be signalled.
+"""Who keeps the WebUI alive: start.sh, through a state file. Only the process that the file names may be signalled.
 
-The file holds the WebUI's pid, or `failed` when start.sh has given up. Without a file nobody of ours owns the WebUI.
+The file holds one of these:
+
+    1234          the WebUI's pid; start.sh starts another one when it ends
+    failed        start.sh has given up
+    (no file)     start.sh does not own the WebUI
 """
 
 from __future__ import annotations
@@ -10,93 +14,125 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 
 class Ownership(Enum):
-    """What the state file says. RESTARTING: a pid that is gone, and start.sh has not given up."""
+    """Who is responsible for the WebUI, by the state file. It does not tell whether the WebUI's process lives."""
 
-    NOBODY = "nobody"
-    RUNNING = "running"
-    RESTARTING = "restarting"
-    FAILED = "failed"
+    NOBODY = "nobody of ours"
+    START_SH = "start.sh, which restarts it when it ends"
+    GIVEN_UP = "start.sh, which has given up"
 
 
 def boot_time() -> float:
-    """When this machine was booted, in seconds since the epoch; a clock that is set moves it."""
+    """When this machine was booted, in seconds since the epoch; setting the clock changes it."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Supervisor:
-    """Reads `state_file` (None: nobody owns the WebUI) anew at every question."""
+    """Reads `state_file` anew for every answer. None: start.sh does not own the WebUI."""
 
     def __init__(self, state_file: Path | None, boot_time: Callable[[], float] = boot_time) -> None:
         self._state_file = state_file
         self._boot_time = boot_time
-        # What the file named when it was first seen: a pid, its own time, and when that process began, in clock ticks.
-        self._named: tuple[int, int, int | None] = (0, 0, None)
+        self._identified: _NamedProcess | None = None
 
     @property
     def ownership(self) -> Ownership:
-        said = self._said()
-        if said == "failed":
-            return Ownership.FAILED
-        pid = _pid(said)
-        if pid is None:
-            return Ownership.NOBODY
-        return Ownership.RUNNING if self._is_alive(pid) else Ownership.RESTARTING
+        state, process = self._read()
+        if state == "failed":
+            return Ownership.GIVEN_UP
+        return Ownership.NOBODY if process is None else Ownership.START_SH
 
     @property
-    def life(self) -> str:
-        """What tells one life of the WebUI from the next; always the same where nobody of ours owns it."""
-        return self._said()
+    def instance_id(self) -> str:
+        """Another text for each process of the WebUI; always the same if start.sh does not own it."""
+        state, _ = self._read()
+        return state
+
+    def is_running(self) -> bool:
+        """Whether the process that the state file names lives. False if the file names none."""
+        _, process = self._read()
+        return process is not None and process.is_alive()
 
     def kill(self, *, wait: float) -> bool:
-        """Kill the WebUI and what it started, and return when it is gone, or after `wait` seconds.
+        """Kill the WebUI and the processes that it started. Returns when it is gone, or after `wait` seconds.
 
-        False where there is none of ours; True where it is gone or being restarted. Its process group is killed where
-        it leads one, as start.sh makes it.
+        False if start.sh does not own the WebUI; True if it is gone, or is being restarted. Its process group is killed
+        if it leads one; start.sh makes it the leader of one.
         """
-        pid = _pid(self._said())
-        if pid is None:
+        _, process = self._read()
+        if process is None:
             return False
-        if self._is_alive(pid):
+        if process.is_alive():
             with contextlib.suppress(ProcessLookupError):
-                if os.getpgid(pid) == pid:
-                    os.killpg(pid, signal.SIGKILL)
+                if os.getpgid(process.pid) == process.pid:
+                    os.killpg(process.pid, signal.SIGKILL)
                 else:
-                    os.kill(pid, signal.SIGKILL)
-        until = time.monotonic() + wait
-        while self._is_alive(pid) and time.monotonic() < until:
+                    os.kill(process.pid, signal.SIGKILL)
+        end = time.monotonic() + wait
+        while process.is_alive() and time.monotonic() < end:
             time.sleep(0.02)
         return True
 
-    def _said(self) -> str:
+    def _read(self) -> tuple[str, _NamedProcess | None]:
+        """The state file's content, and the process that it names."""
         if self._state_file is None:
-            return ""
+            return "", None
         try:
-            return self._state_file.read_text(encoding="ascii").strip()
+            state = self._state_file.read_text(encoding="ascii").strip()
+            written = self._state_file.stat().st_mtime_ns
         except (OSError, UnicodeDecodeError):
-            return ""
-
-    def _is_alive(self, pid: int) -> bool:
-        """Whether the WebUI of that pid lives: neither dead and unburied, nor another process that got its number."""
-        try:
-            # After the name in brackets: the state first, the start in clock ticks after boot as the 20th (man 5 proc).
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            written = self._state_file.stat().st_mtime_ns if self._state_file else 0
-        except (OSError, ValueError):
-            return False
-        state, started = fields[0], int(fields[19])
-        named = self._named
-        if named[:2] != (pid, written):
-            # Once, and never again: a worker that was frozen wakes up with a clock that has jumped.
-            is_older = self._boot_time() + started / os.sysconf("SC_CLK_TCK") <= written / 1e9 + 2.0
-            named = self._named = (pid, written, started if is_older else None)
-        return state not in "ZX" and started == named[2]
+            return "", None
+        pid = _parse_pid(state)
+        if pid is None:
+            return state, None
+        process = self._identified
+        if process is None or (process.pid, process.written) != (pid, written):
+            # Once for each pid, as soon as it is seen: a worker that was frozen wakes up with a clock that has jumped.
+            process = self._identified = _identify(pid, written, self._boot_time())
+        return state, process
 
 
-def _pid(said: str) -> int | None:
-    """The pid a state file names; never 0, 1 or a negative one, which would signal others."""
-    return int(said) if said.isascii() and said.isdigit() and int(said) > 1 else None
+@dataclass(frozen=True)
+class _NamedProcess:
+    """The process that a state file names. `written` is the file's time in nanoseconds since the epoch.
+
+    `started` is when the process began, in clock ticks after boot. None: it had ended, or another process had got its
+    pid, when the file was first read.
+    """
+
+    pid: int
+    written: int
+    started: int | None
+
+    def is_alive(self) -> bool:
+        """Whether it lives: it is no zombie, and no other process has got its pid."""
+        state, started = _read_proc_stat(self.pid)
+        return started is not None and started == self.started and state not in "ZX"
+
+
+def _identify(pid: int, written: int, boot_time: float) -> _NamedProcess:
+    """The process that a state file names. One that began after the file was written is another, with the same pid."""
+    _, started = _read_proc_stat(pid)
+    if started is not None and boot_time + started / os.sysconf("SC_CLK_TCK") > written / 1e9 + 2.0:
+        started = None
+    return _NamedProcess(pid, written, started)
+
+
+def _read_proc_stat(pid: int) -> tuple[str, int | None]:
+    """A process's state (one letter) and its start in clock ticks after boot. An ended process has no start."""
+    try:
+        # After the name in brackets: the state is the first field, the start the 20th (man 5 proc).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return "X", None
+
+
+def _parse_pid(state: str) -> int | None:
+    """The pid in a state file; never 0, 1 or a negative one, which would signal other processes."""
+    return int(state) if state.isascii() and state.isdigit() and int(state) > 1 else None

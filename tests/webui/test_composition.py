@@ -13,6 +13,7 @@ from a1111_worker.errors import InvalidRequest, ModelNotFound
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
 from a1111_worker.webui.composition import WebUILists, compose, resolve
+from a1111_worker.webui.responses import Style, parse_samplers, parse_schedulers, parse_scripts
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -23,10 +24,10 @@ def lists(**changes: Any) -> WebUILists:
 
     return WebUILists(
         **{
-            "samplers": recorded("samplers"),
-            "schedulers": recorded("schedulers"),
+            "samplers": parse_samplers(recorded("samplers")),
+            "schedulers": parse_schedulers(recorded("schedulers")),
             "upscalers": ("Latent", "Lanczos", "R-ESRGAN 4x+"),
-            "scripts": tuple(recorded("scripts")["txt2img"]),
+            "scripts": parse_scripts(recorded("scripts")),
             "styles": {},
             "vaes": ("Automatic", "None", "sdxl_vae.safetensors"),
             **changes,
@@ -53,13 +54,13 @@ def model(stem: str, version_id: int | None = None, name: str | None = None, **c
 
 
 def composed(request: GenerationRequest, *found: Model) -> dict[str, Any]:
-    models = {wish.ref: one for wish, one in zip(request.loras, found, strict=True)}
+    models = {lora.ref: held for lora, held in zip(request.loras, found, strict=True)}
     return dict(compose(request, HeldModels(models)).body)
 
 
-# what the job says, what the WebUI is sent
+# what the job asks for, and what the WebUI gets
 SAMPLERS = [
-    ({}, ("DPM++ 2M", "Karras")),  # ours where the job says nothing
+    ({}, ("DPM++ 2M", "Karras")),  # our defaults
     ({"sampler_name": "dpm++ 2m sde exponential"}, ("DPM++ 2M SDE", "Exponential")),
     ({"sampler_name": "k_euler_a"}, ("Euler a", None)),
     ({"sampler_name": "Euler", "scheduler": "sgm_uniform"}, ("Euler", "SGM Uniform")),
@@ -74,7 +75,7 @@ def test_samplers_are_sent_as_the_webui_spells_them(raw: dict[str, Any], sent: t
     assert (body["sampler_name"], body.get("scheduler")) == sent
 
 
-def test_every_unknown_name_is_said_at_once() -> None:
+def test_all_unknown_names_are_reported_at_once() -> None:
     hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5, "hr_upscaler": "Lanczoss"}
     request = parse(
         sampler_name="Eulerr",
@@ -89,8 +90,8 @@ def test_every_unknown_name_is_said_at_once() -> None:
     with pytest.raises(InvalidRequest) as raised:
         resolve(request, lists())
 
-    said = {complaint.path: complaint.message for complaint in raised.value.complaints}
-    assert set(said) == {
+    complaints = {complaint.path: complaint.message for complaint in raised.value.complaints}
+    assert set(complaints) == {
         "sampler_name",
         "hr_sampler_name",
         "hr_upscaler",
@@ -99,7 +100,7 @@ def test_every_unknown_name_is_said_at_once() -> None:
         "vae",
         "styles[0]",
     }
-    assert "'Euler'" in said["sampler_name"] and "'Lanczos'" in said["hr_upscaler"]
+    assert "'Euler'" in complaints["sampler_name"] and "'Lanczos'" in complaints["hr_upscaler"]
 
 
 def test_names_are_sent_in_the_webuis_case() -> None:
@@ -120,7 +121,7 @@ def test_loras_become_tags_in_the_callers_order_with_their_scale() -> None:
     assert body["prompt"] == "a lighthouse <lora:detail_tweaker_xl:1.5> <lora:x_7:-0.5>"
 
 
-def test_a_tag_the_caller_wrote_is_not_doubled_and_the_list_wins() -> None:
+def test_a_tag_of_the_caller_is_not_doubled_and_the_scale_of_the_list_wins() -> None:
     request = parse(prompt="a <lora:Detail Tweaker XL:0.3> lighthouse", loras=[{"version_id": 135867, "scale": 0.8}])
 
     body = composed(request, model("detail_tweaker_xl", 135867, "Detail Tweaker XL"))
@@ -138,13 +139,13 @@ def test_a_tag_alone_is_a_lora_of_the_job() -> None:
     assert [(lora.name, lora.scale) for lora in plan.loras] == [("detail_tweaker_xl", 0.3)]
 
 
-def test_hires_has_the_loras_too() -> None:
+def test_the_second_pass_has_the_loras_too() -> None:
     request = parse(hr_prompt="the same, sharper", loras=[{"version_id": 7}])
 
     assert composed(request, model("x_7", 7))["hr_prompt"] == "the same, sharper <lora:x_7:1>"
 
 
-def test_an_entry_without_a_scale_leaves_a_tag_its_own_weights() -> None:
+def test_a_list_entry_without_a_scale_keeps_the_weights_of_its_tag() -> None:
     request = parse(prompt="a <lora:x_7:0.5:1> lighthouse", loras=["x_7"])
 
     plan = compose(request, HeldModels({request.loras[0].ref: model("x_7")}))
@@ -153,7 +154,7 @@ def test_an_entry_without_a_scale_leaves_a_tag_its_own_weights() -> None:
     assert [lora.scale for lora in plan.loras] == [1.0]  # the U-Net's
 
 
-def test_a_second_pass_with_loras_of_its_own_names_the_first_ones_without_effect() -> None:
+def test_a_second_pass_with_its_own_loras_names_those_of_the_first_without_effect() -> None:
     hires = {"enable_hr": True, "denoising_strength": 0.5}
     request = parse(prompt="a <lora:first:1> lighthouse", hr_prompt="sharper <lora:second:1>", **hires)
 
@@ -177,13 +178,13 @@ def test_two_names_for_one_file_are_one_lora() -> None:
     request = parse(prompt="a <lora:by_hand:0.5> lighthouse", loras=[{"version_id": 7, "scale": 0.8}])
     same = model("by_hand", 7)
 
-    plan = compose(request, HeldModels({wish.ref: same for wish in request.loras}))
+    plan = compose(request, HeldModels({lora.ref: same for lora in request.loras}))
 
     assert plan.body["prompt"] == "a <lora:by_hand:0.8> lighthouse"
     assert len(plan.loras) == 1
 
 
-def test_what_is_to_be_said_of_a_model_is_said_of_the_job() -> None:
+def test_a_warning_about_a_model_is_a_warning_of_the_job() -> None:
     request = parse(loras=[{"version_id": 7}])
 
     plan = compose(request, HeldModels({request.loras[0].ref: model("x_7", 7, warnings=("it cannot be told",))}))
@@ -192,29 +193,29 @@ def test_what_is_to_be_said_of_a_model_is_said_of_the_job() -> None:
 
 
 STYLES = {
-    "plain": {"name": "plain", "prompt": "photo of {prompt}, film grain", "negative_prompt": "blurry"},
-    "detailed": {"name": "detailed", "prompt": "<lora:detail_tweaker_xl:0.4>", "negative_prompt": "flat"},
+    "plain": Style("plain", "photo of {prompt}, film grain", "blurry"),
+    "detailed": Style("detailed", "<lora:detail_tweaker_xl:0.4>", "flat"),
 }
 
 
-def test_a_style_is_left_to_the_webui_where_it_brings_no_lora() -> None:
+def test_a_style_without_a_lora_is_left_to_the_webui() -> None:
     body = resolve(parse(styles=["Plain"]), lists(styles=STYLES)).body
 
     assert (body["prompt"], body["styles"]) == ("a lighthouse", ["plain"])
 
 
-def test_a_style_that_brings_a_lora_is_written_into_the_prompt() -> None:
+def test_a_style_with_a_lora_is_written_into_the_prompt() -> None:
     request = resolve(parse(styles=["plain", "detailed"], negative_prompt="dark"), lists(styles=STYLES))
 
     assert "styles" not in request.body
     assert request.body["prompt"] == "photo of a lighthouse, film grain, <lora:detail_tweaker_xl:0.4>"
     assert request.body["negative_prompt"] == "dark, blurry, flat"
-    assert [wish.ref for wish in request.loras] == [
+    assert [lora.ref for lora in request.loras] == [
         ModelRef(ModelKind.LORA, version_id=135867, name="detail_tweaker_xl")
     ]
 
 
-def test_a_style_that_is_written_into_the_prompts_reaches_the_second_pass() -> None:
+def test_a_style_with_a_lora_is_written_into_the_negative_prompt_of_the_second_pass() -> None:
     request = resolve(parse(styles=["detailed"], hr_negative_prompt="noisy"), lists(styles=STYLES))
 
     assert request.body["hr_negative_prompt"] == "noisy, flat"
@@ -242,14 +243,14 @@ def test_a_hires_scheduler_is_sent_as_the_webui_spells_it_with_and_without_a_sam
     assert (combined["hr_sampler_name"], combined["hr_scheduler"]) == ("DPM++ 2M", "Exponential")
 
 
-def test_a_style_that_brings_a_lora_keeps_the_loras_of_the_job() -> None:
+def test_a_style_with_a_lora_keeps_the_loras_of_the_job() -> None:
     request = resolve(parse(styles=["detailed"], loras=[{"version_id": 7, "scale": 0.5}]), lists(styles=STYLES))
 
-    assert [(wish.ref.version_id, wish.scale) for wish in request.loras] == [(7, 0.5), (135867, 0.4)]
+    assert [(lora.ref.version_id, lora.scale) for lora in request.loras] == [(7, 0.5), (135867, 0.4)]
     assert any("detailed" in warning for warning in request.warnings)
 
 
-def test_a_style_that_brings_a_lora_is_for_the_second_pass_too_and_only_where_it_has_a_prompt() -> None:
+def test_a_style_with_a_lora_is_written_into_the_prompt_of_the_second_pass_only_if_there_is_one() -> None:
     own = resolve(parse(styles=["plain", "detailed"], hr_prompt="sharper", **HIRES), lists(styles=STYLES)).body
     same = resolve(parse(styles=["plain", "detailed"], **HIRES), lists(styles=STYLES)).body
 
@@ -258,7 +259,7 @@ def test_a_style_that_brings_a_lora_is_for_the_second_pass_too_and_only_where_it
 
 
 def test_a_tag_of_a_style_that_cannot_be_used_is_a_complaint() -> None:
-    bad = {"bad": {"name": "bad", "prompt": "<lora:fine:1> <lora:x:much>", "negative_prompt": ""}}
+    bad = {"bad": Style("bad", "<lora:fine:1> <lora:x:much>")}
 
     with pytest.raises(InvalidRequest, match="its weight must be a number"):
         resolve(parse(styles=["bad"]), lists(styles=bad))
@@ -278,10 +279,10 @@ def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
     assert body["prompt"] == "a <lora:my style:0.8> lighthouse"
 
 
-def test_two_loras_of_urls_that_cannot_be_had_are_both_told() -> None:
+def test_two_loras_of_urls_that_cannot_be_had_are_both_reported() -> None:
     limits = Limits(model_hosts=("https://cdn.example.com",))
     urls = [{"url": f"https://cdn.example.com/{name}"} for name in "ab"]
     request = parse_request({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
-    failures = {wish.ref: ModelNotFound("it is gone") for wish in request.loras}
+    failures = {lora.ref: ModelNotFound("it is gone") for lora in request.loras}
 
     assert len(compose(request, HeldModels(failures=failures)).loras) == 2

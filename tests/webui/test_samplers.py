@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1111_worker.errors import InvalidRequest
-from a1111_worker.webui.samplers import resolve_one, resolve_sampler, resolve_scheduler
+from a1111_worker.webui.responses import Sampler, Scheduler, parse_samplers, parse_schedulers
+from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 
 DATA = Path(__file__).parent.parent / "data"
-Lists = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
+Lists = tuple[Sequence[Sampler], Sequence[Scheduler]]
 
 
 def recorded(version: str, name: str) -> Any:
@@ -24,8 +25,11 @@ def recorded(version: str, name: str) -> Any:
 
 
 LISTS: dict[str, Lists] = {
-    "1.9.3": (recorded("1.9.3", "samplers.json"), recorded("1.9.3", "schedulers.json")),
-    "1.10.1": (recorded("1.10.1", "full_samplers.json"), recorded("1.10.1", "full_schedulers.json")),
+    version: (
+        parse_samplers(recorded(version, f"{prefix}samplers.json")),
+        parse_schedulers(recorded(version, f"{prefix}schedulers.json")),
+    )
+    for version, prefix in (("1.9.3", ""), ("1.10.1", "full_"))
 }
 
 
@@ -74,14 +78,14 @@ def complaints(*args: Any, **more: Any) -> dict[str, str]:
         ("DPM2 Karras", None, ("DPM2", "Karras")),
         ("LMS Karras", None, ("LMS", "Karras")),
         ("DPM++ 2S a Karras", None, ("DPM++ 2S a", "Karras")),
-        # both ways at once, and saying the same
+        # both at once, and they agree
         ("DPM++ 2M Karras", "karras", ("DPM++ 2M", "Karras")),
         ("DPM++ 2M Karras", "Automatic", ("DPM++ 2M", "Karras")),
         ("DPM++ 2M", "automatic", ("DPM++ 2M", "Automatic")),
         ("DPM++ 2M", "sgm_uniform", ("DPM++ 2M", "SGM Uniform")),
     ],
 )
-def test_a_sampler_is_known_by_every_usual_spelling_on_both_versions(
+def test_every_usual_spelling_of_a_sampler_is_known_on_both_versions(
     lists: Lists, sampler: str, scheduler: str | None, expected: tuple[str, str | None]
 ) -> None:
     resolved = resolve_sampler(sampler, scheduler, *lists)
@@ -89,27 +93,24 @@ def test_a_sampler_is_known_by_every_usual_spelling_on_both_versions(
     assert resolved == expected
 
 
-def test_the_longest_sampler_wins_where_two_readings_fit() -> None:
-    samplers: list[dict[str, Any]] = [{"name": "Euler", "aliases": None}, {"name": "Euler Beta", "aliases": []}]
-    schedulers: list[dict[str, Any]] = [
-        {"name": "beta_two", "label": "Beta Two"},
-        {"name": "two", "label": "Two", "aliases": None},
-    ]
+def test_the_longest_sampler_wins_if_there_are_two_readings() -> None:
+    samplers = [Sampler("Euler"), Sampler("Euler Beta")]
+    schedulers = [Scheduler("beta_two", "Beta Two"), Scheduler("two", "Two")]
 
     assert resolve_sampler("euler beta two", None, samplers, schedulers) == ("Euler Beta", "Two")
 
 
 @pytest.mark.parametrize("sampler", ["DDIM CFG++", "ddim_cfgpp", "Euler Align Your Steps", "Euler beta", "DDIM DDIM"])
-def test_what_only_the_newer_version_has_is_unknown_to_the_older(sampler: str) -> None:
+def test_a_sampler_of_the_newer_version_alone_is_unknown_to_the_older(sampler: str) -> None:
     resolve_sampler(sampler, None, *LISTS["1.10.1"])
 
     assert "sampler_name" in complaints(sampler, None, *LISTS["1.9.3"])
 
 
-def test_the_fixtures_names_resolve_to_themselves(lists: Lists) -> None:
+def test_names_of_the_lists_resolve_to_themselves(lists: Lists) -> None:
     for sampler in lists[0]:
         for scheduler in lists[1]:
-            expected: tuple[str, str] = sampler["name"], scheduler["label"]
+            expected: tuple[str, str] = sampler.name, scheduler.label
 
             assert resolve_sampler(*expected, *lists) == expected
             assert resolve_sampler(" ".join(expected), None, *lists) == expected
@@ -126,26 +127,26 @@ def test_the_fixtures_names_resolve_to_themselves(lists: Lists) -> None:
         ("x" * 10_000, None, "sampler_name", "…"),
     ],
 )
-def test_an_unknown_name_comes_back_with_the_nearest(
+def test_the_complaint_about_an_unknown_name_has_the_nearest(
     lists: Lists, sampler: str, scheduler: str | None, path: str, names: str
 ) -> None:
-    said = complaints(sampler, scheduler, *lists)
+    found = complaints(sampler, scheduler, *lists)
 
-    assert list(said) == [path]
-    assert names in said[path]
-    assert len(said[path]) < 500
+    assert list(found) == [path]
+    assert names in found[path]
+    assert len(found[path]) < 500
 
 
-def test_both_unknown_are_two_complaints_under_their_own_names(lists: Lists) -> None:
-    said = complaints("Eular", "Karas", *lists, prefix="hr_")
+def test_an_unknown_sampler_and_an_unknown_scheduler_are_two_complaints(lists: Lists) -> None:
+    found = complaints("Eular", "Karas", *lists, prefix="hr_")
 
-    assert sorted(said) == ["hr_sampler_name", "hr_scheduler"]
+    assert sorted(found) == ["hr_sampler_name", "hr_scheduler"]
 
 
 def test_a_scheduler_that_contradicts_the_combined_name_is_a_complaint(lists: Lists) -> None:
-    said = complaints("DPM++ 2M Karras", "exponential", *lists)
+    found = complaints("DPM++ 2M Karras", "exponential", *lists)
 
-    assert said == {"scheduler": "'Exponential' contradicts sampler_name ('Karras')"}
+    assert found == {"scheduler": "'Exponential' contradicts sampler_name ('Karras')"}
 
 
 def test_a_scheduler_alone_is_resolved_too(lists: Lists) -> None:
@@ -156,16 +157,16 @@ def test_a_scheduler_alone_is_resolved_too(lists: Lists) -> None:
         resolve_scheduler("nope", lists[1], path="hr_scheduler")
 
 
-def test_one_name_is_taken_exactly_first_then_in_any_case() -> None:
+def test_a_name_is_found_exactly_first_then_in_any_case() -> None:
     names = ["latent", "Latent", "R-ESRGAN 4x+"]
 
-    assert resolve_one("Latent", names, "upscaler") == "Latent"
-    assert resolve_one("LATENT", names, "upscaler") == "latent"
-    assert resolve_one(" r-esrgan 4x+", names, "upscaler") == "R-ESRGAN 4x+"
+    assert resolve_name("Latent", names, "upscaler") == "Latent"
+    assert resolve_name("LATENT", names, "upscaler") == "latent"
+    assert resolve_name(" r-esrgan 4x+", names, "upscaler") == "R-ESRGAN 4x+"
     with pytest.raises(InvalidRequest, match=r"hr_upscaler: unknown upscaler 'R-ESRGAN 4x'; the nearest: 'R-ESRGAN 4x"):
-        resolve_one("R-ESRGAN 4x", names, "upscaler", path="hr_upscaler")
+        resolve_name("R-ESRGAN 4x", names, "upscaler", path="hr_upscaler")
     with pytest.raises(InvalidRequest, match="this WebUI has none"):
-        resolve_one("x", [], "style")
+        resolve_name("x", [], "style")
 
 
 @settings(deadline=None, max_examples=200)
@@ -177,5 +178,5 @@ def test_any_text_gives_names_of_the_lists_or_a_complaint(sampler: str, schedule
     except InvalidRequest:
         return
 
-    assert name in {one["name"] for one in samplers}
-    assert label is None or label in {one["label"] for one in schedulers}
+    assert name in {sampler.name for sampler in samplers}
+    assert label is None or label in {scheduler.label for scheduler in schedulers}

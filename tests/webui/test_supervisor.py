@@ -1,4 +1,4 @@
-"""Who owns the WebUI, as the state file says."""
+"""Who owns the WebUI, by its state file, and whether the process that the file names lives."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def a_dead_pid() -> str:
     return str(child.pid)
 
 
-# what the file says, and what it means
-ROWS = [
-    ("failed\n", Ownership.FAILED),
-    ("", Ownership.NOBODY),  # caught in the middle of something
+# what the file holds, and who is responsible for the WebUI then
+STATES = [
+    ("1234", Ownership.START_SH),
+    ("1234\n", Ownership.START_SH),
+    ("failed\n", Ownership.GIVEN_UP),
+    ("", Ownership.NOBODY),  # read while it is written
     ("-1", Ownership.NOBODY),  # would signal every process there is
     ("0", Ownership.NOBODY),  # would signal our own group
     ("1", Ownership.NOBODY),  # init is never the WebUI
@@ -32,23 +34,23 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("said", "means"), ROWS)
-def test_the_state_file_says_who_owns_the_webui(tmp_path: Path, said: str, means: Ownership) -> None:
+@pytest.mark.parametrize(("state", "ownership"), STATES)
+def test_the_state_file_tells_who_owns_the_webui(tmp_path: Path, state: str, ownership: Ownership) -> None:
     file = tmp_path / "webui.state"
-    file.write_text(said, encoding="utf-8")
+    file.write_text(state, encoding="utf-8")
 
-    assert Supervisor(file).ownership is means
+    assert Supervisor(file).ownership is ownership
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_live_pid_means_running(tmp_path: Path, end: str) -> None:
+def test_the_webui_runs_if_the_process_of_the_pid_lives(tmp_path: Path, end: str) -> None:
     file = tmp_path / "webui.state"
     file.write_text(f"{os.getpid()}{end}")
 
-    assert Supervisor(file).ownership is Ownership.RUNNING
+    assert Supervisor(file).is_running()
 
 
-def test_a_pid_that_another_process_got_since_is_not_the_webui(tmp_path: Path) -> None:
+def test_a_process_that_got_the_pid_later_is_not_the_webui(tmp_path: Path) -> None:
     file = tmp_path / "webui.state"
     other = subprocess.Popen(["sleep", "60"])
     file.write_text(str(other.pid))
@@ -56,32 +58,46 @@ def test_a_pid_that_another_process_got_since_is_not_the_webui(tmp_path: Path) -
 
     supervisor = Supervisor(file)
 
-    assert supervisor.ownership is Ownership.RESTARTING
+    assert not supervisor.is_running()
     assert supervisor.kill(wait=0.0)
     assert other.poll() is None
     other.kill()
     other.wait()
 
 
-def test_a_clock_that_jumps_changes_nothing_about_who_runs(tmp_path: Path) -> None:
+def test_a_clock_that_jumps_does_not_change_whether_the_webui_runs(tmp_path: Path) -> None:
     file = tmp_path / "webui.state"
     webui = subprocess.Popen(["sleep", "60"], start_new_session=True)
     file.write_text(str(webui.pid))
     jumps = [0.0, 3600.0, -3600.0]
     supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
 
-    before = supervisor.ownership
+    before = supervisor.is_running()
     after = []
     for _ in range(2):
         del jumps[0]
-        after.append(supervisor.ownership)
+        after.append(supervisor.is_running())
     killed = supervisor.kill(wait=0.0)
 
-    assert (before, after) == (Ownership.RUNNING, [Ownership.RUNNING, Ownership.RUNNING])
+    assert (before, after) == (True, [True, True])
     assert killed and webui.wait() == -signal.SIGKILL
 
 
-def test_a_process_that_took_the_webuis_number_stays_another_one_whatever_the_clock_says_later(tmp_path: Path) -> None:
+def test_a_webui_whose_file_was_read_before_the_clock_jumped_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "webui.state"
+    webui = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    file.write_text(str(webui.pid))
+    jumps = [0.0, 3600.0]
+    supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
+
+    assert supervisor.instance_id == str(webui.pid)
+    del jumps[0]
+
+    assert supervisor.kill(wait=10.0)
+    assert webui.wait() == -signal.SIGKILL
+
+
+def test_a_process_that_got_the_pid_stays_another_one_whatever_the_clock_says_later(tmp_path: Path) -> None:
     file = tmp_path / "webui.state"
     other = subprocess.Popen(["sleep", "60"])
     file.write_text(str(other.pid))
@@ -89,10 +105,10 @@ def test_a_process_that_took_the_webuis_number_stays_another_one_whatever_the_cl
     jumps = [0.0, -2e9]
     supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
 
-    before = supervisor.ownership
+    before = supervisor.is_running()
     del jumps[0]
 
-    assert (before, supervisor.ownership) == (Ownership.RESTARTING, Ownership.RESTARTING)
+    assert (before, supervisor.is_running()) == (False, False)
     assert supervisor.kill(wait=0.0)
     assert other.poll() is None
     other.kill()
@@ -113,7 +129,7 @@ def test_a_killed_webui_takes_its_children_along(tmp_path: Path) -> None:
     leader.stdout.close()
 
     assert killed
-    assert Supervisor(file).ownership is Ownership.RESTARTING
+    assert not Supervisor(file).is_running()
     while runs(child):  # it dies when the kernel gets to it; the test's own timeout ends one that does not
         threading.Event().wait(0.01)
 
@@ -125,22 +141,39 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("said", ["failed", "", "1", "-1"])
-def test_what_is_not_ours_is_never_killed(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("state", ["failed", "", "1", "-1"])
+def test_a_webui_that_start_sh_does_not_own_is_never_killed(tmp_path: Path, state: str) -> None:
     file = tmp_path / "webui.state"
-    file.write_text(said)
+    file.write_text(state)
 
     assert Supervisor(file).kill(wait=0.0) is False
     assert Supervisor(None).kill(wait=0.0) is False
 
 
-def test_a_pid_that_is_gone_means_being_restarted(tmp_path: Path) -> None:
+def test_a_webui_whose_process_has_ended_is_still_owned_by_start_sh(tmp_path: Path) -> None:
     file = tmp_path / "webui.state"
     file.write_text(a_dead_pid())
 
-    assert Supervisor(file).ownership is Ownership.RESTARTING
+    supervisor = Supervisor(file)
+
+    assert supervisor.ownership is Ownership.START_SH
+    assert not supervisor.is_running()
 
 
-def test_without_a_file_nobody_of_ours_owns_it(tmp_path: Path) -> None:
-    assert Supervisor(None).ownership is Ownership.NOBODY
-    assert Supervisor(tmp_path / "none").ownership is Ownership.NOBODY
+def test_every_process_of_the_webui_has_its_own_id(tmp_path: Path) -> None:
+    file = tmp_path / "webui.state"
+    supervisor = Supervisor(file)
+
+    ids = [supervisor.instance_id]
+    for state in ("1234", "1235", "failed"):
+        file.write_text(state)
+        ids.append(supervisor.instance_id)
+
+    assert len(set(ids)) == 4
+    assert Supervisor(None).instance_id == Supervisor(tmp_path / "none").instance_id
+
+
+def test_without_a_state_file_start_sh_does_not_own_the_webui(tmp_path: Path) -> None:
+    for supervisor in (Supervisor(None), Supervisor(tmp_path / "none")):
+        assert supervisor.ownership is Ownership.NOBODY
+        assert not supervisor.is_running()

@@ -1,4 +1,4 @@
-"""What an answer must show before it is believed, on answers in the recorded form of A1111 1.10.1."""
+"""What an answer must show before it is believed, with answers in the recorded form of A1111 1.10.1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answer(**changes: Any) -> dict[str, Any]:
     return {"images": ["iVBORw0KGgoAAAA"], "parameters": {}, "info": json.dumps(info), **changes}
 
 
-def test_an_answer_that_shows_everything_is_passed_on_untouched() -> None:
+def test_an_answer_that_shows_everything_is_returned_unchanged() -> None:
     found = answer()
 
     generation = verify(found, GenerationPlan({"sampler_name": "Euler a"}, (lora(),)), CHECKPOINT)
@@ -55,7 +55,7 @@ def test_an_answer_that_shows_everything_is_passed_on_untouched() -> None:
     assert [applied.loaded for applied in generation.loras] == [True]
 
 
-# a row: what is wrong with the answer, the body that was asked for, and what it must be called
+# the answer with what is wrong with it, the body that was sent, and the error
 REFUSED: list[tuple[Any, dict[str, Any], type[WorkerError]]] = [
     (None, {}, WebUILost),  # `null` is no answer of txt2img
     ([], {}, WebUILost),
@@ -69,12 +69,18 @@ REFUSED: list[tuple[Any, dict[str, Any], type[WorkerError]]] = [
     (answer(info={"sampler_name": "DPM++ 2M"}), {"sampler_name": "Euler a"}, GenerationFailed),  # 1.10.1's fallback
     (answer(info={"sd_model_name": "another"}), {}, CheckpointNotLoaded),
     (answer(info={"sd_model_hash": "0123456789"}), {}, CheckpointNotLoaded),
-    (answer(info={"sd_model_hash": None}), {}, CheckpointNotLoaded),  # --no-hashing proves nothing
+    (answer(info={"sd_model_hash": None}), {}, CheckpointNotLoaded),  # --no-hashing: nothing can be verified
     (  # an X/Y/Z plot over checkpoints: info names the first one alone
         answer(info={"infotexts": ["a\nModel hash: ababababab, Model: x", "a\nModel hash: 0123456789, Model: y"]}),
         {"script_name": "x/y/z plot"},
         CheckpointNotLoaded,
     ),
+    (  # text in quotes that is no JSON: not written by A1111
+        answer(info={"infotexts": ['a\nModel hash: ababababab, Lora hashes: "\\q: 1"']}),
+        {"script_name": "x/y/z plot"},
+        WebUILost,
+    ),
+    (answer(info={}) | {"info": "[" * 100_000}, {}, WebUILost),  # nested deeper than JSON is read
 ]
 
 
@@ -84,42 +90,42 @@ def test_an_answer_that_shows_less_is_refused(found: Any, body: dict[str, Any], 
         verify(found, GenerationPlan(body), CHECKPOINT)
 
 
-def test_a_prompt_that_talks_of_a_model_hash_proves_and_disproves_nothing() -> None:
+def test_a_model_hash_in_a_prompt_is_ignored() -> None:
     found = answer(info={"infotexts": ["Model hash: 0123456789, a cat\nSteps: 1, Model hash: ababababab, Model: x"]})
 
     verify(found, GenerationPlan({}), CHECKPOINT)
 
 
-def test_text_of_the_second_pass_proves_and_disproves_nothing() -> None:
+def test_a_model_hash_in_the_prompt_of_the_second_pass_is_ignored() -> None:
     facts = 'Steps: 1, Model hash: ababababab, Model: x, Hires prompt: "a cat, Model hash: 0123456789, \\"x\\""'
 
     verify(answer(info={"infotexts": [f"a cat\n{facts}"]}), GenerationPlan({}), CHECKPOINT)
 
 
-def of_a_script(*infotexts: str, **info: Any) -> dict[str, Any]:
+def answer_of_script(*infotexts: str, **info: Any) -> dict[str, Any]:
     return answer(images=["iVBORw0KGgoAAAAA"] * len(infotexts), info={"infotexts": list(infotexts), **info})
 
 
 OURS = "a cat\nSteps: 3, Model hash: ababababab, Model: the_model"
 WITH_LORA = f'{OURS}, Lora hashes: "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1", Version: v1.10.1'
-NOBODYS: dict[str, Any] = {
+NO_IMAGES_INFO: dict[str, Any] = {
     "sd_model_name": None,
     "sd_model_hash": None,
     "extra_generation_params": {},
-}  # as Prompts from file answers
+}  # the answer of Prompts from file
 
 
-def test_a_script_that_answers_for_no_picture_is_proven_by_each_of_them() -> None:
+def test_an_info_of_no_image_is_replaced_by_the_infotext_of_each_image() -> None:
     plan = GenerationPlan({"script_name": "prompts from file or textbox"}, (lora(),))
 
-    generation = verify(of_a_script(WITH_LORA, WITH_LORA, **NOBODYS), plan, CHECKPOINT)
+    generation = verify(answer_of_script(WITH_LORA, WITH_LORA, **NO_IMAGES_INFO), plan, CHECKPOINT)
 
     assert [applied.loaded for applied in generation.loras] == [True]
 
 
 @pytest.mark.parametrize("infotexts", [(), (OURS, "a cat\nSteps: 3"), (OURS, OURS.replace("ababababab", "0123456789"))])
-def test_a_script_whose_pictures_do_not_name_the_checkpoint_proves_nothing(infotexts: tuple[str, ...]) -> None:
-    found = of_a_script(*infotexts, **NOBODYS) | {"images": ["iVBORw0KGgoAAAAA"]}
+def test_a_script_whose_images_do_not_all_name_the_checkpoint_is_refused(infotexts: tuple[str, ...]) -> None:
+    found = answer_of_script(*infotexts, **NO_IMAGES_INFO) | {"images": ["iVBORw0KGgoAAAAA"]}
 
     with pytest.raises(CheckpointNotLoaded):
         verify(found, GenerationPlan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
@@ -127,13 +133,13 @@ def test_a_script_whose_pictures_do_not_name_the_checkpoint_proves_nothing(infot
 
 def test_without_a_script_the_answer_itself_must_name_the_checkpoint() -> None:
     with pytest.raises(CheckpointNotLoaded):
-        verify(of_a_script(OURS, **NOBODYS), GenerationPlan({}), CHECKPOINT)
+        verify(answer_of_script(OURS, **NO_IMAGES_INFO), GenerationPlan({}), CHECKPOINT)
 
 
-def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
+def test_a_script_that_leaves_a_lora_out_of_some_images_is_a_warning() -> None:
     plan = GenerationPlan({"script_name": "x/y/z plot"}, (lora(),))
 
-    generation = verify(of_a_script(WITH_LORA, OURS), plan, CHECKPOINT)
+    generation = verify(answer_of_script(WITH_LORA, OURS), plan, CHECKPOINT)
 
     assert [applied.loaded for applied in generation.loras] == [False]
     assert generation.warnings == ("the script used the LoRA 'Detail' for 1 of 2 pictures",)
@@ -141,7 +147,7 @@ def test_a_script_that_takes_a_lora_out_of_some_pictures_is_a_warning() -> None:
 
 def test_a_script_that_uses_a_lora_nowhere_has_not_applied_it() -> None:
     with pytest.raises(LoraNotApplied):
-        verify(of_a_script(OURS, OURS), GenerationPlan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
+        verify(answer_of_script(OURS, OURS), GenerationPlan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
 
 
 def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
@@ -153,7 +159,7 @@ def test_a_comma_in_a_name_is_left_out_as_a1111_does() -> None:
 @pytest.mark.parametrize(
     "info", [{"all_seeds": 42}, {"infotexts": "text"}, {"extra_generation_params": ["Lora hashes"]}]
 )
-def test_an_info_of_another_form_is_no_answer_of_a1111(info: dict[str, Any]) -> None:
+def test_an_info_in_another_form_is_a_lost_webui(info: dict[str, Any]) -> None:
     with pytest.raises(WebUILost):
         verify(answer(info=info), GenerationPlan({}), CHECKPOINT)
 
@@ -170,7 +176,7 @@ def test_a_lora_that_was_not_loaded_ends_the_job(applied: AppliedLora) -> None:
         verify(answer(), GenerationPlan({}, (applied,)), CHECKPOINT)
 
 
-def test_a_lora_that_was_not_loaded_is_a_warning_where_the_job_says_so() -> None:
+def test_a_lora_that_was_not_loaded_is_a_warning_if_the_job_wants_that() -> None:
     plan = GenerationPlan({}, (lora("unknown"), lora()), OnLoraError.WARN)
 
     generation = verify(answer(), plan, CHECKPOINT)
@@ -184,7 +190,7 @@ def test_without_loras_there_are_no_hashes() -> None:
     assert lora_hashes({}) == {}
 
 
-def test_a_script_decides_over_samplers_and_how_many_pictures_but_not_whether() -> None:
+def test_a_script_may_change_the_sampler_and_the_number_of_images_but_there_must_be_one() -> None:
     plot = {"script_name": "x/y/z plot", "sampler_name": "Euler a"}
     found = answer(images=["iVBORw0KGgoAAAA"] * 3, info={"sampler_name": "DPM++ 2M"})
 
@@ -193,12 +199,12 @@ def test_a_script_decides_over_samplers_and_how_many_pictures_but_not_whether() 
         verify(answer(images=[]), GenerationPlan(plot), CHECKPOINT)
 
 
-def test_more_pictures_than_asked_for_are_not_the_jobs() -> None:
+def test_more_images_than_requested_are_refused() -> None:
     with pytest.raises(GenerationFailed):
         verify(answer(images=["iVBORw0KGgoAAAA"] * 2), GenerationPlan({}), CHECKPOINT)
 
 
-def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
+def test_a_lora_that_could_not_be_had_is_not_reported_as_unapplied_too() -> None:
     gone = AppliedLora(name="gone", scale=1.0, model=None, loaded=False)
 
     generation = verify(answer(), GenerationPlan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
@@ -207,10 +213,10 @@ def test_a_lora_that_could_not_be_had_is_not_said_to_be_unapplied_too() -> None:
 
 
 @pytest.mark.parametrize("picture", ["iVBORw0KGgoÄ", "iVBORw0KGgo\u2028"])
-def test_a_picture_that_is_no_base64_is_none(picture: str) -> None:
+def test_an_image_that_is_no_base64_is_refused(picture: str) -> None:
     with pytest.raises(GenerationFailed, match="no PNG"):
         verify(answer(images=[picture]), GenerationPlan({}), CHECKPOINT)
 
 
-def test_a_seed_that_is_no_number_is_no_seed() -> None:
+def test_a_seed_that_is_no_number_is_left_out() -> None:
     assert verify(answer(info={"all_seeds": [42, None, "x"]}), GenerationPlan({}), CHECKPOINT).seeds == (42,)

@@ -1,0 +1,214 @@
+"""What the WebUI's endpoints answer, as checked values, so that nobody below reads raw JSON.
+
+    GET /sd-models              [{"title": "x.safetensors [0123456789]", "sha256": "<64 digits>" or null}]
+    GET /samplers               [{"name": "Euler a", "aliases": ["k_euler_a"]}]
+    GET /schedulers             [{"name": "karras", "label": "Karras", "aliases": null}]
+    GET /upscalers              [{"name": "Lanczos"}], and so does /latent-upscale-modes
+    GET /sd-vae                 [{"model_name": "x.safetensors"}]
+    GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
+    GET /scripts                {"txt2img": ["x/y/z plot"]}
+    GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
+    GET /cmd-flags              {"no_hashing": false}
+    GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …}}
+
+Each holds more than is shown here (A1111 1.9.3 and 1.10.1: tests/data). A parse function takes an answer's JSON and
+raises UnexpectedForm if what this worker reads is missing or has another type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnexpectedForm(ValueError):
+    """An answer whose JSON has another form than A1111's. The message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class ListedCheckpoint:
+    """A checkpoint file that the WebUI lists. `title` is `file` or `file [hash]`. `sha256` is None if it is unknown."""
+
+    title: str
+    sha256: str | None
+
+    @property
+    def file(self) -> str:
+        return file_of_title(self.title)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    name: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A scheduler. A request names it by its `label`."""
+
+    name: str
+    label: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Style:
+    """A text that the WebUI puts around a prompt, and one for the negative prompt. Either may be empty."""
+
+    name: str
+    prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class WebUIOptions:
+    """All options as they are now.
+
+    `checkpoint` names the checkpoint that is loaded, or is being loaded: it is a title, or a file name without its
+    suffix. `checkpoint_sha256` is what A1111 keeps as "SHA256 hash of the current checkpoint".
+    """
+
+    checkpoint: str | None
+    checkpoint_sha256: str | None
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WebUIProgress:
+    """How far the running generation is. It does not say whose generation that is.
+
+    `progress` is 0 to 1. `image` counts from 1. `images` is -1 while a checkpoint is loaded inside a generation, and 0
+    if nothing runs. A1111's `job_timestamp`, which would tell jobs apart, is not read.
+    """
+
+    progress: float
+    eta_seconds: float
+    image: int
+    images: int
+    step: int
+    steps: int
+
+
+def file_of_title(title: str) -> str:
+    """The file name in a checkpoint's title, which is `file` or `file [hash]`."""
+    return title.partition(" [")[0]
+
+
+def parse_checkpoints(answer: Any) -> tuple[ListedCheckpoint, ...]:
+    return tuple(ListedCheckpoint(_text(entry, "title"), _text_or_none(entry, "sha256")) for entry in _entries(answer))
+
+
+def parse_samplers(answer: Any) -> tuple[Sampler, ...]:
+    return tuple(Sampler(_text(entry, "name"), _aliases(entry)) for entry in _entries(answer))
+
+
+def parse_schedulers(answer: Any) -> tuple[Scheduler, ...]:
+    return tuple(Scheduler(_text(entry, "name"), _text(entry, "label"), _aliases(entry)) for entry in _entries(answer))
+
+
+def parse_names(answer: Any) -> tuple[str, ...]:
+    """The names in a list of upscalers or of latent upscale modes."""
+    return tuple(_text(entry, "name") for entry in _entries(answer))
+
+
+def parse_vaes(answer: Any) -> tuple[str, ...]:
+    """The file names of the VAEs."""
+    return tuple(_text(entry, "model_name") for entry in _entries(answer))
+
+
+def parse_styles(answer: Any) -> tuple[Style, ...]:
+    return tuple(
+        Style(
+            _text(entry, "name"),
+            _text(entry, "prompt") if entry.get("prompt") is not None else "",
+            _text(entry, "negative_prompt") if entry.get("negative_prompt") is not None else "",
+        )
+        for entry in _entries(answer)
+    )
+
+
+def parse_scripts(answer: Any) -> tuple[str, ...]:
+    """The names of the scripts for txt2img."""
+    return _texts(_object(answer), "txt2img")
+
+
+def parse_options(answer: Any) -> WebUIOptions:
+    options = _object(answer)
+    return WebUIOptions(
+        checkpoint=_text_or_none(options, "sd_model_checkpoint"),
+        checkpoint_sha256=_text_or_none(options, "sd_checkpoint_hash"),
+        values=options,
+    )
+
+
+def parse_no_hashing(answer: Any) -> bool:
+    """Whether the WebUI was started with `--no-hashing`."""
+    value = _object(answer).get("no_hashing", False)
+    if not isinstance(value, bool):
+        raise UnexpectedForm("no_hashing is neither true nor false")
+    return value
+
+
+def parse_progress(answer: Any) -> WebUIProgress:
+    found = _object(answer)
+    state = _object(found.get("state"))
+    return WebUIProgress(
+        progress=_number(found, "progress"),
+        eta_seconds=_number(found, "eta_relative"),
+        image=int(_number(state, "job_no")) + 1,
+        images=int(_number(state, "job_count")),
+        step=int(_number(state, "sampling_step")),
+        steps=int(_number(state, "sampling_steps")),
+    )
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UnexpectedForm("an object is missing")
+    return value
+
+
+def _entries(answer: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(answer, list):
+        raise UnexpectedForm("it is no list")
+    return [_object(entry) for entry in answer]
+
+
+def _text(entry: Mapping[str, Any], key: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str):
+        raise UnexpectedForm(f"{key} is no text")
+    return value
+
+
+def _text_or_none(entry: Mapping[str, Any], key: str) -> str | None:
+    if key not in entry:
+        raise UnexpectedForm(f"{key} is missing")
+    return None if entry[key] is None else _text(entry, key)
+
+
+def _texts(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    values = entry.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise UnexpectedForm(f"{key} is no list of texts")
+    return tuple(values)
+
+
+def _aliases(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return () if entry.get("aliases") is None else _texts(entry, "aliases")
+
+
+def _number(entry: Mapping[str, Any], key: str) -> float:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnexpectedForm(f"{key} is no number")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise UnexpectedForm(f"{key} is too large") from error
+    if not math.isfinite(number):
+        raise UnexpectedForm(f"{key} is no finite number")
+    return number
