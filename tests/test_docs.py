@@ -143,7 +143,9 @@ HEADINGS = {
 def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldClass) -> None:
     told = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
 
-    expected = {n: (field.value.type, field.value.takes) for n, field in fields(Limits()).items() if field.kind is kind}
+    expected = {
+        n: (field.value.type, field.value.expected) for n, field in fields(Limits()).items() if field.kind is kind
+    }
     assert told == expected
 
 
@@ -151,7 +153,7 @@ def test_every_refused_field_is_described_with_the_reason() -> None:
     told = table(API, "Refused: by name, with the reason", "field")
 
     assert told == {
-        name: (field.reason, ", ".join(f"`{json.dumps(one)}`" for one in field.harmless))
+        name: (field.reason, ", ".join(f"`{json.dumps(one)}`" for one in field.ignored_values))
         for name, field in fields(Limits()).items()
         if field.kind is FieldClass.REFUSED
     }
@@ -161,7 +163,8 @@ def test_every_setting_a_job_may_override_is_described() -> None:
     told = table(API, "Settings a job may override", "setting")
 
     assert told == {
-        name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE_OPTIONS.items()
+        name: (f"`{json.dumps(setting.default)}`", setting.value.expected)
+        for name, setting in OVERRIDABLE_OPTIONS.items()
     }
 
 
@@ -169,7 +172,7 @@ def test_every_output_option_is_described_with_its_default() -> None:
     told = table(API, "Output options", "key")
     defaults = {name: getattr(OutputOptions(), name) for name in OUTPUT if name != "quality"}
 
-    assert {name: cells[0] for name, cells in told.items()} == {name: value.takes for name, value in OUTPUT.items()}
+    assert {name: cells[0] for name, cells in told.items()} == {name: value.expected for name, value in OUTPUT.items()}
     for name, default in defaults.items():
         assert told[name][1] == f"`{json.dumps(default)}`".replace('"', "")
 

@@ -9,7 +9,7 @@ from typing import Any
 from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.request.loras import means, read_tags, scale_of
+from a1111_worker.request.loras import name_means, read_tags, scale_of
 from a1111_worker.webui.samplers import resolve_one, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
 
@@ -96,7 +96,7 @@ class _PromptLora:
     def is_meant_by(self, name: str) -> bool:
         """Whether a tag of this name means it."""
         stem = self.model.stem if self.model else None
-        return name == stem or any(means(name, ref) for ref in self.refs)
+        return name == stem or any(name_means(name, ref) for ref in self.refs)
 
     def placement(self) -> prompt.Placement:
         return prompt.Placement(
