@@ -17,7 +17,7 @@ from a1111_worker.config import SETTINGS
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, answer_of
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
-from a1111_worker.models.civitai import POLICY
+from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import Record
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
@@ -211,7 +211,7 @@ def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
         refusal.value: f"`{rule.error.code}`" for refusal, rule in POLICY.items()
     }
     assert {answer for answer, cells in told.items() if cells[1]} == {
-        refusal.value for refusal, rule in POLICY.items() if rule.elsewhere or rule.again
+        refusal.value for refusal, rule in POLICY.items() if rule.try_other_origins or rule.retries
     }
 
 

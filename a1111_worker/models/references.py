@@ -239,7 +239,7 @@ def _parse_civitai(path: str, query: str, kind: ModelKind) -> ModelRef:
 
 
 def _query_fields(query: str) -> dict[str, str]:
-    """A query's fields, names in lower case. Of two that contradict each other CivitAI takes the first, people the last."""
+    """A query's fields, names in lower case. If two contradict each other, CivitAI takes the first, people the last."""
     fields: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if fields.setdefault(name.lower(), value) != value:
