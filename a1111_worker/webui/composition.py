@@ -80,7 +80,7 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
             body[field] = prompt.place(body[field], placements)
     if body.get("enable_hr") and body.get("hr_prompt"):
         stems = [lora.model.stem for lora in wanted.values() if lora.model]
-        body["hr_prompt"] = prompt.mentioning(body["hr_prompt"], stems)
+        body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], stems)
     loras = tuple(lora.applied() for lora in wanted.values())
     return GenerationPlan(body, loras, request.on_lora_error, tuple(warnings), request.allow_blank)
 
@@ -100,7 +100,7 @@ class _PromptLora:
 
     def placement(self) -> prompt.Placement:
         return prompt.Placement(
-            means=self.is_meant_by,
+            matches=self.is_meant_by,
             name=self.model.stem if self.model else None,
             scale=None if self.wish.in_prompt or self.wish.weighted_in_prompt else scale_of(self.wish),
             default=scale_of(self.wish),
