@@ -107,8 +107,8 @@ def choose_file(files: Sequence[Mapping[str, Any]], ref: ModelRef) -> tuple[Mapp
     best = max(loadable, key=rank)  # the first of equals
     warnings = _scan_warnings(best, ref)
     if not rank(best)[0] and not all(_matches(best, ref)):
-        wanted = " and ".join(f"{key}={value}" for key, value in (("size", ref.size), ("fp", ref.fp)) if value)
-        warnings = (f"{ref.label} has no file of {wanted} on CivitAI: another of its files was taken", *warnings)
+        variant = " and ".join(f"{key}={value}" for key, value in (("size", ref.size), ("fp", ref.fp)) if value)
+        warnings = (f"{ref.label} has no file of {variant} on CivitAI: another of its files was taken", *warnings)
     return best, warnings
 
 

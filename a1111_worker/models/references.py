@@ -42,11 +42,7 @@ _KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_URL = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?"
-    r"(?P<fragment>#.*)?",
-    re.DOTALL,
-)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
 _AUTHORITY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::(?!0+$)[0-9]{1,5})?")
 _KEY_IN_QUERY = re.compile(r"(?:^|[&;?])(?:amp;)?token=", re.IGNORECASE)
 _AIR = re.compile(
@@ -151,7 +147,7 @@ def parse_sha256(text: object) -> str:
         return digits
     if re.fullmatch(r"[0-9a-f]{10}", digits):
         raise BadReference(
-            "must be a SHA256 of 64 hex digits; 10 digits are CivitAI's AutoV2, which is too short to verify a file"
+            "must be a SHA256 of 64 hex digits; 10 digits are CivitAI's AutoV2, too few to verify a file"
         )
     raise BadReference("must be a SHA256: 64 hex digits")
 
@@ -182,17 +178,18 @@ def _split_url(url: str) -> tuple[Origin, str, str]:
     match = _URL.fullmatch(url)
     if match is None:
         raise BadReference("must be a URL")
-    scheme, authority = match["scheme"].lower(), match["authority"].lower()
+    scheme, authority, path, query, fragment = match.groups(default="")
+    scheme, authority = scheme.lower(), authority.lower()
     if scheme not in ("https", "http"):
         raise BadReference(f"must start with https://: {scheme[:20]}:// is not allowed")
     if "@" in authority:
         raise BadReference("must not hold a user name or a password")
-    if match["fragment"]:
+    if fragment:
         raise BadReference("must not hold a part after #")
     if not _AUTHORITY.fullmatch(authority):
         raise BadReference("must name its host by letters, digits, dots and hyphens")
     try:
-        return origin_of(url), match["path"], match["query"] or ""
+        return origin_of(url), path, query
     except OriginRefused as error:  # a host with a dot or a hyphen at an end, or a port above 65535
         raise _not_allowed(f"{scheme}://{authority}") from error
 

@@ -251,7 +251,7 @@ def test_a_bare_name_is_not_looked_up_on_civitai(service: sandbox.CivitAI) -> No
 # -- link --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_leads_to_the_storage_and_the_key_went_no_further(service: sandbox.CivitAI) -> None:
+def test_a_link_leads_to_the_storage_and_the_key_is_sent_only_to_the_api(service: sandbox.CivitAI) -> None:
     client = client_of(service)
 
     link = client.link(client.describe(LORA, Deadline()), Deadline())
@@ -275,7 +275,7 @@ def test_without_a_key_none_is_sent(service: sandbox.CivitAI) -> None:
     assert not any("authorization" in asked.headers for asked in service.asked)
 
 
-def test_a_link_is_never_remembered(service: sandbox.CivitAI) -> None:
+def test_a_link_is_never_cached(service: sandbox.CivitAI) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
 
@@ -285,7 +285,9 @@ def test_a_link_is_never_remembered(service: sandbox.CivitAI) -> None:
     assert service.links_given == 3
 
 
-def test_hops_between_the_api_s_own_origins_are_followed_with_the_key(service: sandbox.CivitAI, tmp_path: Path) -> None:
+def test_redirects_between_the_api_s_own_origins_are_followed_with_the_key(
+    service: sandbox.CivitAI, tmp_path: Path
+) -> None:
     with sandbox.CivitAI(key=KEY, storage=service.storage) as red:
         red.versions = service.versions
         service.redirects = [2]
@@ -549,7 +551,7 @@ def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
         client.link(remote, Deadline())
 
 
-def test_the_job_s_time_ends_a_question(service: sandbox.CivitAI) -> None:
+def test_the_job_s_time_ends_a_request(service: sandbox.CivitAI) -> None:
     service.fail(sandbox.SILENCE, times=None, on="/api/download/")
     client = client_of(service, timings=dataclasses.replace(QUICK, answer=60.0))
     remote = client.describe(LORA, Deadline())
@@ -583,7 +585,7 @@ def test_a_cancelled_job_waits_for_nothing(
     cancelling.join()
 
 
-def test_a_cancelled_job_asks_nothing(service: sandbox.CivitAI) -> None:
+def test_a_cancelled_job_sends_no_request(service: sandbox.CivitAI) -> None:
     deadline = Deadline()
     deadline.cancel()
 
@@ -625,7 +627,7 @@ def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service:
     assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == 1
 
 
-def test_a_circle_ends(service: sandbox.CivitAI) -> None:
+def test_a_circle_of_redirects_ends(service: sandbox.CivitAI) -> None:
     service.redirects = [-1]
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
@@ -634,7 +636,7 @@ def test_a_circle_ends(service: sandbox.CivitAI) -> None:
         client.link(remote, Deadline())
 
 
-def test_a_chain_of_20_hops_ends(service: sandbox.CivitAI) -> None:
+def test_a_chain_of_20_redirects_ends(service: sandbox.CivitAI) -> None:
     service.redirects = [20]
     client = client_of(service)
     remote = client.describe(LORA, Deadline())

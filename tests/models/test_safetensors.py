@@ -446,7 +446,7 @@ CONFLICTS: list[tuple[Shapes, str | None, dict[str, str], str | None]] = [
     (FLUX, "Illustrious", {}, "flux"),
     (SDXL, "Flux.1 D", {"ss_base_model_version": "flux1"}, "sdxl"),
     (SDXL, "Something New 7B", {}, "sdxl"),
-    # one of several families that look alike is told by its label
+    # one of several families that look alike is chosen by its label
     (SDXL, "Kolors", {}, "kolors"),
     (FLUX, "Chroma", {}, "chroma"),
     (SD1_OR_2, "SD 2.1", {}, "sd2"),

@@ -314,7 +314,7 @@ def test_an_input_that_is_no_job_is_a_complaint(raw: object, path: str, sentence
             "the checkpoint is this worker's",
         ),
         ({"infotext": "Model: x"}, "infotext", "sets other fields unseen"),
-        # what outlives the job, breaks the proof, fills the disk, or is ours
+        # what outlives the job, breaks the verification, fills the disk, or is ours
         ({"override_settings_restore_afterwards": False}, "override_settings_restore_afterwards", "end with the job"),
         ({"disable_extra_networks": True}, "disable_extra_networks", "LoRAs of the job before"),
         ({"send_images": False}, "send_images", "the pictures are the answer"),
