@@ -1,4 +1,4 @@
-"""The models this worker knows by name. Their file names belong to these CivitAI versions alone."""
+"""The models that this worker knows by name. Their file names are reserved for these CivitAI versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from a1111_worker.domain import ModelKind, ModelRef
 
 @dataclass(frozen=True)
 class KnownLora:
-    """A LoRA of the catalog; `scale` is what a job gets that names none."""
+    """A LoRA of the catalog. `scale` is used if a job gives none."""
 
     title: str
     version_id: int
@@ -39,20 +39,20 @@ CHECKPOINT_NAME = "Jib Mix Illustrious Realistic"
 
 
 def lora_of_version(version_id: int) -> KnownLora | None:
-    """The catalog's LoRA of a CivitAI version, if it is one."""
+    """The catalog's LoRA of a CivitAI version, None if the catalog has none."""
     return next((lora for lora in LORAS if lora.version_id == version_id), None)
 
 
 def lora_named(name: str) -> KnownLora | None:
     """The catalog's LoRA that a bare name means: its title or its file's stem, in any case."""
-    wanted = name.strip().removesuffix(".safetensors").casefold()
-    return next((lora for lora in LORAS if wanted in (lora.title.casefold(), lora.stem.casefold())), None)
+    key = name.strip().removesuffix(".safetensors").casefold()
+    return next((lora for lora in LORAS if key in (lora.title.casefold(), lora.stem.casefold())), None)
 
 
 def resolve(ref: ModelRef) -> ModelRef:
-    """A bare name of the catalog as the CivitAI version that it means; its `name` stays what the caller calls it.
+    """If `ref` is a bare name of the catalog, the CivitAI version that it means, under the name that the caller gave.
 
-    Any other bare name loses `.safetensors`; any other reference is returned as it is.
+    Any other bare name loses `.safetensors`. Any other reference is returned as it is.
     """
     if ref.kind is not ModelKind.LORA or not ref.is_bare_name or ref.name is None:
         return ref

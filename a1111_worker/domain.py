@@ -1,4 +1,4 @@
-"""The nouns: what a job asks for, what is on disk, what was made, and where a job is."""
+"""The nouns: what a job asks for, what is on disk, what was generated, and how far a job is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from a1111_worker.errors import ModelError
 
 
 class ModelKind(str, Enum):
-    """What a model is to the WebUI; `folder` is where the cache keeps its kind."""
+    """What a model is to the WebUI. `folder` is the cache's folder for models of this kind."""
 
     CHECKPOINT = "checkpoint"
     LORA = "lora"
@@ -24,12 +24,12 @@ class ModelKind(str, Enum):
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as somebody named it, reduced to ids wherever ids were given.
+    """A model as somebody named it, reduced to ids if the name holds ids.
 
     Exactly one of these says which model is meant, in this order: `version_id` (with `file_id`), `model_id` (a CivitAI
-    page without a version: its newest one), `url` (a host of MODEL_HOSTS, never CivitAI), `name` alone.
-    `name` beside an id is only what the caller calls it. `size`, `fp` and `format` are a CivitAI URL's wishes for the
-    right file of a version. `sha256` is 64 lower-case hex digits that the file must have.
+    page without a version: its newest version), `url` (a host of MODEL_HOSTS, never CivitAI), `name` alone. `name`
+    beside an id is only what the caller calls the model. `size`, `fp` and `format` are the variant filter of a CivitAI
+    URL: they select one of a version's files. `sha256` is 64 lower-case hex digits that the file must have.
     """
 
     kind: ModelKind
@@ -45,12 +45,12 @@ class ModelRef:
 
     @property
     def is_bare_name(self) -> bool:
-        """Whether nothing but a name says which model is meant."""
+        """Whether only a name says which model is meant."""
         return (self.version_id, self.model_id, self.url) == (None, None, None)
 
     @property
     def label(self) -> str:
-        """How a sentence names it: never a URL, since one may be signed."""
+        """How a message names the model. Never by its URL, because that may be signed."""
         if self.name:
             return f"{self.name!r}"
         if self.version_id is not None:
@@ -64,9 +64,9 @@ class ModelRef:
 class RemoteFile:
     """One file that can be fetched, as CivitAI (or a URL alone) describes it.
 
-    `url` is where a download starts, built by us. `size` is in bytes, and only known where it is exact (CivitAI gives
-    KiB as a float); `size_at_most` is known then too, and where only a rounded one is. `sha256` is lower case.
-    `name` is a title for people, never a path.
+    A download starts at `url`, which we build ourselves. `size` is in bytes, and only known if it is exact: CivitAI
+    gives KiB as a float. `size_at_most` is known if `size` is, and if only a rounded size is known. `sha256` is lower
+    case. `name` is a title for people, never a path.
     """
 
     url: str
@@ -84,12 +84,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Model:
-    """A proven file on disk.
+    """A verified file on disk.
 
     `file` is its name in the cache and, without `.safetensors`, what the WebUI calls it. `lora_hash` is what A1111
-    prints for a LoRA in "Lora hashes" (12 hex digits: facts of A1111's network.py), None for a checkpoint.
-    `family` is the architecture it belongs to ("sdxl", "sd1", …), None where nobody knows. `downloaded` is whether
-    this hold fetched it.
+    prints for a LoRA in "Lora hashes" (12 hex digits, by A1111's network.py), None for a checkpoint. `family` is the
+    architecture that it belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it.
     """
 
     kind: ModelKind
@@ -114,14 +113,14 @@ class Model:
 
 @dataclass(frozen=True)
 class HeldModels:
-    """Models that stay on disk for as long as they are held. `failures`: why others are missing, if that is tolerated."""
+    """Models that stay on disk as long as they are held. `failures`: why others are missing, if that is tolerated."""
 
     models: Mapping[ModelRef, Model] = field(default_factory=dict)
     failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
 
 
 class OnLoraError(str, Enum):
-    """What a LoRA that cannot be had, does not fit or was not loaded does to the job."""
+    """What happens to a job if a LoRA is not available, does not fit or was not loaded."""
 
     FAIL = "fail"
     WARN = "warn"
@@ -129,11 +128,11 @@ class OnLoraError(str, Enum):
 
 @dataclass(frozen=True)
 class LoraRequest:
-    """A LoRA a job asks for. `scale` is None where the job gives none: the catalog's then, else 1.0.
+    """A LoRA that a job asks for. `scale` is None if the job gives none: then the catalog's is used, else 1.0.
 
-    `path` is where the job says so (`loras[0]`, `prompt`): what a complaint names.
-    `in_prompt` says that the wish is a tag the caller wrote into a prompt, under the name `ref.name`;
-    `weighted_in_prompt` that it is not, and yet a tag of it is there, whose weights count.
+    `path` is the place in the job that asks for it (`loras[0]`, `prompt`); complaints name it. `in_prompt`: the request
+    is a tag that the caller wrote into a prompt, under the name `ref.name`. `weighted_in_prompt`: the request is an
+    entry of the list without a scale, and a tag in a prompt gives its weights.
     """
 
     ref: ModelRef
@@ -144,7 +143,7 @@ class LoraRequest:
 
 
 class ImageFormat(str, Enum):
-    """What a picture leaves as."""
+    """The file format of the answer's images."""
 
     PNG = "png"
     JPEG = "jpeg"
@@ -152,7 +151,7 @@ class ImageFormat(str, Enum):
 
 
 class DeliveryMode(str, Enum):
-    """How pictures leave: in the answer, as links into a bucket, or as their size and the settings decide."""
+    """How images are delivered: in the answer, as links into a bucket, or as their size and the settings decide."""
 
     AUTO = "auto"
     INLINE = "inline"
@@ -161,9 +160,9 @@ class DeliveryMode(str, Enum):
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How a job wants its pictures. `quality` is None where the job gives none; a PNG has none.
+    """How a job wants its images. `quality` is None if the job gives none; a PNG has none.
 
-    Without `metadata` no infotext is in the pictures; `raw` is A1111's answer without a `worker` block.
+    Without `metadata` the images hold no infotext. `raw`: the answer is A1111's, without a `worker` block.
     """
 
     format: ImageFormat = ImageFormat.PNG
@@ -177,9 +176,10 @@ class OutputOptions:
 class GenerationRequest:
     """A job's input, checked as far as that is possible without a WebUI.
 
-    `body` is A1111's txt2img body as far as the caller (and our defaults) decide it; prompts are the caller's,
-    sampler names are still in the caller's spelling. `loras` holds the list's wishes first, in the caller's order,
-    then those of tags in prompts that no list entry names. `allow_blank` says that a picture of one colour is wanted.
+    `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
+    sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
+    order, then those of tags in prompts that no entry of the list names. `allow_blank`: an image of one colour is not
+    an error.
     """
 
     body: Mapping[str, Any]
@@ -192,7 +192,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class BucketSettings:
-    """S3-compatible storage for results. A link is signed and lives `link_seconds`, or is `public_url` and the key."""
+    """S3-compatible storage for results. A link is signed, for `link_seconds`, or it is `public_url` and the key."""
 
     endpoint_url: str
     name: str
@@ -206,7 +206,7 @@ class BucketSettings:
 
 @dataclass(frozen=True)
 class AppliedLora:
-    """A LoRA of a job, with what became of it. `model` is None where it could not be had and the job allowed that."""
+    """A LoRA of a job, and whether it was loaded. `model` is None if it was not available and the job allows that."""
 
     name: str
     scale: float
@@ -216,7 +216,7 @@ class AppliedLora:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the WebUI made, proven: its answer untouched, and the facts that were checked."""
+    """A verified generation: the WebUI's answer as it came, and the facts that were checked."""
 
     answer: dict[str, Any]
     checkpoint: Model
@@ -227,7 +227,7 @@ class Generation:
 
 
 class Stage(str, Enum):
-    """Where a job is; `/status` shows it."""
+    """The stage that a job is in. `/status` shows it."""
 
     MODELS = "models"
     QUEUE = "queue"
@@ -238,7 +238,7 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """One look at a job: percent 0 to 100 of its stage, seconds left where they can be told."""
+    """A job's progress at one moment: percent 0 to 100 of its stage, and the seconds left. None is unknown."""
 
     stage: Stage
     percent: float | None = None

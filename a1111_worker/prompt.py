@@ -1,13 +1,13 @@
-"""A1111's extra networks as they are written into a prompt: `<lora:name:0.8>`, read and written as A1111 reads them.
+"""A1111's extra networks as tags in a prompt (`<lora:name:0.8>`), read and written as A1111 reads them.
 
     <lora:name>                     weight 1.0 for A1111
     <lora:name:0.8>                 one weight, for text encoder and U-Net alike: a plain tag
     <lora:name:0.8:0.5:32>          text encoder, U-Net, dynamic rank; also by name: te=0.8, unet=0.5, dyn=32
-    <lyco:…>                        the same as lora; types are compared in their own case
-    # to the end of the line        a comment (1.9.3 and 1.10.1, on by default): a tag in it is none
+    <lyco:…>                        the same as lora; types are case-sensitive
+    # to the end of the line        a comment (1.9.3 and 1.10.1, on by default): a tag inside of it does not count
 
 Sources: A1111 1.10.1, modules/extra_networks.py, extensions-builtin/Lora/extra_networks_lora.py, modules/styles.py,
-modules/processing_scripts/comments.py. Everything here is pure and takes any text.
+modules/processing_scripts/comments.py. All functions here are pure and take any text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COMMENT = re.compile(r"#[^\n]*")
 
 @dataclass(frozen=True)
 class Weights:
-    """What a LoRA tag asks for, as A1111 understands it."""
+    """The weights of a LoRA tag, as A1111 understands them. `rank` is the dynamic rank, None if there is none."""
 
     text_encoder: float
     unet: float
@@ -35,7 +35,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tag:
-    """One `<type:argument:argument…>` of a text, which holds it from `start` to `end`."""
+    """One `<type:argument:argument…>` of a text. It stands there from `start` to `end`."""
 
     type: str
     name: str
@@ -57,26 +57,26 @@ class Tag:
 
     @property
     def is_weighted(self) -> bool:
-        """Whether the tag itself says how much of the LoRA it wants."""
+        """Whether the tag itself says how strongly the LoRA is applied."""
         return len(self.positional) > 1 or not self.named.keys().isdisjoint(("te", "unet", "dyn"))
 
     def weights(self) -> Weights:
-        """The weights in effect; ValueError where A1111 would leave the LoRA out (`<lora:name:much>`)."""
+        """The weights in effect. Raises ValueError if A1111 would leave the LoRA out (`<lora:name:much>`)."""
         positional, named = self.positional, self.named
-        # All that is positional is converted, also where a named one wins: so does A1111.
-        text_encoder = _finite(positional[1]) if len(positional) > 1 else 1.0
-        text_encoder = _finite(named.get("te", repr(text_encoder)))
-        unet = _finite(positional[2]) if len(positional) > 2 else text_encoder
-        unet = _finite(named.get("unet", repr(unet)))
+        # Like A1111: every positional weight is converted, even if a named one is used in its place.
+        text_encoder = _parse_weight(positional[1]) if len(positional) > 1 else 1.0
+        text_encoder = _parse_weight(named.get("te", repr(text_encoder)))
+        unet = _parse_weight(positional[2]) if len(positional) > 2 else text_encoder
+        unet = _parse_weight(named.get("unet", repr(unet)))
         rank = int(positional[3]) if len(positional) > 3 else None
         return Weights(text_encoder, unet, int(named["dyn"]) if "dyn" in named else rank)
 
 
 def find_tags(text: str) -> list[Tag]:
-    """Every tag of a text that A1111 would see, of whatever type, in order."""
+    """Every tag of a text that A1111 would see, of any type, in order."""
     tags = []
-    seen = _without_comments(text)
-    for match in _TAG.finditer(seen, 0, seen.rfind(">") + 1):  # past the last ">" it would look in vain, and for long
+    visible = _without_comments(text)
+    for match in _TAG.finditer(visible, 0, visible.rfind(">") + 1):  # after the last ">" it would search long, in vain
         arguments = tuple(match[2].split(":"))
         name = next((argument for argument in arguments if not _is_named(argument)), "")
         tags.append(Tag(match[1], name, arguments, match.start(), match.end()))
@@ -84,7 +84,7 @@ def find_tags(text: str) -> list[Tag]:
 
 
 def plain_scale(tag: Tag) -> float | None:
-    """The one weight of a plain tag; None where it has none, several or one that is no number."""
+    """The weight of a plain tag. None if the tag has no weight, several, or one that is no number."""
     if len(tag.arguments) != 2 or len(tag.positional) != 2:
         return None
     try:
@@ -94,39 +94,40 @@ def plain_scale(tag: Tag) -> float | None:
 
 
 def lora_tag(name: str, scale: float) -> str:
-    return f"<lora:{name}:{_number(scale)}>"
+    """The tag of a LoRA with one weight."""
+    return f"<lora:{name}:{_format_scale(scale)}>"
 
 
-def renamed(tag: Tag, name: str, scale: float | None = None) -> str:
-    """The tag under another name, with `scale` in place of its weights; its own are kept where `scale` is None."""
+def rename_tag(tag: Tag, name: str, scale: float | None = None) -> str:
+    """The tag under another name, with `scale` in place of its weights. If `scale` is None, its weights stay."""
     if scale is not None:
-        return f"<{tag.type}:{name}:{_number(scale)}>"
+        return f"<{tag.type}:{name}:{_format_scale(scale)}>"
     arguments = list(tag.arguments)
     arguments[next((i for i, argument in enumerate(arguments) if not _is_named(argument)), 0)] = name
     return f"<{tag.type}:{':'.join(arguments)}>"
 
 
 def rewrite(text: str, decide: Callable[[Tag], str | None]) -> str:
-    """The text with each LoRA tag replaced by what `decide` says, in order: None leaves it, "" takes it out.
+    """The text with every LoRA tag replaced by what `decide` returns for it, in order. None keeps a tag, "" removes it.
 
-    What is taken out leaves a space, so that no two halves around it become a tag.
+    A removed tag leaves a space, so that the two halves around it do not become a tag.
     """
-    parts, done = [], 0
+    parts, end = [], 0
     for tag in find_tags(text):
         replacement = decide(tag) if tag.is_lora and tag.name else None
         if replacement is not None:
-            parts += [text[done : tag.start], replacement or " "]
-            done = tag.end
-    return "".join([*parts, text[done:]])
+            parts += [text[end : tag.start], replacement or " "]
+            end = tag.end
+    return "".join([*parts, text[end:]])
 
 
-def append(text: str, tags: Iterable[str]) -> str:
-    """The text with tags after it, where A1111 reads them: not inside a comment or a tag that was never closed."""
+def append_tags(text: str, tags: Iterable[str]) -> str:
+    """The text with tags at a place where A1111 reads them: not inside a comment or a tag that was never closed."""
     addition = " ".join(tags)
     if not addition:
         return text
-    seen = _without_comments(text)
-    if _OPEN_TAG.search(seen, seen.rfind(">") + 1):
+    visible = _without_comments(text)
+    if _OPEN_TAG.search(visible, visible.rfind(">") + 1):
         return f"{addition} {text}"
     last_line = text.rpartition("\n")[2]
     if "#" in last_line:
@@ -136,14 +137,14 @@ def append(text: str, tags: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """A LoRA and how it gets into a text.
+    """A LoRA, and how it gets into a text.
 
-    `means` says of a tag's name whether it means this LoRA; `name` is what the WebUI calls it, None where it could
-    not be had; `scale` replaces the weights of its tags (None: their own stay, and a tag without gets `default`).
-    `append` is whether it is written at the end where no tag names it.
+    `matches` tells whether a tag's name means this LoRA. `name` is what the WebUI calls it, None if the LoRA is not
+    available. `scale` replaces the weights of its tags; if it is None, they keep their weights, and a tag without any
+    gets `default`. `append`: if no tag names the LoRA, a tag is appended.
     """
 
-    means: Callable[[str], bool]
+    matches: Callable[[str], bool]
     name: str | None
     scale: float | None
     default: float
@@ -151,26 +152,29 @@ class Placement:
 
 
 def place(text: str, placements: Sequence[Placement]) -> str:
-    """The text with every LoRA in it exactly once, under the WebUI's name for it, in the order of `placements`.
+    """The text with every LoRA in it exactly once, under the WebUI's name for it.
 
-    A tag stays where its caller put it; a second one of the same LoRA goes, since A1111 would apply it twice.
+    A tag stays at its place. A second tag of the same LoRA is removed, because A1111 would apply the LoRA twice. Tags
+    are appended in the order of `placements`.
     """
-    placed: set[int] = set()
+    placed: set[int] = set()  # indexes of `placements`
 
     def decide(tag: Tag) -> str | None:
         for index, placement in enumerate(placements):
-            if not placement.means(tag.name):
+            if not placement.matches(tag.name):
                 continue
             if placement.name is None or index in placed:
                 return ""
             placed.add(index)
             scale = placement.scale
-            return renamed(tag, placement.name, placement.default if scale is None and not tag.is_weighted else scale)
+            return rename_tag(
+                tag, placement.name, placement.default if scale is None and not tag.is_weighted else scale
+            )
         return None
 
-    written = rewrite(text, decide)
-    return append(
-        written,
+    rewritten = rewrite(text, decide)
+    return append_tags(
+        rewritten,
         [
             lora_tag(placement.name, placement.default if placement.scale is None else placement.scale)
             for index, placement in enumerate(placements)
@@ -179,24 +183,27 @@ def place(text: str, placements: Sequence[Placement]) -> str:
     )
 
 
-def mentioning(second_pass: str, names: Sequence[str]) -> str:
-    """The prompt of the second pass, naming every LoRA of the first without effect where it has LoRAs of its own.
+def mention_loras(second_pass: str, names: Sequence[str]) -> str:
+    """The prompt of the second pass. If it has LoRA tags, it also names the LoRAs of the first pass, with weight 0.
 
-    What that pass reads takes the place of "Lora hashes" in 1.9.3's answer, and the first pass could not be proven.
+    In the answer of 1.9.3, the LoRAs that the second pass reads take the place of "Lora hashes". Without these names
+    the LoRAs of the first pass could not be verified.
     """
-    there = {tag.name for tag in find_tags(second_pass) if tag.is_lora}
-    return append(second_pass, [lora_tag(name, 0) for name in names if name not in there]) if there else second_pass
+    present = {tag.name for tag in find_tags(second_pass) if tag.is_lora}
+    if not present:
+        return second_pass
+    return append_tags(second_pass, [lora_tag(name, 0) for name in names if name not in present])
 
 
 def merge_style(prompt: str, style: str) -> str:
-    """A style put around a prompt as A1111 does: at `{prompt}`, else after a comma."""
+    """A prompt with a style, as A1111 merges them: the prompt stands at `{prompt}`, else the style follows a comma."""
     if "{prompt}" in style:
         return style.replace("{prompt}", prompt)
     return ", ".join(part for part in (prompt.strip(), style.strip()) if part)
 
 
 def _without_comments(text: str) -> str:
-    """The text with comments blanked out, every other character at its place."""
+    """The text with its comments blanked out. Every other character keeps its place."""
     if "#" not in text:
         return text
     return _COMMENT.sub(lambda match: "\n" * len(match[0]), text)
@@ -211,12 +218,12 @@ def _split(argument: str) -> tuple[str, str]:
     return key, value
 
 
-def _finite(text: str) -> float:
+def _parse_weight(text: str) -> float:
     value = float(text)  # as A1111 reads it: spaces and exponents pass
     if not math.isfinite(value):
         raise ValueError(f"{text.strip()} is no weight")
     return value
 
 
-def _number(scale: float) -> str:
+def _format_scale(scale: float) -> str:
     return repr(float(scale)).removesuffix(".0")

@@ -18,7 +18,7 @@ from a1111_worker.config import SETTINGS
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, answer_of
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
-from a1111_worker.models.civitai import POLICY
+from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import Record
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
@@ -156,7 +156,9 @@ HEADINGS = {
 def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldClass) -> None:
     rows = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
 
-    expected = {n: (field.value.type, field.value.takes) for n, field in fields(Limits()).items() if field.kind is kind}
+    expected = {
+        n: (field.value.type, field.value.expected) for n, field in fields(Limits()).items() if field.kind is kind
+    }
     assert rows == expected
 
 
@@ -164,7 +166,7 @@ def test_every_refused_field_is_described_with_the_reason() -> None:
     rows = table(API, "Fields that are refused", "field")
 
     assert rows == {
-        name: (field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.harmless))
+        name: (field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.ignored_values))
         for name, field in fields(Limits()).items()
         if field.kind is FieldClass.REFUSED
     }
@@ -174,7 +176,8 @@ def test_every_setting_a_job_may_override_is_described() -> None:
     rows = table(API, "Settings a job may override", "setting")
 
     assert rows == {
-        name: (f"`{json.dumps(setting.default)}`", setting.value.takes) for name, setting in OVERRIDABLE_OPTIONS.items()
+        name: (f"`{json.dumps(setting.default)}`", setting.value.expected)
+        for name, setting in OVERRIDABLE_OPTIONS.items()
     }
 
 
@@ -182,7 +185,7 @@ def test_every_output_option_is_described_with_its_default() -> None:
     rows = table(API, "Output options", "key")
     defaults = {name: getattr(OutputOptions(), name) for name in OUTPUT if name != "quality"}
 
-    assert {name: cells[0] for name, cells in rows.items()} == {name: value.takes for name, value in OUTPUT.items()}
+    assert {name: cells[0] for name, cells in rows.items()} == {name: value.expected for name, value in OUTPUT.items()}
     for name, default in defaults.items():
         assert rows[name][1] == f"`{json.dumps(default)}`".replace('"', "")
 
@@ -221,7 +224,7 @@ def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
         refusal.value: f"`{rule.error.code}`" for refusal, rule in POLICY.items()
     }
     assert {answer for answer, cells in rows.items() if cells[1]} == {
-        refusal.value for refusal, rule in POLICY.items() if rule.elsewhere or rule.again
+        refusal.value for refusal, rule in POLICY.items() if rule.try_other_origins or rule.retries
     }
 
 

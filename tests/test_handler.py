@@ -207,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": 7}, "prompt: must be text"),
     ({"prompt": None}, "prompt"),
     ({"prompt": "x" * 1_000_000}, "prompt: must be at most 20,000 bytes"),
-    ({"prompt": "half a pair \ud800"}, "prompt: must be sound text"),
+    ({"prompt": "half a pair \ud800"}, "prompt: must be valid text"),
     ({"num_inference_steps": 5}, "did you mean 'steps'"),
     ({"promt": "x"}, "did you mean 'prompt'"),
     ({"\ud800": 1}, "name"),

@@ -125,7 +125,7 @@ def test_the_webui_is_never_told_of_the_output(plain: World) -> None:
 
 def test_a_quality_for_png_is_answered_with_a_warning(plain: World) -> None:
     assert plain.ask(output={"quality": 50})["worker"]["warnings"] == [
-        "output.quality does nothing for png, which loses nothing"
+        "output.quality does nothing for png, which is lossless"
     ]
 
 

@@ -1,4 +1,4 @@
-"""A1111's tags as it reads them, and as they are written."""
+"""Tags are read as A1111 reads them, and written so that it reads them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from a1111_worker.prompt import (
     Placement,
     Tag,
     Weights,
-    append,
+    append_tags,
     find_tags,
     lora_tag,
+    mention_loras,
     merge_style,
     place,
     plain_scale,
-    renamed,
+    rename_tag,
     rewrite,
 )
 
@@ -58,7 +59,7 @@ def placement(
         ("<lora:x#:1>\n", []),
     ],
 )
-def test_tags_are_what_a1111_sees(text: str, expected: list[tuple[str, tuple[str, ...]]]) -> None:
+def test_tags_are_found_as_a1111_finds_them(text: str, expected: list[tuple[str, tuple[str, ...]]]) -> None:
     assert meanings(text) == expected
 
 
@@ -76,7 +77,7 @@ def test_tags_are_what_a1111_sees(text: str, expected: list[tuple[str, tuple[str
         ("<lora:x:other=1>", Weights(1.0, 1.0), None, False),
     ],
 )
-def test_weights_are_those_a1111_uses(text: str, weights: Weights, plain: float | None, weighted: bool) -> None:
+def test_weights_are_those_that_a1111_uses(text: str, weights: Weights, plain: float | None, weighted: bool) -> None:
     tag = only_tag(text)
 
     assert (tag.name, tag.weights(), plain_scale(tag), tag.is_weighted) == ("x", weights, plain, weighted)
@@ -100,12 +101,12 @@ def test_a_tag_is_written_with_its_weight_and_nothing_more() -> None:
 
 
 def test_a_renamed_tag_keeps_its_weights_unless_it_gets_another() -> None:
-    assert renamed(only_tag("<lyco:x:0.8:unet=0.5>"), "y") == "<lyco:y:0.8:unet=0.5>"
-    assert renamed(only_tag("<lora:te=1:x>"), "y") == "<lora:te=1:y>"
-    assert renamed(only_tag("<lora:x:0.8:unet=0.5>"), "y", 2) == "<lora:y:2>"
+    assert rename_tag(only_tag("<lyco:x:0.8:unet=0.5>"), "y") == "<lyco:y:0.8:unet=0.5>"
+    assert rename_tag(only_tag("<lora:te=1:x>"), "y") == "<lora:te=1:y>"
+    assert rename_tag(only_tag("<lora:x:0.8:unet=0.5>"), "y", 2) == "<lora:y:2>"
 
 
-def test_what_is_taken_out_does_not_make_a_tag_of_its_neighbours() -> None:
+def test_removing_a_tag_makes_no_tag_of_its_neighbours() -> None:
     text = rewrite("<lo<lora:x:1>ra:y:1>", lambda tag: "")
 
     assert find_tags(text) == []
@@ -125,27 +126,27 @@ def test_what_is_taken_out_does_not_make_a_tag_of_its_neighbours() -> None:
     ],
 )
 def test_appended_tags_are_always_read(text: str, expected: str) -> None:
-    assert append(text, ["<lora:x:1>", "<lora:y:2>"]) == expected
-    assert append(text, []) == text
+    assert append_tags(text, ["<lora:x:1>", "<lora:y:2>"]) == expected
+    assert append_tags(text, []) == text
 
 
 @pytest.mark.parametrize(
     ("text", "placements", "expected"),
     [
-        # a list's LoRA that no tag names is appended, in order
+        # LoRAs of the list that no tag names are appended, in order
         ("cat", [placement("x", scale=0.5), placement("y", scale=2)], "cat <lora:x:0.5> <lora:y:2>"),
-        # a tag stays where it is, under the WebUI's name, with the list's scale
+        # a tag keeps its place, and gets the WebUI's name and the list's scale
         ("<lora:x:0.1> cat", [placement("x", scale=0.5, stem="file")], "<lora:file:0.5> cat"),
-        # without a scale of the list its own weights stay
+        # if the list gives no scale, its own weights stay
         ("<lora:x:0.1:0.2>", [placement("x", stem="file")], "<lora:file:0.1:0.2>"),
         ("<lora:x>", [placement("x", default=1.5)], "<lora:x:1.5>"),
         # twice the same would be applied twice
         ("<lora:x:1> <lora:x:2>", [placement("x")], "<lora:x:1>  "),
-        # what could not be had goes
+        # the tag of a LoRA that is not available goes
         ("a <lora:x:1> cat", [placement("x", stem=None)], "a   cat"),
-        # a prompt's own LoRA is not written where it was not asked for
+        # a LoRA that only a prompt names is not appended to another
         ("cat", [placement("x", add=False)], "cat"),
-        # what nobody placed, and what is no LoRA, stays
+        # other tags stay
         ("<lora:z:1> <hypernet:x:1>", [placement("x", add=False)], "<lora:z:1> <hypernet:x:1>"),
     ],
 )
@@ -167,6 +168,19 @@ def test_a_style_is_merged_as_a1111_does(prompt: str, style: str, expected: str)
     assert merge_style(prompt, style) == expected
 
 
+@pytest.mark.parametrize(
+    ("second_pass", "expected"),
+    [
+        ("sharp", "sharp"),
+        ("", ""),
+        ("sharp <lora:x:1>", "sharp <lora:x:1> <lora:y:0>"),
+        ("<lora:y:1> <lora:z:1>", "<lora:y:1> <lora:z:1> <lora:x:0>"),
+    ],
+)
+def test_a_second_pass_with_loras_names_those_of_the_first_too(second_pass: str, expected: str) -> None:
+    assert mention_loras(second_pass, ["x", "y"]) == expected
+
+
 PIECES = st.sampled_from(
     ["<lora:", "<lyco:", "<foo:", "<", ">", ":", "#", "\n", "x", "y", "0.5", "te=1", "=", "a cat, ", " "]
 )
@@ -174,7 +188,7 @@ TEXTS = st.one_of(st.text(max_size=50), st.lists(PIECES, max_size=25).map("".joi
 
 
 def outside(text: str) -> str:
-    """What of a text is in none of its LoRA tags."""
+    """The text without its LoRA tags."""
     kept, done = "", 0
     for tag in find_tags(text):
         if tag.is_lora and tag.name:
@@ -184,11 +198,11 @@ def outside(text: str) -> str:
 
 @settings(deadline=None, max_examples=300)
 @given(TEXTS)
-def test_rewriting_touches_tags_alone_and_is_done_after_once(text: str) -> None:
-    once = rewrite(text, lambda tag: renamed(tag, "stem", 0.5))
+def test_rewriting_changes_only_tags_and_a_second_time_nothing(text: str) -> None:
+    once = rewrite(text, lambda tag: rename_tag(tag, "stem", 0.5))
 
     assert outside(once) == outside(text)
-    assert rewrite(once, lambda tag: renamed(tag, "stem", 0.5)) == once
+    assert rewrite(once, lambda tag: rename_tag(tag, "stem", 0.5)) == once
     assert [tag.name for tag in find_tags(once) if tag.is_lora and tag.name] == [
         "stem" for tag in find_tags(text) if tag.is_lora and tag.name
     ]
@@ -196,7 +210,7 @@ def test_rewriting_touches_tags_alone_and_is_done_after_once(text: str) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(TEXTS)
-def test_taking_tags_out_brings_no_new_ones(text: str) -> None:
+def test_removing_all_tags_leaves_no_new_tag(text: str) -> None:
     bare = rewrite(text, lambda tag: "")
 
     assert [tag for tag in find_tags(bare) if tag.is_lora and tag.name] == []
@@ -204,14 +218,14 @@ def test_taking_tags_out_brings_no_new_ones(text: str) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(TEXTS)
-def test_what_is_appended_is_found_and_disturbs_nothing(text: str) -> None:
-    longer = append(text, ["<lora:ours:1>"])
+def test_an_appended_tag_is_found_and_changes_no_other(text: str) -> None:
+    longer = append_tags(text, ["<lora:ours:1>"])
 
     found = meanings(longer)
     assert text in longer
     assert ("lora", ("ours", "1")) in found
     found.remove(("lora", ("ours", "1")))
-    assert found == [one for one in meanings(text) if one != ("lora", ("ours", "1"))]
+    assert found == [tag for tag in meanings(text) if tag != ("lora", ("ours", "1"))]
 
 
 @settings(deadline=None, max_examples=300)

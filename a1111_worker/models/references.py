@@ -1,4 +1,4 @@
-"""The ways somebody names a model, each reduced to ids wherever ids were given.
+"""The ways to name a model, each reduced to ids if it holds ids.
 
     https://civitai.com/api/download/models/135867?type=Model&format=SafeTensor&size=pruned&fp=fp16&fileId=99264
     https://civitai.com/models/122359/detail-tweaker-xl?modelVersionId=135867      (without it: the newest version)
@@ -7,22 +7,22 @@
     {"url": …} {"version_id": 135867} {"name": "detail_tweaker_xl"}, each with "name" and "hash" beside it
     detail_tweaker_xl
 
-A CivitAI URL is never fetched as it was written: only its ids leave this module. Another host's URL is kept where its
-whole origin (scheme, host and port) is allowed. What is refused is refused in a sentence that never repeats the URL.
+A CivitAI URL is never fetched as it was written: only its ids leave this module. The URL of another host is kept if its
+whole origin (scheme, host and port) is allowed. The message of a refusal never repeats the URL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from a1111_worker import catalog
 from a1111_worker.domain import ModelKind, ModelRef
-
-T = TypeVar("T")
+from a1111_worker.origins import DEFAULT_PORTS, Origin, OriginRefused, origin_of, parse_origin
 
 CIVITAI_HOSTS = frozenset(
     f"{www}civitai.{top}"
@@ -31,19 +31,19 @@ CIVITAI_HOSTS = frozenset(
 )
 MAX_REFERENCE = 2_000  # characters
 MAX_NAME = 200
-MAX_ID = 2**53  # what JSON carries exactly
+MAX_ID = 2**53  # JSON carries every id below it exactly
 
 _FORMS = "a CivitAI URL, an AIR (civitai:122359@135867), or a name"
 _AIR_TYPES = {
     ModelKind.LORA: frozenset({"lora", "lycoris", "locon", "dora"}),
     ModelKind.CHECKPOINT: frozenset({"checkpoint"}),
 }
-_KIND = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
+_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
-_AUTHORITY = re.compile(r"([A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
+_AUTHORITY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::(?!0+$)[0-9]{1,5})?")
 _KEY_IN_QUERY = re.compile(r"(?:^|[&;?])(?:amp;)?token=", re.IGNORECASE)
 _AIR = re.compile(
     r"(?:urn:)?(?:air:)?(?:(?P<first>[\w-]+):)?(?:(?P<second>[\w-]+):)?(?P<source>[\w-]+):(?P<model>[^:@+.]+)"
@@ -53,7 +53,7 @@ _AIR = re.compile(
 
 
 class BadReference(ValueError):
-    """A reference that cannot be used: `problems` are (key of the object or "", sentence)."""
+    """A reference that cannot be used. `problems` are pairs: a key of the object (or ""), and a message."""
 
     def __init__(self, *problems: str | tuple[str, str]) -> None:
         self.problems = tuple(("", problem) if isinstance(problem, str) else problem for problem in problems)
@@ -63,7 +63,7 @@ class BadReference(ValueError):
 def parse_reference(
     value: str | Mapping[str, Any], *, kind: ModelKind, allowed_hosts: Collection[str] = ()
 ) -> ModelRef:
-    """The model that `value` names; `BadReference` says why it is none. Keys it does not know are not looked at.
+    """The model that `value` names. Raises BadReference if it names none. Unknown keys of an object are ignored.
 
     `allowed_hosts` are origins as MODEL_HOSTS has them (`https://cdn.example.com`, `http://127.0.0.1:8081`).
     """
@@ -75,7 +75,7 @@ def parse_reference(
 
 
 def _parse_text(text: str, kind: ModelKind, allowed_hosts: Collection[str]) -> ModelRef:
-    text = _plain(text, MAX_REFERENCE)
+    text = _stripped(text, MAX_REFERENCE)
     if _SCHEME.match(text):
         return _parse_url(text, kind, allowed_hosts)
     if ":" in text:
@@ -86,38 +86,39 @@ def _parse_text(text: str, kind: ModelKind, allowed_hosts: Collection[str]) -> M
 
 
 def _parse_object(given: Mapping[str, Any], kind: ModelKind, allowed_hosts: Collection[str]) -> ModelRef:
-    """Every key on its own first, so that all that is wrong is said at once."""
+    """Every key is parsed on its own first, so that all problems are reported together."""
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "url": lambda url: _parse_text(_url_or_air(url), kind, allowed_hosts),
+        "version_id": _parse_version_id,
+        "name": parse_name,
+        "hash": parse_sha256,
+    }
+    parsed: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
-
-    def read(key: str, parse: Callable[[Any], T]) -> T | None:
-        try:
-            return None if given.get(key) is None else parse(given[key])
-        except BadReference as error:
-            problems.extend((key, message) for _, message in error.problems)
-            return None
-
-    named = read("url", lambda url: _parse_text(_address_like(url), kind, allowed_hosts))
-    version_id = read("version_id", _whole_id)
-    name = read("name", parse_name)
-    sha256 = read("hash", parse_sha256)
     if all(given.get(key) is None for key in ("url", "version_id", "name")):
-        problems.append(("", 'says no model: give "url", "version_id" or "name"'))
-    if named is not None and version_id is not None:
-        if named.url is not None:
+        problems.append(("", 'names no model: give "url", "version_id" or "name"'))
+    for key, value in given.items():
+        if key in parsers and value is not None:
+            try:
+                parsed[key] = parsers[key](value)
+            except BadReference as error:
+                problems += [(key, message) for _, message in error.problems]
+    of_url: ModelRef | None = parsed.get("url")
+    version_id: int | None = parsed.get("version_id")
+    if of_url is not None and version_id is not None:
+        if of_url.url is not None:
             problems.append(("version_id", "contradicts url, which is not CivitAI's: give one of them"))
-        elif named.version_id not in (None, version_id):
-            problems.append(("version_id", f"contradicts url, which names version {named.version_id}"))
+        elif of_url.version_id not in (None, version_id):
+            problems.append(("version_id", f"contradicts url, which names version {of_url.version_id}"))
+        of_url = replace(of_url, version_id=version_id, model_id=None)
     if problems:
-        order = list(given)
-        raise BadReference(*sorted(problems, key=lambda problem: order.index(problem[0]) if problem[0] else -1))
-    if named is None:
-        return ModelRef(kind=kind, version_id=version_id, name=name, sha256=sha256)
-    if version_id is not None:
-        named = replace(named, version_id=version_id, model_id=None)
-    return replace(named, name=name, sha256=sha256)
+        order = ["", *given]
+        raise BadReference(*sorted(problems, key=lambda problem: order.index(problem[0])))
+    ref = of_url or ModelRef(kind=kind, version_id=version_id)
+    return replace(ref, name=parsed.get("name"), sha256=parsed.get("hash"))
 
 
-def _address_like(url: object) -> str:
+def _url_or_air(url: object) -> str:
     if not isinstance(url, str):
         raise BadReference("must be text")
     if ":" not in url:
@@ -126,10 +127,10 @@ def _address_like(url: object) -> str:
 
 
 def parse_name(text: object) -> str:
-    """A model's name as people write it: a title or a file's stem. Never a path; what is on disk is made from it."""
+    """A model's name: a title or a file's stem. It is never a path, because file names on disk are made from it."""
     if not isinstance(text, str):
         raise BadReference("must be text")
-    name = _plain(text, MAX_NAME)
+    name = _stripped(text, MAX_NAME)
     if "/" in name or "\\" in name:
         raise BadReference("must be a name: no / or \\ in it")
     if not name.strip("."):
@@ -145,111 +146,109 @@ def parse_sha256(text: object) -> str:
     if re.fullmatch(r"[0-9a-f]{64}", digits):
         return digits
     if re.fullmatch(r"[0-9a-f]{10}", digits):
-        raise BadReference("must be a SHA256 of 64 hex digits; 10 digits are CivitAI's AutoV2, which proves too little")
+        raise BadReference(
+            "must be a SHA256 of 64 hex digits; 10 digits are CivitAI's AutoV2, too few to verify a file"
+        )
     raise BadReference("must be a SHA256: 64 hex digits")
 
 
 # -- URLs -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Address:
-    """A URL taken apart. `origin` is lower case, without the scheme's own port."""
-
-    origin: str
-    host: str
-    path: str
-    query: str
-
-
 def _parse_url(url: str, kind: ModelKind, allowed_hosts: Collection[str]) -> ModelRef:
-    address = _address(url)
-    if _KEY_IN_QUERY.search(address.query) or _KEY_IN_QUERY.search(unquote(address.query)):
+    origin, path, query = _split_url(url)
+    if _KEY_IN_QUERY.search(query) or _KEY_IN_QUERY.search(unquote(query)):
         raise BadReference("must not hold a key (token=): the worker has its own, CIVITAI_API_KEY")
-    if address.host in CIVITAI_HOSTS and address.origin == f"https://{address.host}":
-        return _parse_civitai(address, kind)
-    if address.origin not in _origins(allowed_hosts):
-        if address.origin.startswith("http:"):
-            raise BadReference("must start with https://: http:// is not allowed")
-        raise BadReference(
-            f"may name CivitAI or a host of the worker's MODEL_HOSTS, not {address.origin.removeprefix('https://')}"
-        )
-    if address.path in ("", "/"):
-        raise BadReference(f"names no file on {address.host}")
-    query = f"?{address.query}" if address.query else ""
-    return ModelRef(kind=kind, url=f"{address.origin}{address.path}{query}")
+    if origin.host in CIVITAI_HOSTS and str(origin) == f"https://{origin.host}":
+        return _parse_civitai(path, query, kind)
+    if not _is_allowed(origin, allowed_hosts):
+        raise _not_allowed(str(origin))
+    if path in ("", "/"):
+        raise BadReference(f"names no file on {origin.host}")
+    return ModelRef(kind=kind, url=f"{origin}{path}{f'?{query}' if query else ''}")
 
 
-def _address(url: str) -> _Address:
-    """Taken apart by our own grammar: urllib drops tabs and newlines in silence, and knows many spellings of a host."""
+def _split_url(url: str) -> tuple[Origin, str, str]:
+    """Origin, path and query of a URL, by a grammar that is stricter than `origin_of`'s and says what is wrong.
+
+    urllib drops tabs and newlines without a word, and knows many spellings of a host.
+    """
     if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
         raise BadReference("must be a URL of plain characters: no spaces, no \\, nothing beyond ASCII")
     match = _URL.fullmatch(url)
     if match is None:
         raise BadReference("must be a URL")
     scheme, authority, path, query, fragment = match.groups(default="")
-    scheme = scheme.lower()
+    scheme, authority = scheme.lower(), authority.lower()
     if scheme not in ("https", "http"):
         raise BadReference(f"must start with https://: {scheme[:20]}:// is not allowed")
     if "@" in authority:
         raise BadReference("must not hold a user name or a password")
     if fragment:
         raise BadReference("must not hold a part after #")
-    parts = _AUTHORITY.fullmatch(authority)
-    if parts is None or len(parts[1]) > 253:
+    if not _AUTHORITY.fullmatch(authority):
         raise BadReference("must name its host by letters, digits, dots and hyphens")
-    host, port = parts[1].lower(), parts[2]
-    if port is None or int(port) == (443 if scheme == "https" else 80):
-        return _Address(f"{scheme}://{host}", host, path, query)
-    return _Address(f"{scheme}://{host}:{int(port)}", host, path, query)
+    try:
+        return origin_of(url), path, query
+    except OriginRefused as error:  # a host with a dot or a hyphen at an end, or a port above 65535
+        raise _not_allowed(f"{scheme}://{authority}") from error
 
 
-def _origins(allowed_hosts: Iterable[str]) -> frozenset[str]:
-    """The allowed origins in the form of `_Address.origin`; plain http only to this machine and a named port."""
-    origins = set()
-    for host in allowed_hosts:
-        try:
-            address = _address(host if "://" in host else f"https://{host}")
-        except BadReference:  # `https://*.example.com`: a pattern allows redirects elsewhere, never a job's URL
-            continue
-        if address.origin.startswith("https:") or re.fullmatch(r"http://(127\.0\.0\.1|localhost):\d+", address.origin):
-            origins.add(address.origin)
-    return frozenset(origins)
+def _is_allowed(origin: Origin, allowed_hosts: Collection[str]) -> bool:
+    """Whether one of MODEL_HOSTS is exactly this origin. Plain http needs a named port, on this machine.
+
+    A pattern (`https://*.example.com`) allows redirects, never a job's URL.
+    """
+    if origin.scheme == "http" and origin.port == DEFAULT_PORTS["http"]:
+        return False
+    for entry in allowed_hosts:
+        with contextlib.suppress(OriginRefused):
+            if parse_origin(entry) == origin:
+                return True
+    return False
 
 
-def _parse_civitai(address: _Address, kind: ModelKind) -> ModelRef:
-    path = address.path.rstrip("/")
-    wishes = _query(address.query)
+def _not_allowed(origin: str) -> BadReference:
+    if origin.startswith("http:"):
+        return BadReference("must start with https://: http:// is not allowed")
+    return BadReference(
+        f"may name CivitAI or a host of the worker's MODEL_HOSTS, not {origin.removeprefix('https://')}"
+    )
+
+
+def _parse_civitai(path: str, query: str, kind: ModelKind) -> ModelRef:
+    path = path.rstrip("/")
+    fields = _query_fields(query)
     if match := re.fullmatch(r"/api/download/models/([^/]+)", path):
         version_id = _text_id(match[1], "the version")
-        file_id = _optional_id(wishes, "fileid", "fileId")
-        return _with_file_wishes(ModelRef(kind=kind, version_id=version_id, file_id=file_id), wishes)
+        file_id = _optional_id(fields, "fileid", "fileId")
+        return _with_variant_filter(ModelRef(kind=kind, version_id=version_id, file_id=file_id), fields)
     if match := re.fullmatch(r"(?:/api/v1)?/model-versions/([^/]+)", path):
         return ModelRef(kind=kind, version_id=_text_id(match[1], "the version"))
     if match := re.fullmatch(r"(?:/api/v1)?/models/([^/]+)(?:/.*)?", path):
         model_id = _text_id(match[1], "the model")
-        asked_version = _optional_id(wishes, "modelversionid", "modelVersionId")
-        return ModelRef(kind=kind, version_id=asked_version, model_id=None if asked_version else model_id)
+        version = _optional_id(fields, "modelversionid", "modelVersionId")
+        return ModelRef(kind=kind, version_id=version, model_id=None if version else model_id)
     raise BadReference(
         "must be a CivitAI page of a model (/models/…), of a version (/model-versions/…) or a download "
         "(/api/download/models/…)"
     )
 
 
-def _query(query: str) -> dict[str, str]:
-    """The query's fields, names in lower case. CivitAI takes the first of two that contradict, people the last."""
+def _query_fields(query: str) -> dict[str, str]:
+    """A query's fields, names in lower case. If two contradict each other, CivitAI takes the first, people the last."""
     fields: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if fields.setdefault(name.lower(), value) != value:
-            raise BadReference("must not say the same thing twice in its query")
+            raise BadReference("must not give a field of its query twice, with different values")
     return fields
 
 
-def _with_file_wishes(ref: ModelRef, wishes: Mapping[str, str]) -> ModelRef:
-    """`type`, `format`, `size` and `fp` of a download URL, in CivitAI's own spelling."""
-    if wishes.get("type", "Model").lower() not in ("model", "pruned model"):
+def _with_variant_filter(ref: ModelRef, fields: Mapping[str, str]) -> ModelRef:
+    """`ref` with `format`, `size` and `fp` of a download URL, in CivitAI's own spelling. `type` is only checked."""
+    if fields.get("type", "Model").lower() not in ("model", "pruned model"):
         raise BadReference("must ask for type=Model")
-    file_format, size, fp = wishes.get("format"), wishes.get("size"), wishes.get("fp")
+    file_format, size, fp = fields.get("format"), fields.get("size"), fields.get("fp")
     if file_format and file_format.lower() not in ("safetensor", "safetensors"):
         raise BadReference("must ask for format=SafeTensor: nothing else is loaded, a pickle least of all")
     if size and size.lower() not in ("full", "pruned"):
@@ -275,10 +274,9 @@ def _parse_air(text: str, kind: ModelKind) -> ModelRef:
     first, second, source = match["first"], match["second"], match["source"].lower()
     if source != "civitai":
         raise BadReference(f"must be {_FORMS}; models of other sources are not fetched")
-    types = _AIR_TYPES[kind]
-    kind_given = second or (first if first and first.lower() in set().union(*_AIR_TYPES.values()) else None)
-    if kind_given and kind_given.lower() not in types:
-        raise BadReference(f"must be a {_KIND[kind]}: this AIR's type is {kind_given.lower()[:20]}")
+    given_type = second or (first if first and first.lower() in set().union(*_AIR_TYPES.values()) else None)
+    if given_type and given_type.lower() not in _AIR_TYPES[kind]:
+        raise BadReference(f"must be a {_KIND_NAMES[kind]}: this AIR's type is {given_type.lower()[:20]}")
     if match["format"] and match["format"].lower() not in ("safetensor", "safetensors"):
         raise BadReference("must be of the format safetensors: nothing else is loaded")
     version_id = _text_id(match["version"], "the version") if match["version"] else None
@@ -289,25 +287,26 @@ def _parse_air(text: str, kind: ModelKind) -> ModelRef:
     return ModelRef(kind=kind, version_id=version_id, file_id=file_id, model_id=None if version_id else model_id)
 
 
-def _optional_id(wishes: Mapping[str, str], name: str, what: str) -> int | None:
-    return _text_id(wishes[name], what) if name in wishes else None
+def _optional_id(fields: Mapping[str, str], name: str, label: str) -> int | None:
+    return _text_id(fields[name], label) if name in fields else None
 
 
-def _text_id(text: str, what: str) -> int:
+def _text_id(text: str, label: str) -> int:
     if re.fullmatch(r"[0-9]{1,16}", text) and 0 < int(text) < MAX_ID:
         return int(text)
-    raise BadReference(f"must give {what} as a number")
+    raise BadReference(f"must give {label} as a number")
 
 
-def _whole_id(value: object) -> int:
+def _parse_version_id(value: object) -> int:
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON does not tell 135867 from 135867.0
+        value = int(value)  # to JSON, 135867 and 135867.0 are the same
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_ID:
         raise BadReference("must be a CivitAI version id: a whole number above 0")
     return value
 
 
-def _plain(text: str, longest: int) -> str:
+def _stripped(text: str, longest: int) -> str:
+    """Text without blanks around it. BadReference if it is too long, blank, or holds control characters."""
     if len(text) > longest:
         raise BadReference(f"must be at most {longest:,} characters long, not {len(text):,}")
     text = text.strip(" ")

@@ -1,13 +1,13 @@
-"""What a safetensors file says of itself: whether it is one, its architecture, the hash that A1111 prints for it.
+"""What a safetensors file says about itself: whether it is valid, its architecture, the hash that A1111 prints for it.
 
     8 bytes   length of the header, little endian, at most 100,000,000
     header    JSON: {"__metadata__": {"key": "text", …},
                      "tensor": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, …}
     data      every tensor's bytes at its offsets: no hole, no overlap, nothing before, between or after
 
-No tensor is read to know all this, and nothing in such a file can run; so nothing but such a file is ever let near the
-WebUI. The rules are those of the `safetensors` package 0.8, and stricter in four places: a key that appears twice, a
-tensor described by more than its three fields, a file without tensors, and what A1111's own reader stumbles over.
+All this is known without reading a tensor. Nothing in such a file can run, so the WebUI is given no other kind of file.
+The rules are those of the `safetensors` package 0.8. Four more things are refused: a key that appears twice, a tensor
+described by more than its three fields, a file without tensors, and what makes A1111's own reader fail.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class Header:
-    """A valid file's header. `data_offset` is where the tensors' bytes begin, `size` where they (and the file) end."""
+    """The header of a valid file. The tensors' bytes begin at `data_offset`; they and the file end at `size`."""
 
     metadata: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(repr=False)
@@ -38,7 +38,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a whole and valid safetensors file; ModelRejected says in plain words what else it is."""
+    """The header of a complete and valid safetensors file. Otherwise ModelRejected says what is wrong with the file."""
     with path.open("rb") as file:
         size = path.stat().st_size
         length = _header_length(file, size)
@@ -54,12 +54,12 @@ def read_header(path: Path) -> Header:
 def lora_hash(path: Path, header: Header) -> str:
     """The 12 digits that A1111 1.9.3 and 1.10.1 print for this LoRA in "Lora hashes" (network.py, hashes.py).
 
-    They are the start of `sshs_model_hash` where the trainer wrote one (whatever it says: A1111 does not check it),
-    else of the SHA-256 of everything behind the header. They are not a part of the file's own SHA-256.
+    They are the start of `sshs_model_hash` if the trainer wrote one (whatever it says: A1111 does not check it), else
+    of the SHA-256 of everything after the header. They are not a part of the file's own SHA-256.
     """
-    written = header.metadata.get("sshs_model_hash")
-    if written:
-        return written[:12]
+    trainers_hash = header.metadata.get("sshs_model_hash")
+    if trainers_hash:
+        return trainers_hash[:12]
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         file.seek(header.data_offset)
@@ -72,13 +72,13 @@ def lora_hash(path: Path, header: Header) -> str:
 
 
 def family_of(header: Header, base_model: str | None = None) -> str | None:
-    """The architecture a model belongs to ("sd1", "sd2", "sdxl", "sd3", "flux", …), None where nothing tells.
+    """The architecture that a model belongs to ("sd1", "sd2", "sdxl", "sd3", "flux", …), None if nothing tells.
 
     What people declare (CivitAI's base model, else the trainer's metadata) decides among the families whose tensors
-    look alike; where it contradicts the tensors, the tensors win: a label is a claim, and a weight of the wrong width
-    cannot be applied. Titles and file names are never looked at.
+    look alike. If it contradicts the tensors, the tensors win: a label is a claim, and a weight of the wrong width
+    cannot be applied. Titles and file names are not used.
     """
-    declared = family_of_base_model(base_model) or _declared_in(header.metadata)
+    declared = family_of_base_model(base_model) or _family_by_metadata(header.metadata)
     possible = _families_by_tensors(header.tensors)
     if possible and declared not in possible:
         return possible[0]
@@ -86,14 +86,14 @@ def family_of(header: Header, base_model: str | None = None) -> str | None:
 
 
 def families_fit(lora: str | None, checkpoint: str | None) -> bool | None:
-    """Whether a LoRA of one family can be applied to a checkpoint of another; None where one of them is unknown."""
+    """Whether a LoRA of one family can be applied to a checkpoint of another. None if one of them is unknown."""
     if lora is None or checkpoint is None:
         return None
     return lora == checkpoint
 
 
-# CivitAI's own names (`basemodel.constants.ts`), by how they begin, the longer ones first. Its ecosystems Pony,
-# Illustrious and NoobAI are children of SDXL; Pony V7 is one of AuraFlow.
+# How CivitAI's own names (`basemodel.constants.ts`) begin, longer beginnings first. Its ecosystems Pony, Illustrious
+# and NoobAI are children of SDXL; Pony V7 is a child of AuraFlow.
 _BASE_MODELS = (
     ("pony v7", "auraflow"),
     ("pony", "sdxl"),
@@ -116,13 +116,13 @@ _BASE_MODELS = (
     ("zimage", "zimage"),
     ("hidream", "hidream"),
 )
-_SAYS_NOTHING = ("", "other", "unknown", "upscaler", "odor")
+_NO_FAMILY = ("", "other", "unknown", "upscaler", "odor")
 
 
 def family_of_base_model(base_model: str | None) -> str | None:
-    """The family of a base model as CivitAI spells it; one that is not known here is a family of its own."""
+    """The family of a base model as CivitAI spells it. A base model that is not in the table is a family of its own."""
     name = " ".join((base_model or "").split()).casefold()
-    if name in _SAYS_NOTHING:
+    if name in _NO_FAMILY:
         return None
     for beginning, family in _BASE_MODELS:
         if name.startswith(beginning):
@@ -130,7 +130,7 @@ def family_of_base_model(base_model: str | None) -> str | None:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or None
 
 
-# `ss_base_model_version` is kohya's (also ai-toolkit's), `modelspec.architecture` that of Stability's model spec.
+# `ss_base_model_version` is written by kohya and ai-toolkit, `modelspec.architecture` is from Stability's model spec.
 _DECLARED = (
     (re.compile(r"sdxl|stable-diffusion-xl"), "sdxl"),
     (re.compile(r"sd_?v?1|stable-diffusion-v1"), "sd1"),
@@ -141,7 +141,7 @@ _DECLARED = (
 )
 
 
-def _declared_in(metadata: Mapping[str, str]) -> str | None:
+def _family_by_metadata(metadata: Mapping[str, str]) -> str | None:
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").strip().casefold()
         for pattern, family in _DECLARED:
@@ -150,7 +150,7 @@ def _declared_in(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-# Families that cannot be told apart by their tensors share a line; the first is meant where nobody says which.
+# Families whose tensors look alike share a line. The first is meant if nothing is declared.
 _SD1 = ("sd1",)
 _SD2 = ("sd2", "svd")
 _SD1_OR_2 = ("sd1", "sd2", "svd")
@@ -159,16 +159,16 @@ _SD3 = ("sd3",)
 _FLUX = ("flux", "flux2", "chroma", "hunyuan-video")
 _WIDTHS = {768: _SD1, 1024: _SD2, 2048: _SDXL}
 
-# Blocks are called as in the original code (input_blocks) or as in diffusers (down_blocks), joined by dots or, in
-# kohya's files, by underscores. Only a UNet has them: LTX-Video's `transformer_blocks.0.attn2.to_k` is 2048 wide too.
+# Blocks have the names of the original code (input_blocks) or of diffusers (down_blocks), joined by dots or, in kohya's
+# files, by underscores. Only a UNet has them: LTX-Video's `transformer_blocks.0.attn2.to_k` is 2048 wide too.
 _UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)[._]")
 _CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_[kv](?P<part>[._].*)$")
-_DEEP_TRANSFORMER = re.compile(r"transformer_blocks[._][1-9]")  # SD 1 and 2 have one in each place
+_DEEP_TRANSFORMER = re.compile(r"transformer_blocks[._][1-9]")  # SD 1 and 2 have only block 0 in each place
 _CLIP_LAYER = re.compile(
     r"(?:lora_te(?P<number>[12]?)_|text_encoder(?P<second>_2)?\.)text_model[._]encoder[._]layers[._]\d+[._]"
     r"(?:self_attn[._]q_proj|mlp[._]fc1)(?P<part>[._].*)$"
 )
-# Each begins with a plain text, which makes a search through all names at once take no time.
+# Each pattern begins with plain text. That makes the search through all names at once fast.
 _MARKS = (
     (re.compile(r"conditioner\.embedders\.1\."), _SDXL),
     (re.compile(r"cond_stage_model\.transformer\."), _SD1),
@@ -188,7 +188,7 @@ _SMALL_UNET = (
 
 
 def _families_by_tensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
-    """The families whose tensors look like these, from the strongest evidence to the weakest; empty where none does."""
+    """The families whose tensors look like these, by the strongest evidence there is. Empty if no family's do."""
     for name in tensors:
         if "attn2" in name and (found := _CROSS_ATTENTION.search(name)) and _UNET.search(name):
             width = _input_width(tensors, name, found["part"])
@@ -198,7 +198,7 @@ def _families_by_tensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
     for mark, families in _MARKS:
         if mark.search(names):
             return families
-    # A slider may leave cross attention alone. Then the UNet's form tells: SDXL's has fewer blocks, but deeper ones.
+    # A slider may not change cross attention. Then the UNet's shape decides: SDXL's has fewer blocks, but deeper ones.
     if any(_DEEP_TRANSFORMER.search(name) and _UNET.search(name) for name in tensors):
         return _SDXL
     if any(mark.search(names) for mark in _SMALL_UNET):
@@ -207,7 +207,7 @@ def _families_by_tensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
 
 
 def _family_by_text_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
-    """A LoRA of the text encoders alone: SDXL has two, of which the second is 1280 wide; SD 3 has a third one."""
+    """The family of a LoRA for text encoders only. SDXL has two encoders, the second is 1280 wide. SD 3 has three."""
     widths = set()
     for name in tensors:
         if name.startswith(("lora_te3_", "text_encoder_3.")):
@@ -219,7 +219,7 @@ def _family_by_text_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) 
         return _SDXL
     if (False, 1024) in widths:
         return _SD2
-    # 768 alone is CLIP-L, which SD 1, SDXL, SD 3 and FLUX share; only kohya's SD 1 files call it `lora_te_`.
+    # 768 alone is CLIP-L. SD 1, SDXL, SD 3 and FLUX share it, but only kohya's SD 1 files call it `lora_te_`.
     if (False, 768) in widths and any(name.startswith("lora_te_") for name in tensors):
         return _SD1
     return ()
@@ -229,10 +229,10 @@ _RANK_BY_INPUT = ("down.weight", "lora_A.weight", "lora_A.default.weight", "hada
 
 
 def _input_width(tensors: Mapping[str, tuple[str, tuple[int, ...]]], name: str, part: str) -> int:
-    """How wide the input of a layer is, told by one of the tensors that stand for it; 0 where this one does not tell.
+    """The width of a layer's input, read from one of the layer's tensors. 0 if this tensor does not show it.
 
-    A weight (or its difference) is [out, in]; LoRA's down (A) and LoHa's b are [rank, in]; LoKr's two factors
-    multiply to [out, in].
+    A weight (or its difference) is [out, in]. LoRA's down (A) and LoHa's b are [rank, in]. LoKr's two factors multiply
+    to [out, in].
     """
     shape = tensors[name][1]
     if len(shape) < 2:
@@ -258,11 +258,11 @@ _BITS = {
 }
 _INTEGERS = frozenset({int})
 _MOST_DIMENSIONS = 64  # torch's own limit, and it keeps the product of a hostile shape small
-_LARGEST = 2**58  # elements of a tensor; the package refuses a shape that overflows, even if another of its sides is 0
+_MOST_ELEMENTS = 2**58  # of a tensor; the package refuses a shape that overflows, even if another of its sides is 0
 
-# How a file begins that is something else. Looked at only when it is certain that it is no safetensors file: a header
-# of 128 bytes makes a perfectly good one begin with \x80, one of 60 bytes with <.
-_OTHERS = (
+# How files of other formats begin. This is compared only if it is certain that a file is not safetensors: a header of
+# 128 bytes makes a valid file begin with \x80, a header of 60 bytes with <.
+_OTHER_FORMATS = (
     (b"PK", "it is a zip archive or a zipped pickle (.ckpt, .pt), which may run code when it is loaded"),
     (b"\x80", "it is a pickle (.ckpt, .pt), which may run code when it is loaded"),
     (b"<", "it is a web page (HTML or XML), not a model"),
@@ -276,42 +276,42 @@ _OTHERS = (
 
 
 def _header_length(file: BinaryIO, size: int) -> int:
-    """The header's length where the file can be a safetensors file; `file` then stands at the header."""
+    """The length of the header. `file` is then at the header's first byte. ModelRejected if this is no such file."""
     if size == 0:
         raise ModelRejected("the file is empty")
     head = file.read(64)
     length = int.from_bytes(head[:8], "little")
-    # A1111 asserts that the header begins so, outside of any try: one other file in its folder, and it lists no LoRA
-    # at all any more (sd_models.read_metadata_from_safetensors, networks.list_available_networks).
+    # A1111 asserts that the header begins like this, outside of any try: with one file in its folder that does not, it
+    # lists no LoRA at all (sd_models.read_metadata_from_safetensors, networks.list_available_networks).
     if len(head) >= 10 and head[8:10] == b'{"' and length <= HEADER_LIMIT:
         if length > size - 8:
             raise ModelRejected(f"the file is cut off inside its header ({size} bytes of at least {8 + length})")
         file.seek(8)
         return length
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    for beginning, what in _OTHERS:
+    for beginning, description in _OTHER_FORMATS:
         if head.startswith(beginning) or (beginning in (b"<", b"{") and text.startswith(beginning)):
-            raise _not_safetensors(what)
+            raise _not_safetensors(description)
     if size < 10:
         raise _not_safetensors(f"it has only {size} bytes")
     if head[8:9] == b"{" and length <= HEADER_LIMIT:
-        raise _not_safetensors("its header has no entries, or blanks before the first one")
+        raise _not_safetensors("its header has no entries, or blanks before the first entry")
     raise _not_safetensors("it does not begin with a header")
 
 
-def _not_safetensors(what: str) -> ModelRejected:
-    return ModelRejected(f"the file is not a safetensors file: {what}")
+def _not_safetensors(reason: str) -> ModelRejected:
+    return ModelRejected(f"the file is not a safetensors file: {reason}")
 
 
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
-        # -0 is a natural number to Python and none to the package. Reading every number ourselves takes half as long
-        # again: only done where one may be that.
+        # To Python -0 is a natural number, to the package it is none. Parsing every number ourselves takes half as long
+        # again, so it is done only if there may be a -0.
         parse_int = _natural if "-0" in decoded and _MINUS_ZERO.search(decoded) else None
         content = json.loads(decoded, object_pairs_hook=_without_duplicates, parse_int=parse_int)
         if "\\u" in decoded:
-            json.dumps(content, ensure_ascii=False).encode()  # an escape may make half a character, which is no text
+            json.dumps(content, ensure_ascii=False).encode()  # fails if an escape makes half a character
     except (ValueError, RecursionError) as error:
         raise _damaged("it is not valid JSON") from error
     return cast(dict[str, Any], content)  # it begins with {
@@ -337,9 +337,9 @@ def _metadata(content: Any) -> dict[str, str]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise _damaged("its metadata is not made of texts")
+        raise _damaged("its metadata holds something other than text")
     for key in ("ss_output_name", "sshs_model_hash"):
-        # A1111 unpacks JSON it finds in a value, then uses these two as texts: it would list no LoRA at all any more.
+        # A1111 parses JSON that it finds in a value, then uses these two values as texts: it would list no LoRA at all.
         if _is_json_object(content.get(key, "")):
             raise ModelRejected(f"the file's metadata would break the WebUI: {key} is not a plain text")
     return content
@@ -359,42 +359,42 @@ def _tensors(content: dict[str, Any], data_size: int) -> dict[str, tuple[str, tu
     if not content:
         raise ModelRejected("the file holds no tensors")
     tensors = {}
-    spans = []
+    byte_ranges = []
     for name, entry in content.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            raise _damaged("a tensor is not described as one") from error
+            raise _damaged("the description of a tensor is not valid") from error
         if type(begin) is not int or type(end) is not int or len(entry) != 3:
-            raise _damaged("a tensor is not described as one")
+            raise _damaged("the description of a tensor is not valid")
         if type(dtype) is not str or dtype not in _BITS:
             raise _damaged("a tensor has a type that safetensors does not know")
         if type(shape) is not list or not _INTEGERS.issuperset(map(type, shape)) or len(shape) > _MOST_DIMENSIONS:
-            raise _damaged("a tensor's shape is no shape")
+            raise _damaged("a tensor's shape is not valid")
         if shape and min(shape) < 0:
-            raise _damaged("a tensor's shape is no shape")
+            raise _damaged("a tensor's shape is not valid")
         if math.prod(shape) * _BITS[dtype] != (end - begin) * 8:
             raise _damaged("a tensor's size is not that of its shape and type")
-        if begin == end and math.prod(filter(None, shape)) >= _LARGEST:
+        if begin == end and math.prod(filter(None, shape)) >= _MOST_ELEMENTS:
             raise _damaged("an empty tensor has an impossible shape")
-        spans.append((begin, end))
+        byte_ranges.append((begin, end))
         tensors[name] = (dtype, tuple(shape))
-    _check_cover(spans, data_size)
+    _check_cover(byte_ranges, data_size)
     return tensors
 
 
-def _check_cover(spans: list[tuple[int, int]], data_size: int) -> None:
-    """Every byte of the data belongs to exactly one tensor."""
-    reached = 0
-    for begin, end in sorted(spans):
-        if begin != reached:
-            raise _damaged("tensors overlap" if begin < reached else "there is a hole between tensors")
-        reached = end
-    if reached > data_size:
-        raise ModelRejected(f"the file is cut off: its tensors need {reached} bytes and it has {data_size}")
-    if reached < data_size:
-        raise ModelRejected(f"the file has {data_size - reached} bytes after its last tensor")
+def _check_cover(byte_ranges: list[tuple[int, int]], data_size: int) -> None:
+    """Check that every byte of the data belongs to exactly one tensor."""
+    covered = 0
+    for begin, end in sorted(byte_ranges):
+        if begin != covered:
+            raise _damaged("tensors overlap" if begin < covered else "there is a hole between tensors")
+        covered = end
+    if covered > data_size:
+        raise ModelRejected(f"the file is cut off: its tensors need {covered} bytes and it has {data_size}")
+    if covered < data_size:
+        raise ModelRejected(f"the file has {data_size - covered} bytes after its last tensor")
 
 
-def _damaged(what: str) -> ModelRejected:
-    return ModelRejected(f"the file's header is damaged: {what}")
+def _damaged(reason: str) -> ModelRejected:
+    return ModelRejected(f"the file's header is damaged: {reason}")

@@ -3,96 +3,173 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 from a1111_worker import catalog
 from a1111_worker.domain import LoraRequest, ModelKind, ModelRef
 from a1111_worker.errors import Complaint
-from a1111_worker.models.references import BadReference, parse_name
+from a1111_worker.models.references import BadReference, parse_name, parse_reference
 from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
-from a1111_worker.request.schema import MAX_LORAS
-from a1111_worker.request.values import InvalidValue, shown
+from a1111_worker.request.schema import LORA_KEYS, LORA_SCALE, MAX_LORAS, unknown_lora_key
+from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, printable
 
 
-def scale_of(wish: LoraRequest) -> float:
-    """How much of a LoRA a job gets: what it says, else the catalog's, else 1.0."""
-    if wish.scale is not None:
-        return wish.scale
-    known = catalog.lora_of_version(wish.ref.version_id) if wish.ref.version_id is not None else None
+@dataclass(frozen=True)
+class ParsedLoras:
+    """The LoRAs that a job asks for so far, and what its caller must know about them."""
+
+    loras: tuple[LoraRequest, ...] = ()
+    warnings: tuple[str, ...] = ()
+    complaints: tuple[Complaint, ...] = ()
+
+
+def scale_of(lora: LoraRequest) -> float:
+    """How strongly a LoRA is applied: the job's scale, else the catalog's, else 1.0."""
+    if lora.scale is not None:
+        return lora.scale
+    known = catalog.lora_of_version(lora.ref.version_id) if lora.ref.version_id is not None else None
     return known.scale if known else 1.0
 
 
-def means(name: str, ref: ModelRef) -> bool:
-    """Whether a tag's name means this model: by the catalog, by the name the job gave it, or by its file's stem."""
+def name_means(name: str, ref: ModelRef) -> bool:
+    """Whether a tag's name means this model: by the catalog, by the name that the job gave it, or by its file name."""
     name = _stem(name.strip())
     known = catalog.lora_named(name)
     if known is not None:
         return ref.version_id == known.version_id  # whatever else a job calls by that name
     if ref.name is not None and _stem(ref.name) == name:
         return True
-    # A file of CivitAI's is <slug>_<version id>, and that name is never another version's.
+    # A file from CivitAI is called <slug>_<version id>, and that name never belongs to another version.
     match = re.fullmatch(r".+_([1-9][0-9]{0,15})", name)
     return match is not None and ref.version_id == int(match[1])
 
 
-@dataclass(frozen=True)
-class TagReading:
-    """What a text's tags ask for: all wishes so far with those of the text, and what is to be said of them."""
-
-    loras: tuple[LoraRequest, ...]
-    warnings: tuple[str, ...]
-    complaints: tuple[Complaint, ...]
+# -- the list ---------------------------------------------------------------------------------------------------------
 
 
-def read_tags(text: str, path: str, loras: Sequence[LoraRequest]) -> TagReading:
-    """Take the tags of a prompt (or of a style's) into a job's LoRAs.
+def parse_list(items: Sequence[Any], bad_paths: Collection[str], model_hosts: Collection[str]) -> ParsedLoras:
+    """Parse the field `loras`. `bad_paths` are the places that have a complaint already, because they are no JSON."""
+    if len(items) > MAX_LORAS:
+        return ParsedLoras(complaints=(Complaint("loras", f"must be at most {MAX_LORAS} LoRAs, not {len(items)}"),))
+    loras: list[LoraRequest] = []
+    complaints: list[Complaint] = []
+    for index, item in enumerate(items):
+        path = f"loras[{index}]"
+        bad_keys = {bad.removeprefix(f"{path}.") for bad in bad_paths if _is_inside(bad, path)}
+        if bad_keys - {"scale", "hash"}:
+            continue
+        if bad_keys:  # the rest of the object still says which LoRA is meant
+            item = {key: value for key, value in item.items() if key not in bad_keys}
+        lora, problems = _parse_item(path, item, model_hosts)
+        complaints += [Complaint(path + below, message) for below, message in problems]
+        if lora is None:
+            continue
+        same = next((earlier for earlier in loras if is_same_lora(earlier.ref, lora.ref)), None)
+        if same is not None:
+            complaints.append(Complaint(path, f"is the same LoRA as {same.path}"))
+        loras.append(lora)
+    return ParsedLoras(tuple(loras), complaints=tuple(complaints))
 
-    A tag whose LoRA the list names already is that entry: its scale counts where the entry gives none, else the list
-    wins with a warning. Every other tag becomes a wish of its own, once.
+
+def _parse_item(path: str, item: Any, model_hosts: Collection[str]) -> tuple[LoraRequest | None, list[Problem]]:
+    """One entry of the list, None if it names no usable model, and everything that is wrong with it."""
+    if not isinstance(item, (str, dict)):
+        return None, [("", f"must be text or an object, not {describe_value(item)}")]
+    scale: float | None = None
+    problems: list[Problem] = []
+    if isinstance(item, dict):
+        # One more than a job's complaints may be: then the parser says that there are more.
+        unknown = islice((key for key in item if key not in LORA_KEYS), MAX_PROBLEMS + 1)
+        problems += [(f".{printable(key)}", unknown_lora_key(key)) for key in unknown]
+        try:
+            scale = None if item.get("scale") is None else float(LORA_SCALE.check(item["scale"]))
+        except InvalidValue as error:
+            problems += [(".scale", message) for _, message in error.problems]
+    try:
+        ref = parse_reference(item, kind=ModelKind.LORA, allowed_hosts=model_hosts)
+    except BadReference as error:
+        problems += [(f".{key}" if key else "", message) for key, message in error.problems]
+        return None, problems
+    return LoraRequest(ref, scale, path), problems
+
+
+def is_same_lora(ref: ModelRef, other: ModelRef) -> bool:
+    """Whether two references mean the same file, as far as that is known before anything is fetched."""
+    if ref.sha256 is not None and ref.sha256 == other.sha256:
+        return True
+    if ref.version_id is not None or other.version_id is not None:
+        is_other_file = None not in (ref.file_id, other.file_id) and ref.file_id != other.file_id
+        return ref.version_id == other.version_id and not is_other_file
+    if ref.model_id is not None or other.model_id is not None:
+        return ref.model_id == other.model_id
+    if ref.url is not None or other.url is not None:
+        return ref.url == other.url
+    return ref.name == other.name
+
+
+def _is_inside(path: str, place: str) -> bool:
+    return path == place or path.startswith((f"{place}.", f"{place}["))
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".safetensors") or name
+
+
+# -- tags -------------------------------------------------------------------------------------------------------------
+
+
+def has_lora_tag(text: str) -> bool:
+    return any(tag.is_lora for tag in find_tags(text))
+
+
+def read_tags(text: str, path: str, loras: Sequence[LoraRequest]) -> ParsedLoras:
+    """Add the LoRA tags of a prompt (or of a style) to a job's LoRAs.
+
+    If a tag names a LoRA of the list, it is that entry: the tag's scale counts if the entry has none, otherwise the
+    list's scale counts, with a warning. Every other LoRA becomes a request of its own, once.
     """
-    wishes = list(loras)
-    warnings: dict[str, None] = {}  # a set in order
+    requests = list(loras)
+    warnings: dict[str, None] = {}  # an ordered set
     complaints: dict[Complaint, None] = {}
     for tag in find_tags(text):
-        if not tag.is_lora:
-            _foreign_tag(tag, path, warnings, complaints)
+        if _is_dropped_by_webui(tag):
+            if len(warnings) < MAX_LORAS:
+                warnings[f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag"] = None
             continue
         try:
-            wish = _wish_of(tag, path)
-        except InvalidValue as wrong:
-            complaints[Complaint(path, f"holds {_written(tag)}: {wrong.problems[0][1]}")] = None
+            request = _request_of(tag, path)
+        except InvalidValue as error:
+            complaints[Complaint(path, f"holds {_label(tag)}: {error.problems[0][1]}")] = None
             continue
-        index = next((index for index, other in enumerate(wishes) if means(tag.name, other.ref)), None)
+        index = next((index for index, earlier in enumerate(requests) if name_means(tag.name, earlier.ref)), None)
         if index is None:
-            wishes.append(wish)
-            if len(wishes) > MAX_LORAS:
+            requests.append(request)
+            if len(requests) > MAX_LORAS:
                 complaints[Complaint(path, f"asks for more than {MAX_LORAS} LoRAs, the list's included")] = None
                 break
             continue
-        earlier = wishes[index]
+        earlier = requests[index]
         if not earlier.in_prompt and earlier.scale is None:
-            wishes[index] = replace(earlier, scale=wish.scale, weighted_in_prompt=tag.is_weighted)
-        elif not earlier.in_prompt and tag.is_weighted and plain_scale(tag) != earlier.scale:
-            warnings[
-                f"{_written(tag)} in {path} has another scale than {earlier.path}, whose {earlier.scale:g} counts"
-            ] = None
-        elif earlier.in_prompt and earlier.path == path:
-            warnings[f"{_written(tag)} is in {path} more than once: the first one counts"] = None
-    return TagReading(tuple(wishes), tuple(warnings), tuple(complaints))
+            requests[index] = replace(earlier, scale=request.scale, weighted_in_prompt=tag.is_weighted)
+        elif warning := _ignored_scale(tag, path, earlier):
+            warnings[warning] = None
+    return ParsedLoras(tuple(requests), tuple(warnings), tuple(complaints))
 
 
-def _foreign_tag(tag: Tag, path: str, warnings: dict[str, None], complaints: dict[Complaint, None]) -> None:
+def _is_dropped_by_webui(tag: Tag) -> bool:
+    """Whether a tag is of no type that the WebUI knows, in any case. It removes such a tag from the prompt."""
+    return tag.type.casefold() not in LORA_TYPES and tag.type != "hypernet"
+
+
+def _request_of(tag: Tag, path: str) -> LoraRequest:
+    """What a tag asks for; raises InvalidValue. Of several weights, the U-Net's is the scale that is reported."""
     if tag.type == "hypernet":
-        complaints[Complaint(path, f"holds {_written(tag)}: this worker has no hypernetworks")] = None
-    elif tag.type.casefold() in LORA_TYPES:
-        complaints[Complaint(path, f"holds {_written(tag)}: the WebUI reads <{tag.type.casefold()}:…> alone")] = None
-    elif len(warnings) < MAX_LORAS:
-        warnings[f"{_written(tag)} in {path} does nothing: the WebUI drops what looks like a tag"] = None
-
-
-def _wish_of(tag: Tag, path: str) -> LoraRequest:
-    """The wish of a LoRA tag, or `InvalidValue`. Of several weights the U-Net's is the one that is reported."""
+        raise InvalidValue("this worker has no hypernetworks")
+    if not tag.is_lora:
+        raise InvalidValue(f"the WebUI reads <{tag.type.casefold()}:…> alone")
     try:
         name = parse_name(tag.name)
     except BadReference as error:
@@ -109,27 +186,14 @@ def _wish_of(tag: Tag, path: str) -> LoraRequest:
     return LoraRequest(ref, weights.unet if tag.is_weighted else None, path, in_prompt=True)
 
 
-def has_lora_tag(text: str) -> bool:
-    return any(tag.is_lora for tag in find_tags(text))
+def _ignored_scale(tag: Tag, path: str, earlier: LoraRequest) -> str | None:
+    """The warning if a tag's scale is ignored, because an earlier request for the same LoRA has one."""
+    if earlier.in_prompt:
+        return f"{_label(tag)} is in {path} more than once: the first one counts" if earlier.path == path else None
+    if tag.is_weighted and plain_scale(tag) != earlier.scale:
+        return f"{_label(tag)} in {path} has another scale than {earlier.path}: the list's {earlier.scale:g} counts"
+    return None
 
 
-def _written(tag: Tag) -> str:
-    return f"<{shown(tag.type)}:{shown(tag.name)}>"
-
-
-def are_same(one: ModelRef, other: ModelRef) -> bool:
-    """Whether two references mean one file, as far as that can be told before anything is fetched."""
-    if one.sha256 is not None and one.sha256 == other.sha256:
-        return True
-    if one.version_id is not None or other.version_id is not None:
-        another_file = None not in (one.file_id, other.file_id) and one.file_id != other.file_id
-        return one.version_id == other.version_id and not another_file
-    if one.model_id is not None or other.model_id is not None:
-        return one.model_id == other.model_id
-    if one.url is not None or other.url is not None:
-        return one.url == other.url
-    return one.name == other.name
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".safetensors") or name
+def _label(tag: Tag) -> str:
+    return f"<{printable(tag.type)}:{printable(tag.name)}>"

@@ -1,7 +1,8 @@
-"""The one table of what a job may contain: `fields`, and of the WebUI's settings it may override: `OVERRIDABLE_OPTIONS`.
+"""The table of what a job may contain (`fields`) and of the WebUI's settings it may override (`OVERRIDABLE_OPTIONS`).
 
-Every field of the txt2img body of A1111 1.9.3 and 1.10.1 is in one of four classes: ours, passed as it is, checked
-later against the WebUI's live lists, or refused with its reason. Whatever A1111 answers with a 500 is out of range.
+Every field of the txt2img body of A1111 1.9.3 and 1.10.1 is in one of four classes: the worker's own, passed on as it
+is, checked later against the WebUI's live lists, or refused with a reason. What A1111 answers with a 500 is out of
+range.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOp
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
     InvalidValue,
-    Value,
+    ValueType,
     any_list,
     any_object,
-    flag,
+    boolean,
+    describe_value,
+    integer,
     list_of,
+    mismatch,
     multiple_of_8,
+    normalize_name,
     number,
     object_of,
     one_of,
-    said,
-    shown,
-    squashed,
+    printable,
     text,
-    unlike,
-    whole,
 )
 from a1111_worker.similar import nearest
 
@@ -43,7 +44,7 @@ MAX_SEED = 2**32 - 1
 MIN_SIDE = 64
 MAX_SIDE = 2048
 MAX_CFG = 100
-MAX_SAMPLING = 1000  # eta and the s_ parameters: A1111's own sliders end at 999
+MAX_SAMPLING_PARAMETER = 1000  # eta and the s_ parameters: A1111's own sliders end at 999
 
 LORA_SCALE = number(-10, 10)
 LORA_KEYS = ("url", "version_id", "name", "hash", "scale")
@@ -51,7 +52,7 @@ LORA_KEYS = ("url", "version_id", "name", "hash", "scale")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the operator allows. `model_hosts` are the origins of MODEL_HOSTS; `has_bucket` is whether one is set up."""
+    """What the operator allows. `model_hosts` are the origins of MODEL_HOSTS. `has_bucket`: a bucket is set up."""
 
     max_steps: int = 150
     max_pixels: int = 4_194_304
@@ -61,7 +62,7 @@ class Limits:
 
 
 class FieldClass(str, Enum):
-    """What becomes of a field."""
+    """What the worker does with a field."""
 
     OURS = "ours"
     PASSED = "passed"
@@ -71,41 +72,47 @@ class FieldClass(str, Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a job's input. `reason` is why a refused one is, `harmless` what of it changes nothing: dropped.
+    """A field of a job's input.
 
-    `is_a1111s` is False for what only this worker knows.
+    `reason` is why a refused field is refused. `ignored_values` are the values of a refused field that change nothing:
+    they are dropped without a complaint. `is_webui_field` is False for a field that only this worker knows.
     """
 
     kind: FieldClass
-    value: Value
+    value: ValueType
     reason: str = ""
-    harmless: tuple[bool | str, ...] = ()
-    is_a1111s: bool = True
+    ignored_values: tuple[bool | str, ...] = ()
+    is_webui_field: bool = True
+
+    def ignores(self, value: object) -> bool:
+        """Whether a value of this refused field changes nothing."""
+        # To Python 1 == True, and a job may say true, not 1.
+        return any(value is other or (isinstance(other, str) and value == other) for other in self.ignored_values)
 
 
 @lru_cache(maxsize=8)
 def fields(limits: Limits) -> Mapping[str, Field]:
-    """Every field a job may contain, and those it may not with the reason why."""
+    """Every field that a job may contain, and every refused field with its reason."""
     ours, passed, checked = FieldClass.OURS, FieldClass.PASSED, FieldClass.CHECKED
     side = multiple_of_8(MIN_SIDE, MAX_SIDE)
     first_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(0,))
     noise_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(-1, 0))
     hires_side = multiple_of_8(MIN_SIDE, limits.max_pixels // MIN_SIDE // 8 * 8, or_else=(0,))
-    seed = whole(-1, MAX_SEED)
-    images = whole(1, limits.max_images)
-    sampling = number(0, MAX_SAMPLING)
+    seed = integer(-1, MAX_SEED)
+    images = integer(1, limits.max_images)
+    sampling = number(0, MAX_SAMPLING_PARAMETER)
     share = number(0, 1)
     prompt = text(MAX_PROMPT, blank=True)
     name = text(MAX_NAME, blank=True)
     return {
         "prompt": Field(ours, text(MAX_PROMPT)),
         "negative_prompt": Field(ours, prompt),
-        "steps": Field(ours, whole(1, limits.max_steps)),
+        "steps": Field(ours, integer(1, limits.max_steps)),
         "cfg_scale": Field(ours, number(0, MAX_CFG)),
         "width": Field(ours, side),
         "height": Field(ours, side),
         "seed": Field(ours, seed),
-        "override_settings": Field(ours, _settings()),
+        "override_settings": Field(ours, _override_settings()),
         "sampler_name": Field(checked, name),
         "scheduler": Field(checked, name),
         "sampler_index": Field(checked, name),
@@ -116,8 +123,8 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "subseed_strength": Field(passed, share),
         "seed_resize_from_h": Field(passed, noise_side),
         "seed_resize_from_w": Field(passed, noise_side),
-        "restore_faces": Field(passed, flag()),
-        "tiling": Field(passed, flag()),
+        "restore_faces": Field(passed, boolean()),
+        "tiling": Field(passed, boolean()),
         "eta": Field(passed, sampling),
         "s_min_uncond": Field(passed, sampling),
         "s_churn": Field(passed, sampling),
@@ -126,12 +133,12 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "s_noise": Field(passed, sampling),
         # Below 0.01 A1111 plans (steps / strength) steps: 2.5 million of them for 0.00001.
         "denoising_strength": Field(passed, number(0.01, 1, or_else=(0,))),
-        "enable_hr": Field(passed, flag()),
+        "enable_hr": Field(passed, boolean()),
         "firstphase_width": Field(passed, first_side),
         "firstphase_height": Field(passed, first_side),
         "hr_scale": Field(passed, number(1, 8)),
         "hr_upscaler": Field(checked, name),
-        "hr_second_pass_steps": Field(passed, whole(0, limits.max_steps)),
+        "hr_second_pass_steps": Field(passed, integer(0, limits.max_steps)),
         "hr_resize_x": Field(passed, hires_side),
         "hr_resize_y": Field(passed, hires_side),
         "hr_sampler_name": Field(checked, name),
@@ -142,49 +149,61 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "comments": Field(passed, any_object()),
         "script_name": Field(checked, name),
         "script_args": Field(passed, any_list()),
-        "alwayson_scripts": Field(checked, object_of(_always_on, 'an object like {"a script\'s name": {"args": […]}}')),
-        "loras": Field(ours, replace(any_list(), takes=f"a list of at most {MAX_LORAS} LoRAs"), is_a1111s=False),
-        "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_a1111s=False),
-        "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_a1111s=False),
-        "vae": Field(ours, name, is_a1111s=False),
-        "output": Field(ours, _output(has_bucket=limits.has_bucket), is_a1111s=False),
-        "allow_blank": Field(ours, flag(), is_a1111s=False),
+        "alwayson_scripts": Field(
+            checked, object_of(_check_script, 'an object like {"a script\'s name": {"args": […]}}')
+        ),
+        "loras": Field(
+            ours, replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs"), is_webui_field=False
+        ),
+        "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
+        "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
+        "vae": Field(ours, name, is_webui_field=False),
+        "output": Field(ours, _output(has_bucket=limits.has_bucket), is_webui_field=False),
+        "allow_blank": Field(ours, boolean(), is_webui_field=False),
         **_refused(),
     }
 
 
-BLANK_IS_ABSENT = ("sampler_name", "scheduler", "sampler_index", "hr_upscaler", "script_name", "vae")
-"""Fields in which A1111's clients send "" for what they leave alone."""
+# Fields in which A1111's clients send "" for what they leave alone.
+_BLANK_IS_UNSET = ("sampler_name", "scheduler", "sampler_index", "hr_upscaler", "script_name", "vae")
 
-SAME_AS_FIRST_PASS = {"hr_sampler_name": ("", "use same sampler"), "hr_scheduler": ("", "use same scheduler")}
-"""What A1111's own page says for "as in the first pass"; its API would take that for a name and fail."""
+# What A1111's own page sends for "as in the first pass". Its API would take that for a name and fail.
+_SAME_AS_FIRST_PASS = {"hr_sampler_name": ("", "use same sampler"), "hr_scheduler": ("", "use same scheduler")}
 
-_A_CHECKPOINT = "the checkpoint is this worker's, not the job's"
-_A_FILE = "nothing is kept on the worker's disk"
+
+def is_unset(name: str, value: Any) -> bool:
+    """Whether the checked value of a field says, in A1111's own words, that the field is not used."""
+    if name in _BLANK_IS_UNSET:
+        return not value.strip()
+    return name in _SAME_AS_FIRST_PASS and value.strip().casefold() in _SAME_AS_FIRST_PASS[name]
+
+
+_CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
+_DISK_REASON = "nothing is kept on the worker's disk"
 
 
 def _refused() -> dict[str, Field]:
-    def text_field(reason: str, *harmless: str, is_a1111s: bool = True) -> Field:
-        return Field(FieldClass.REFUSED, text(MAX_NAME), reason, harmless, is_a1111s)
+    def text_field(reason: str, *ignored_values: str, is_webui_field: bool = True) -> Field:
+        return Field(FieldClass.REFUSED, text(MAX_NAME), reason, ignored_values, is_webui_field)
 
-    def flag_field(harmless: bool, reason: str) -> Field:
-        return Field(FieldClass.REFUSED, flag(), reason, (harmless,))
+    def boolean_field(ignored_value: bool, reason: str) -> Field:
+        return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
 
     return {
-        "refiner_checkpoint": text_field(_A_CHECKPOINT, "", "None", "none"),
-        "hr_checkpoint_name": text_field(_A_CHECKPOINT, "", "Use same checkpoint"),
-        "checkpoint": text_field(_A_CHECKPOINT, is_a1111s=False),
-        "model": text_field(_A_CHECKPOINT, is_a1111s=False),
-        "sd_model": text_field(_A_CHECKPOINT, is_a1111s=False),
-        "sd_model_checkpoint": text_field(_A_CHECKPOINT, is_a1111s=False),
-        "override_settings_restore_afterwards": flag_field(True, "a job's settings end with the job"),
+        "refiner_checkpoint": text_field(_CHECKPOINT_REASON, "", "None", "none"),
+        "hr_checkpoint_name": text_field(_CHECKPOINT_REASON, "", "Use same checkpoint"),
+        "checkpoint": text_field(_CHECKPOINT_REASON, is_webui_field=False),
+        "model": text_field(_CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model": text_field(_CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model_checkpoint": text_field(_CHECKPOINT_REASON, is_webui_field=False),
+        "override_settings_restore_afterwards": boolean_field(True, "a job's settings end with the job"),
         "infotext": text_field("it sets other fields unseen; give each of them by its name", ""),
-        "disable_extra_networks": flag_field(False, "the WebUI would go on with the LoRAs of the job before"),
-        "send_images": flag_field(True, "the pictures are the answer"),
-        "save_images": flag_field(False, _A_FILE),
-        "do_not_save_samples": flag_field(True, _A_FILE),
-        "do_not_save_grid": flag_field(True, _A_FILE),
-        # 1.9.3 and 1.10.1 hand the text on as it is, and fail where they take it for a picture.
+        "disable_extra_networks": boolean_field(False, "the WebUI would go on with the LoRAs of the job before"),
+        "send_images": boolean_field(True, "the pictures are the answer"),
+        "save_images": boolean_field(False, _DISK_REASON),
+        "do_not_save_samples": boolean_field(True, _DISK_REASON),
+        "do_not_save_grid": boolean_field(True, _DISK_REASON),
+        # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
         "firstpass_image": text_field("the WebUI's API does not decode it, and fails", ""),
         "force_task_id": text_field("the worker names its own tasks", ""),
     }
@@ -194,20 +213,21 @@ def _refused() -> dict[str, Field]:
 class Option:
     """A setting of the WebUI that a job may override. `default` is A1111's own, set once when the worker starts.
 
-    The WebUI restores after a job only what was set before it: without that a job's settings leak into the next one.
+    After a job the WebUI restores only the settings that were set before it. Without that default, a job's settings
+    would leak into the next job.
     """
 
     default: bool | float | str
-    value: Value
+    value: ValueType
 
 
 OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
-    "CLIP_stop_at_last_layers": Option(1, whole(1, 12)),
+    "CLIP_stop_at_last_layers": Option(1, integer(1, 12)),
     "sd_vae": Option("Automatic", text(MAX_NAME)),
     "emphasis": Option("Original", one_of("None", "Ignore", "Original", "No norm")),
-    "comma_padding_backtrack": Option(20, whole(0, 74)),
+    "comma_padding_backtrack": Option(20, integer(0, 74)),
     "randn_source": Option("GPU", one_of("GPU", "CPU", "NV")),
-    "eta_noise_seed_delta": Option(0, whole(0, MAX_SEED)),
+    "eta_noise_seed_delta": Option(0, integer(0, MAX_SEED)),
     "eta_ancestral": Option(1.0, number(0, 1)),
     "eta_ddim": Option(0.0, number(0, 1)),
     "s_churn": Option(0.0, number(0, 100)),
@@ -217,81 +237,85 @@ OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
     "s_min_uncond": Option(0.0, number(0, 15)),
     "token_merging_ratio": Option(0.0, number(0, 0.9)),
     "token_merging_ratio_hr": Option(0.0, number(0, 0.9)),
-    "sgm_noise_multiplier": Option(False, flag()),
-    "always_discard_next_to_last_sigma": Option(False, flag()),
-    "upcast_attn": Option(False, flag()),
+    "sgm_noise_multiplier": Option(False, boolean()),
+    "always_discard_next_to_last_sigma": Option(False, boolean()),
+    "upcast_attn": Option(False, boolean()),
 }
 
 
-def _settings() -> Value:
-    def setting(name: str, value: object) -> object:
+def _override_settings() -> ValueType:
+    def check_option(name: str, value: object) -> object:
         if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
-            raise InvalidValue(f"is refused: {_A_CHECKPOINT}")
+            raise InvalidValue(f"is refused: {_CHECKPOINT_REASON}")
         if name not in OVERRIDABLE_OPTIONS:
             near = nearest(name, OVERRIDABLE_OPTIONS, 1)
-            known = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE_OPTIONS)}"
-            raise InvalidValue(f"is no setting that a job may override; {known}")
+            hint = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE_OPTIONS)}"
+            raise InvalidValue(f"is not a setting that a job may override; {hint}")
         return None if value is None else OVERRIDABLE_OPTIONS[name].value.check(value)
 
-    every = object_of(setting, "an object of settings a job may override")
+    options = object_of(check_option, "an object of settings a job may override")
     # null means absent here too: A1111 would set the option to it, and fail.
-    return replace(every, check=lambda value: {key: one for key, one in every.check(value).items() if one is not None})
+    return replace(options, check=lambda value: _without_nulls(options.check(value)))
 
 
-OUTPUT: Mapping[str, Value] = {
+OUTPUT: Mapping[str, ValueType] = {
     "format": one_of(*(choice.value for choice in ImageFormat)),
-    "quality": whole(1, 100),
+    "quality": integer(1, 100),
     "delivery": one_of(*(choice.value for choice in DeliveryMode)),
-    "metadata": flag(),
-    "raw": flag(),
+    "metadata": boolean(),
+    "raw": boolean(),
 }
 
 
-def _output(*, has_bucket: bool) -> Value:
-    """How a job wants its pictures; what is checked is `OutputOptions` already."""
+def _output(*, has_bucket: bool) -> ValueType:
+    """How a job wants its images. The checked value is an OutputOptions."""
 
-    def option(name: str, value: object) -> object:
+    def check_option(name: str, value: object) -> object:
         if name not in OUTPUT:
             raise InvalidValue(unknown_name(name, OUTPUT, _OUTPUT_ALIASES))
         return None if value is None else OUTPUT[name].check(value)
 
-    every = object_of(option, 'an object like {"format": "webp", "quality": 90}')
+    options = object_of(check_option, 'an object like {"format": "webp", "quality": 90}')
 
     def check(value: object) -> OutputOptions:
-        given = {name: one for name, one in every.check(value).items() if one is not None}
+        given = _without_nulls(options.check(value))
         delivery = DeliveryMode(given.pop("delivery", DeliveryMode.AUTO))
         if delivery is DeliveryMode.BUCKET and not has_bucket:
             raise InvalidValue((".delivery", "is refused: this worker has no bucket"))
         if delivery is DeliveryMode.BUCKET and given.get("raw"):
-            raise InvalidValue((".raw", "leaves no place for a bucket's links: they are in the worker block"))
+            raise InvalidValue((".raw", "must be false with delivery bucket: the links are in the worker block"))
         return OutputOptions(ImageFormat(given.pop("format", ImageFormat.PNG)), delivery=delivery, **given)
 
-    return replace(every, check=check)
+    return replace(options, check=check)
 
 
-_BUILT_IN = {  # always-on scripts of A1111 itself that set fields around the checks
-    "refiner": _A_CHECKPOINT,
+def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+_BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set fields and bypass the checks
+    "refiner": _CHECKPOINT_REASON,
     "sampler": "use steps, sampler_name and scheduler",
     "seed": "use seed, subseed and subseed_strength",
     "extra options": "use override_settings",
 }
 
 
-def _always_on(name: str, value: object) -> dict[str, Any]:
-    if reason := _BUILT_IN.get(name.strip().casefold()):
+def _check_script(name: str, value: object) -> dict[str, Any]:
+    if reason := _BUILT_IN_SCRIPTS.get(name.strip().casefold()):
         raise InvalidValue(f"is refused: {reason}")
     if not isinstance(value, dict):
-        raise unlike('an object like {"args": […]}', value)
+        raise mismatch('an object like {"args": […]}', value)
     unknown = islice((key for key in value if key != "args"), MAX_PROBLEMS)
-    problems = [(f".{shown(key)}", unknown_name(key, ("args",))) for key in unknown]
+    problems = [(f".{printable(key)}", unknown_name(key, ("args",))) for key in unknown]
     if "args" in value and not isinstance(value["args"], (list, tuple)):
-        problems.append((".args", f"must be a list, not {said(value['args'])}"))
+        problems.append((".args", f"must be a list, not {describe_value(value['args'])}"))
     if problems:
         raise InvalidValue(*problems)
     return dict(value)
 
 
-_ALIASES = {  # what people write who come from other APIs, without case and separators
+_ALIASES = {  # names of other APIs, without case and separators
     "numinferencesteps": "steps",
     "inferencesteps": "steps",
     "samplingsteps": "steps",
@@ -355,14 +379,14 @@ _LORA_ALIASES = {
     "model": "url",
     "title": "name",
 }
-_IMAGES_IN = frozenset({"initimages", "initimage", "image", "images", "mask", "inpaintimage", "controlimage"})
+_IMAGE_INPUTS = frozenset({"initimages", "initimage", "image", "images", "mask", "inpaintimage", "controlimage"})
 
 
 def unknown_field(name: str, known: Mapping[str, Field]) -> str:
     """The complaint about a field that no job has."""
-    if squashed(name) in _IMAGES_IN:
+    if normalize_name(name) in _IMAGE_INPUTS:
         return "is unknown: this worker makes pictures from text alone (txt2img)"
-    usable = [one for one, field in known.items() if field.kind is not FieldClass.REFUSED]
+    usable = [other for other, field in known.items() if field.kind is not FieldClass.REFUSED]
     return unknown_name(name, usable, _ALIASES)
 
 
@@ -372,12 +396,15 @@ def unknown_lora_key(key: object) -> str:
 
 
 def unknown_name(name: object, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The complaint about a name that is none, with the one that was probably meant."""
+    """The complaint about an unknown name. It suggests the known name that was probably meant."""
     written = str(name)[:60]
-    plain = squashed(written)
-    meant = (aliases or {}).get(plain) or next((one for one in known if squashed(one) == plain), None)
-    if meant is None:
-        meant = next(iter(nearest(written, known, 1)), None)
+    meant = _same_name(written, known, aliases or {}) or next(iter(nearest(written, known, 1)), None)
     if meant is not None:
         return f"is unknown; did you mean {meant!r}?"
     return f"is unknown; known here: {', '.join(known)}" if len(known) < 8 else "is unknown"
+
+
+def _same_name(name: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:
+    """The known name that `name` is an alias or another spelling of."""
+    normalized = normalize_name(name)
+    return aliases.get(normalized) or next((other for other in known if normalize_name(other) == normalized), None)

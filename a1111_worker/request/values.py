@@ -1,4 +1,4 @@
-"""What a JSON value may be, said in words a caller understands. Knows nothing of what the values are for."""
+"""What a JSON value may be, described in words that a caller understands. Knows nothing of what the values are for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 32
-MAX_WHOLE = 2**63
+MAX_INTEGER = 2**63
 MAX_PROBLEMS = 100
 
 Problem = tuple[str, str]
-"""A path below the value (`[3].args`, "" for itself) and a sentence."""
+"""A path below the value (`[3].args`, "" for the value itself) and a message."""
 
 
 class InvalidValue(Exception):
@@ -25,57 +25,61 @@ class InvalidValue(Exception):
 
 
 @dataclass(frozen=True)
-class Value:
-    """A JSON type, what it takes in words, and the check: the value to go on with, or `InvalidValue`."""
+class ValueType:
+    """What values a field takes.
+
+    `type` is the JSON type, `expected` says in words what is accepted ("a whole number from 1 to 150"). `check`
+    returns the value to go on with, or raises InvalidValue.
+    """
 
     type: str
-    takes: str
+    expected: str
     check: Callable[[Any], Any]
 
 
-def whole(low: int, high: int) -> Value:
-    takes = f"a whole number from {low} to {high}"
+def integer(low: int, high: int) -> ValueType:
+    expected = f"a whole number from {low} to {high}"
 
     def check(value: object) -> int:
-        number = as_whole(value)
-        if number is None or not low <= number <= high:
-            raise unlike(takes, value)
-        return number
+        whole = as_integer(value)
+        if whole is None or not low <= whole <= high:
+            raise mismatch(expected, value)
+        return whole
 
-    return Value("integer", takes, check)
+    return ValueType("integer", expected, check)
 
 
-def multiple_of_8(low: int, high: int, *, or_else: tuple[int, ...] = ()) -> Value:
-    takes = "".join(f"{other}, or " for other in or_else) + f"a multiple of 8 from {low} to {high}"
+def multiple_of_8(low: int, high: int, *, or_else: tuple[int, ...] = ()) -> ValueType:
+    expected = "".join(f"{other}, or " for other in or_else) + f"a multiple of 8 from {low} to {high}"
 
     def check(value: object) -> int:
-        number = as_whole(value)
-        if number is None or (number not in or_else and (number % 8 or not low <= number <= high)):
-            raise unlike(takes, value)
-        return number
+        whole = as_integer(value)
+        if whole is None or (whole not in or_else and (whole % 8 or not low <= whole <= high)):
+            raise mismatch(expected, value)
+        return whole
 
-    return Value("integer", takes, check)
+    return ValueType("integer", expected, check)
 
 
-def number(low: float, high: float, *, or_else: tuple[float, ...] = ()) -> Value:
-    takes = "".join(f"{other:g}, or " for other in or_else) + f"a number from {low:g} to {high:g}"
+def number(low: float, high: float, *, or_else: tuple[float, ...] = ()) -> ValueType:
+    expected = "".join(f"{other:g}, or " for other in or_else) + f"a number from {low:g} to {high:g}"
 
     def check(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise unlike(takes, value)
+            raise mismatch(expected, value)
         if not (low <= value <= high or value in or_else):
-            raise unlike(takes, value)
+            raise mismatch(expected, value)
         return value
 
-    return Value("number", takes, check)
+    return ValueType("number", expected, check)
 
 
-def text(longest: int, *, blank: bool = False) -> Value:
-    takes = f"text of at most {longest:,} bytes{'' if blank else ', not blank'}"
+def text(longest: int, *, blank: bool = False) -> ValueType:
+    expected = f"text of at most {longest:,} bytes{'' if blank else ', not blank'}"
 
     def check(value: object) -> str:
         if not isinstance(value, str):
-            raise unlike("text", value)
+            raise mismatch("text", value)
         if not blank and not value.strip():
             raise InvalidValue("must not be blank")
         size = len(value) if value.isascii() else len(value.encode())
@@ -83,67 +87,68 @@ def text(longest: int, *, blank: bool = False) -> Value:
             raise InvalidValue(f"must be at most {longest:,} bytes of UTF-8, not {size:,}")
         return value
 
-    return Value("string", takes, check)
+    return ValueType("string", expected, check)
 
 
-def flag() -> Value:
+def boolean() -> ValueType:
     def check(value: object) -> bool:
         if not isinstance(value, bool):
-            raise unlike("true or false", value)
+            raise mismatch("true or false", value)
         return value
 
-    return Value("boolean", "true or false", check)
+    return ValueType("boolean", "true or false", check)
 
 
-def one_of(*choices: str) -> Value:
-    takes = f"one of {', '.join(choices)}"
+def one_of(*choices: str) -> ValueType:
+    expected = f"one of {', '.join(choices)}"
 
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise InvalidValue(f"must be {takes}")
+            raise InvalidValue(f"must be {expected}")
         return value
 
-    return Value("string", takes, check)
+    return ValueType("string", expected, check)
 
 
-def any_object() -> Value:
+def any_object() -> ValueType:
     return object_of(lambda key, value: value, "an object")
 
 
-def any_list() -> Value:
+def any_list() -> ValueType:
     def check(value: object) -> list[Any]:
         if not isinstance(value, (list, tuple)):
-            raise unlike("a list", value)
+            raise mismatch("a list", value)
         return list(value)
 
-    return Value("array", "a list", check)
+    return ValueType("array", "a list", check)
 
 
-def list_of(item: Value, most: int, what: str) -> Value:
-    takes = f"a list of at most {most} {what}"
+def list_of(item_type: ValueType, most: int, plural: str) -> ValueType:
+    """A list of at most `most` items. `plural` is what the items are called."""
+    expected = f"a list of at most {most} {plural}"
 
     def check(value: object) -> list[Any]:
         if not isinstance(value, (list, tuple)) or len(value) > most:
-            raise unlike(takes, value)
-        return _each(((f"[{index}]", one) for index, one in enumerate(value)), item.check)
+            raise mismatch(expected, value)
+        return _check_all(((f"[{index}]", item) for index, item in enumerate(value)), item_type.check)
 
-    return Value("array", takes, check)
+    return ValueType("array", expected, check)
 
 
-def object_of(item: Callable[[str, Any], Any], takes: str) -> Value:
-    """An object whose every member is checked by `item(key, value)`."""
+def object_of(check_member: Callable[[str, Any], Any], expected: str) -> ValueType:
+    """An object whose members are each checked by `check_member(key, value)`."""
 
     def check(value: object) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise unlike(takes, value)
-        members = ((f".{shown(key)}", (key, one)) for key, one in value.items())
-        return dict(zip(value, _each(members, lambda member: item(*member)), strict=True))
+            raise mismatch(expected, value)
+        members = ((f".{printable(key)}", (key, member)) for key, member in value.items())
+        return dict(zip(value, _check_all(members, lambda member: check_member(*member)), strict=True))
 
-    return Value("object", takes, check)
+    return ValueType("object", expected, check)
 
 
-def as_whole(value: object) -> int | None:
-    """The whole number that a JSON number is: 25 and 25.0 are the same to JSON; true and "25" are none."""
+def as_integer(value: object) -> int | None:
+    """The whole number that a JSON number is: 25 and 25.0 are the same. None for all else, also for true and "25"."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -151,18 +156,19 @@ def as_whole(value: object) -> int | None:
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
-def unlike(takes: str, value: object) -> InvalidValue:
-    return InvalidValue(f"must be {takes}, not {said(value)}")
+def mismatch(expected: str, value: object) -> InvalidValue:
+    """The error about a value that is not what is expected."""
+    return InvalidValue(f"must be {expected}, not {describe_value(value)}")
 
 
-def said(value: object) -> str:
-    """What a caller wrote, in JSON's words: numbers as they are, all else by its type."""
+def describe_value(value: object) -> str:
+    """What a caller wrote, in JSON's words: a number as it is, everything else by its type."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
-        return str(value) if abs(value) < MAX_WHOLE else "a huge number"
+        return str(value) if abs(value) < MAX_INTEGER else "a huge number"
     if isinstance(value, float):
         return f"{value:.12g}"
     if isinstance(value, str):
@@ -172,20 +178,20 @@ def said(value: object) -> str:
     return "an object" if isinstance(value, dict) else "something that is not JSON"
 
 
-def shown(key: object, longest: int = 60) -> str:
-    """A name of the caller's as a part of a sentence or path: short and printable."""
+def printable(key: object, longest: int = 60) -> str:
+    """A name that the caller gave, for use in a message or a path: short and printable."""
     name = str(key) or '""'
     clipped = name if len(name) <= longest else f"{name[:longest]}…"
     return clipped if clipped.isprintable() else "".join(char if char.isprintable() else "?" for char in clipped)
 
 
-def squashed(name: str) -> str:
-    """A name without case and separators: negativePrompt, Negative-Prompt and negative_prompt are one."""
+def normalize_name(name: str) -> str:
+    """A name without case and separators: negativePrompt, Negative-Prompt and negative_prompt become the same."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def is_broken(string: str) -> bool:
-    """Whether text holds lone surrogates, which no UTF-8 can carry."""
+def has_lone_surrogate(string: str) -> bool:
+    """Whether text holds half of a surrogate pair, which UTF-8 cannot carry."""
     if string.isascii():
         return False
     try:
@@ -195,70 +201,75 @@ def is_broken(string: str) -> bool:
     return False
 
 
-class Budget:
-    """How many values a job may hold, over all its fields."""
+class ValueBudget:
+    """How many values a job may still hold, counted over all its fields."""
 
-    def __init__(self, values: int) -> None:
-        self.values = values
-        self.left = values
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._left = limit
+
+    def spend(self) -> None:
+        """Count one value."""
+        self._left -= 1
 
     @property
-    def is_spent(self) -> bool:
-        return self.left < 0
+    def is_exceeded(self) -> bool:
+        return self._left < 0
 
 
-def json_problems(value: object, budget: Budget) -> list[Problem]:
-    """What of a value, however deep, is not strict JSON of a sane size."""
+def json_problems(value: object, budget: ValueBudget) -> list[Problem]:
+    """What in a value, at any depth, is not strict JSON of a sane size. Every value in it is counted in `budget`."""
     problems: list[Problem] = []
     stack: list[tuple[str, object, int]] = [("", value, 1)]
     while stack and len(problems) < MAX_PROBLEMS:
-        path, one, depth = stack.pop()
-        budget.left -= 1
-        if budget.is_spent:
-            return [*problems, (path, f"is too much: a job may hold {budget.values:,} values")]
-        if not isinstance(one, (dict, list, tuple)):
-            if sentence := _scalar_problem(one):
-                problems.append((path, sentence))
+        path, current, depth = stack.pop()
+        budget.spend()
+        if budget.is_exceeded:
+            return [*problems, (path, f"is too much: a job may hold {budget.limit:,} values")]
+        if not isinstance(current, (dict, list, tuple)):
+            if message := _scalar_problem(current):
+                problems.append((path, message))
         elif depth > MAX_DEPTH:
             problems.append((path, f"is nested deeper than {MAX_DEPTH} levels"))
         else:
-            below = [(path + step, inner, depth + 1) for step, inner in _members(one, path, problems)]
-            stack.extend(reversed(below))
+            members = list(_members(current))
+            unusable_keys = len(current) - len(members)
+            problems.extend([(path, "must have keys of valid text")] * unusable_keys)
+            stack.extend((path + step, member, depth + 1) for step, member in reversed(members))
     return problems
 
 
-def _scalar_problem(one: object) -> str | None:
-    if isinstance(one, str):
-        return "must be sound text: it holds half of a surrogate pair" if is_broken(one) else None
-    if one is None or isinstance(one, bool):
+def _scalar_problem(value: object) -> str | None:
+    if isinstance(value, str):
+        return "must be valid text: it holds half of a surrogate pair" if has_lone_surrogate(value) else None
+    if value is None or isinstance(value, bool):
         return None
-    if isinstance(one, int):
-        return "must be a smaller number: it takes more than 64 bits" if abs(one) >= MAX_WHOLE else None
-    if isinstance(one, float):
-        return None if math.isfinite(one) else "must be a finite number"
-    return f"must be JSON, not {type(one).__name__}"
+    if isinstance(value, int):
+        return "must be a smaller number: it takes more than 64 bits" if abs(value) >= MAX_INTEGER else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "must be a finite number"
+    return f"must be JSON, not {type(value).__name__}"
 
 
-def _members(one: Sequence[Any] | dict[Any, Any], path: str, problems: list[Problem]) -> Iterator[tuple[str, object]]:
-    if not isinstance(one, dict):
-        yield from ((f"[{index}]", inner) for index, inner in enumerate(one))
+def _members(value: Sequence[Any] | dict[Any, Any]) -> Iterator[tuple[str, object]]:
+    """What a list or an object holds: each member with its step in the path. One without a usable key is left out."""
+    if not isinstance(value, dict):
+        yield from ((f"[{index}]", member) for index, member in enumerate(value))
         return
-    for key, inner in one.items():
-        if not isinstance(key, str) or is_broken(key):
-            problems.append((path, "must have keys of sound text"))
-        else:
-            yield f".{shown(key)}", inner
+    for key, member in value.items():
+        if isinstance(key, str) and not has_lone_surrogate(key):
+            yield f".{printable(key)}", member
 
 
-def _each(items: Iterable[tuple[str, Any]], check: Callable[[Any], Any]) -> list[Any]:
-    """Every item checked, or one `InvalidValue` with the problems of all of them."""
+def _check_all(items: Iterable[tuple[str, Any]], check: Callable[[Any], Any]) -> list[Any]:
+    """Every item checked, or one InvalidValue with the problems of all of them."""
     checked: list[Any] = []
     problems: list[Problem] = []
     for path, item in items:
         try:
             checked.append(check(item))
-        except InvalidValue as wrong:
-            problems.extend((path + below, sentence) for below, sentence in wrong.problems)
+        except InvalidValue as error:
+            problems.extend((path + below, message) for below, message in error.problems)
             if len(problems) >= MAX_PROBLEMS:
                 break
     if problems:

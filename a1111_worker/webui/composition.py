@@ -9,7 +9,7 @@ from typing import Any
 from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.request.loras import means, read_tags, scale_of
+from a1111_worker.request.loras import name_means, read_tags, scale_of
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -71,7 +71,7 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
             body[field] = prompt.place(body[field], placements)
     if body.get("enable_hr") and body.get("hr_prompt"):
         stems = [lora.model.stem for lora in loras.values() if lora.model]
-        body["hr_prompt"] = prompt.mentioning(body["hr_prompt"], stems)
+        body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], stems)
     applied = tuple(lora.applied() for lora in loras.values())
     return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank)
 
@@ -87,12 +87,12 @@ class _JobLora:
     def has_name(self, name: str) -> bool:
         """Whether a tag with this name means this LoRA."""
         stem = self.model.stem if self.model else None
-        return name == stem or any(means(name, ref) for ref in self.refs)
+        return name == stem or any(name_means(name, ref) for ref in self.refs)
 
     def placement(self) -> prompt.Placement:
         has_own_weights = self.request.in_prompt or self.request.weighted_in_prompt
         return prompt.Placement(
-            means=self.has_name,
+            matches=self.has_name,
             name=self.model.stem if self.model else None,
             scale=None if has_own_weights else scale_of(self.request),
             default=scale_of(self.request),

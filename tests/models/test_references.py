@@ -37,7 +37,7 @@ def refused(value: Any, *, kind: ModelKind = LORA) -> BadReference:
         ("HTTPS://WWW.CivitAI.green/api/download/models/1", {"version_id": 1}),
         ("https://civitai.com:443/model-versions/1", {"version_id": 1}),
         ("  https://civitai.com/model-versions/1 ", {"version_id": 1}),
-        # pages: the version where it is named, else the model
+        # pages: the version if it is named, else the model
         ("https://civitai.com/models/122359?modelVersionId=135867", {"version_id": 135867}),
         ("https://civitai.com/models/122359/detail-tweaker-xl?modelVersionId=135867", {"version_id": 135867}),
         ("https://civitai.com/models/122359/detail-tweaker-xl", {"model_id": 122359}),
@@ -55,9 +55,10 @@ def refused(value: Any, *, kind: ModelKind = LORA) -> BadReference:
         ("civitai:122359@135867", {"version_id": 135867}),
         ("civitai:122359", {"model_id": 122359}),
         ("urn:air:sdxl:dora:civitai:1@2+3.safetensors", {"version_id": 2, "file_id": 3}),
-        # names
-        ("detail_tweaker_xl", {"name": "detail_tweaker_xl"}),
-        ("Amateur style - slider (Pony)", {"name": "Amateur style - slider (Pony)"}),
+        # names: those of the catalog mean their version
+        ("my_own", {"name": "my_own"}),
+        ("detail_tweaker_xl", {"name": "detail_tweaker_xl", "version_id": 135867}),
+        ("Amateur style - slider (Pony)", {"name": "Amateur style - slider (Pony)", "version_id": 1594293}),
         ("日本語 ✨", {"name": "日本語 ✨"}),
         # objects
         ({"version_id": 135867}, {"version_id": 135867}),
@@ -76,7 +77,7 @@ def refused(value: Any, *, kind: ModelKind = LORA) -> BadReference:
         ("http://127.0.0.1:8081/a", {"url": "http://127.0.0.1:8081/a"}),
     ],
 )
-def test_every_form_is_reduced_to_what_it_says(value: Any, expected: dict[str, Any]) -> None:
+def test_every_form_is_reduced_to_its_ids_or_its_name(value: Any, expected: dict[str, Any]) -> None:
     ref = parse_reference(value, kind=LORA, allowed_hosts=ALLOWED)
 
     assert ref == ModelRef(kind=LORA, **expected)
@@ -130,6 +131,9 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ("https://сivitai.com/models/1", "plain characters"),  # a Cyrillic с
         ("https://civitai.com:/models/1", "letters"),
         ("https://civitai.com:99999999/models/1", "letters"),
+        ("https://civitai.com:0/models/1", "letters"),
+        ("https://civitai.com:70000/models/1", "MODEL_HOSTS"),
+        ("https://-cdn.example.com/a", "MODEL_HOSTS"),
         ("https:///models/1", "letters"),
         ("https://", "letters"),
         # characters
@@ -144,7 +148,7 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ("https://civitai.com/api/download/models/1?type=Model&amp;token=abc", "CIVITAI_API_KEY"),
         ("https://civitai.com/api/download/models/1?%74oken=abc", "CIVITAI_API_KEY"),
         ("https://cdn.example.com/a?token=abc", "CIVITAI_API_KEY"),
-        # what of CivitAI is no model
+        # URLs of CivitAI that name no model
         ("https://civitai.com/", "page of a model"),
         ("https://civitai.com/user/somebody", "page of a model"),
         ("https://civitai.com/api/download/models/abc", "as a number"),
@@ -183,8 +187,8 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         (None, "text or an object"),
         (["x"], "text or an object"),
         # objects
-        ({}, "says no model"),
-        ({"hash": SHA}, "says no model"),
+        ({}, "names no model"),
+        ({"hash": SHA}, "names no model"),
         ({"url": "detail_tweaker_xl"}, "https://"),
         ({"url": 5}, "must be text"),
         ({"version_id": "135867"}, "whole number"),
@@ -201,7 +205,7 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ({"url": "https://cdn.example.com/a", "version_id": 3}, "contradicts"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_the_reason(value: Any, reason: str) -> None:
+def test_a_reference_that_cannot_be_used_is_refused_with_the_reason(value: Any, reason: str) -> None:
     error = refused(value)
 
     assert reason in str(error)
@@ -213,13 +217,19 @@ def test_a_lora_does_not_pass_for_a_checkpoint() -> None:
     assert "must be a checkpoint" in str(error)
 
 
-def test_everything_wrong_with_an_object_is_said_at_once_in_its_own_order() -> None:
+def test_all_problems_of_an_object_are_reported_together_in_its_own_order() -> None:
     error = refused({"hash": "x", "name": "../x", "url": "http://x/", "version_id": -1})
 
     assert [key for key, _ in error.problems] == ["hash", "name", "url", "version_id"]
 
 
-def test_an_entry_that_could_be_anything_allows_nothing() -> None:
+def test_a_contradiction_is_reported_at_its_place_too() -> None:
+    error = refused({"version_id": 3, "hash": "x", "url": "https://cdn.example.com/a"})
+
+    assert [key for key, _ in error.problems] == ["version_id", "hash"]
+
+
+def test_a_pattern_or_plain_http_allows_no_url_of_a_job() -> None:
     hosts = ("https://*.example.com", "http://cdn.example.com", "http://127.0.0.1", "ftp://cdn.example.com", "")
 
     for url in ("https://a.example.com/x", "http://cdn.example.com/x", "http://127.0.0.1/x", "ftp://cdn.example.com/x"):
@@ -261,7 +271,8 @@ def test_any_text_is_refused_or_gives_ids_a_name_or_an_allowed_url(text: str) ->
     except BadReference:
         return
 
-    assert [ref.version_id, ref.model_id, ref.url, ref.name].count(None) == 3
+    assert [ref.version_id, ref.model_id, ref.url].count(None) == (3 if ref.is_bare_name else 2)
+    assert ref.name or not ref.is_bare_name
     assert all(number is None or 0 < number < MAX_ID for number in (ref.version_id, ref.model_id, ref.file_id))
     if ref.url is not None:
         assert ref.url.startswith(
@@ -278,7 +289,7 @@ def test_any_text_is_refused_or_gives_ids_a_name_or_an_allowed_url(text: str) ->
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(alphabet="abcdefghij0123456789=&%", min_size=12, max_size=40), st.sampled_from(sorted(CIVITAI_HOSTS)))
-def test_no_sentence_repeats_a_query(secret: str, host: str) -> None:
+def test_no_message_repeats_a_query(secret: str, host: str) -> None:
     error = refused(f"https://{host}/user/x?sig={secret}&token={secret}")
 
     assert secret not in str(error)

@@ -1,4 +1,4 @@
-"""A file is a model only if every byte of it is accounted for; and its tensors say what it belongs to."""
+"""A file is a model only if every byte of it is accounted for. Its tensors tell its architecture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entry(dtype: Any = "F16", shape: Any = (2, 3), span: Any = (0, 12), **more: 
 
 
 def read_by_package(content: bytes) -> dict[str, tuple[int, ...]]:
-    """What the `safetensors` package makes of it: every tensor's shape."""
+    """Every tensor's shape, as the `safetensors` package reads it."""
     found = safetensors.deserialize(content)  # type: ignore[no-untyped-call] # it brings no types
     return {name: tuple(tensor["shape"]) for name, tensor in found}
 
@@ -120,7 +120,7 @@ def test_a_good_file_is_read_and_the_package_agrees(content: bytes, file: Path) 
     assert {name: shape for name, (_, shape) in header.tensors.items()} == read_by_package(content)
 
 
-# What it is → its bytes, what the sentence must say.
+# What it is → its bytes, what the message must say.
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "the file is empty"),
     "too short for anything": (b"\x05\x00\x00", "not a safetensors file: it has only 3 bytes"),
@@ -148,8 +148,11 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "a tensor twice": (packed(b'{"a":%b,"a":%b}' % ((json.dumps(GOOD["a"]).encode(),) * 2), bytes(12)), "twice"),
     "a field twice": (packed(b'{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"), "twice"),
     "metadata twice": (packed(b'{"__metadata__":{"k":"1","k":"2"},"a":1}'), "twice"),
-    "metadata that is a number": (packed({"__metadata__": {"steps": 12}, **GOOD}, bytes(12)), "not made of texts"),
-    "metadata that is a list": (packed({"__metadata__": [], **GOOD}, bytes(12)), "not made of texts"),
+    "metadata that is a number": (
+        packed({"__metadata__": {"steps": 12}, **GOOD}, bytes(12)),
+        "something other than text",
+    ),
+    "metadata that is a list": (packed({"__metadata__": [], **GOOD}, bytes(12)), "something other than text"),
     "an output name that A1111 would unpack": (
         packed({"__metadata__": {"ss_output_name": '{"a": 1}'}, **GOOD}, bytes(12)),
         "would break the WebUI: ss_output_name",
@@ -158,19 +161,22 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
         packed({"__metadata__": {"sshs_model_hash": "{}"}, **GOOD}, bytes(12)),
         "would break the WebUI: sshs_model_hash",
     ),
-    "a tensor that is a list": (packed({"a": [1]}), "not described as one"),
-    "a tensor without a type": (packed({"a": {"shape": [1], "data_offsets": [0, 1]}}, b"1"), "not described as one"),
-    "a tensor with a fourth field": (packed(entry(more=1), bytes(12)), "not described as one"),
-    "three offsets": (packed(entry(span=[0, 6, 12]), bytes(12)), "not described as one"),
-    "offsets of a bool": (packed(entry(span=[False, 12]), bytes(12)), "not described as one"),
-    "offsets of a float": (packed(entry(span=[0, 12.0]), bytes(12)), "not described as one"),
+    "a tensor that is a list": (packed({"a": [1]}), "description of a tensor is not valid"),
+    "a tensor without a type": (
+        packed({"a": {"shape": [1], "data_offsets": [0, 1]}}, b"1"),
+        "description of a tensor is not valid",
+    ),
+    "a tensor with a fourth field": (packed(entry(more=1), bytes(12)), "description of a tensor is not valid"),
+    "three offsets": (packed(entry(span=[0, 6, 12]), bytes(12)), "description of a tensor is not valid"),
+    "offsets of a bool": (packed(entry(span=[False, 12]), bytes(12)), "description of a tensor is not valid"),
+    "offsets of a float": (packed(entry(span=[0, 12.0]), bytes(12)), "description of a tensor is not valid"),
     "an unknown type": (packed(entry("F13"), bytes(12)), "a type that safetensors does not know"),
     "a type in lower case": (packed(entry("f16"), bytes(12)), "a type that safetensors does not know"),
     "a type that is a list": (packed(entry([]), bytes(12)), "a type that safetensors does not know"),
-    "a shape that is a number": (packed(entry(shape=6), bytes(12)), "shape is no shape"),
-    "a shape with a bool": (packed(entry(shape=[True, 6]), bytes(12)), "shape is no shape"),
-    "a shape with negative sides": (packed(entry(shape=[-2, -3]), bytes(12)), "shape is no shape"),
-    "a shape of 65 sides": (packed(entry("U8", [1] * 65, [0, 1]), b"1"), "shape is no shape"),
+    "a shape that is a number": (packed(entry(shape=6), bytes(12)), "shape is not valid"),
+    "a shape with a bool": (packed(entry(shape=[True, 6]), bytes(12)), "shape is not valid"),
+    "a shape with negative sides": (packed(entry(shape=[-2, -3]), bytes(12)), "shape is not valid"),
+    "a shape of 65 sides": (packed(entry("U8", [1] * 65, [0, 1]), b"1"), "shape is not valid"),
     "minus zero": (packed(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}}', b"1"), "not valid JSON"),
     "not a number": (packed(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[NaN,1]}}', b"1"), "header is damaged"),
     "a shape too small for its span": (packed(entry(shape=[2, 2]), bytes(12)), "not that of its shape and type"),
@@ -187,7 +193,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "sentence"), BAD_FILES.values(), ids=BAD_FILES)
-def test_anything_else_is_refused_in_plain_words(content: bytes, sentence: str, file: Path) -> None:
+def test_any_other_file_is_refused_with_the_reason(content: bytes, sentence: str, file: Path) -> None:
     file.write_bytes(content)
 
     with pytest.raises(ModelRejected) as refused:
@@ -272,7 +278,7 @@ def test_what_the_package_accepts_we_accept(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
-def test_noise_is_refused_and_nothing_else_happens(content: bytes, file: Path) -> None:
+def test_noise_is_refused_with_no_other_error(content: bytes, file: Path) -> None:
     file.write_bytes(content)
 
     with pytest.raises(ModelRejected):
@@ -282,7 +288,7 @@ def test_noise_is_refused_and_nothing_else_happens(content: bytes, file: Path) -
 # -- A1111's hash ------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_is_the_one_a_trainer_wrote(file: Path) -> None:
+def test_the_hash_that_a_trainer_wrote_is_used(file: Path) -> None:
     sdxl_lora(file, sshs_model_hash="1ABF2a60" * 8)
 
     found = lora_hash(file, read_header(file))
@@ -290,7 +296,7 @@ def test_the_hash_is_the_one_a_trainer_wrote(file: Path) -> None:
     assert found == "1ABF2a601ABF"
 
 
-def test_the_hash_of_a_lora_without_one_is_that_of_its_tensors(file: Path) -> None:
+def test_without_a_hash_of_the_trainer_the_tensors_are_hashed(file: Path) -> None:
     sdxl_lora(file, size_bytes=5_000_000, sshs_model_hash="")
 
     found = lora_hash(file, read_header(file))
@@ -383,7 +389,7 @@ TENSORS: list[tuple[str, tuple[int, ...], str | None]] = [
     ("cond_stage_model.model.ln_final.weight", (1024,), "sd2"),
     ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", (4608, 1536), "sd3"),
     ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", (9216, 3072), "flux"),
-    # nothing that tells
+    # nothing tells the family
     ("some.layer.weight", (2048, 768), None),
 ]
 
@@ -423,7 +429,7 @@ DECLARED = [
 
 
 @pytest.mark.parametrize(("metadata", "family"), DECLARED)
-def test_metadata_tells_the_family_where_tensors_do_not(metadata: dict[str, str], family: str | None) -> None:
+def test_metadata_tells_the_family_if_tensors_do_not(metadata: dict[str, str], family: str | None) -> None:
     assert family_of(header_of({}, metadata)) == family
 
 
@@ -440,7 +446,7 @@ CONFLICTS: list[tuple[Shapes, str | None, dict[str, str], str | None]] = [
     (FLUX, "Illustrious", {}, "flux"),
     (SDXL, "Flux.1 D", {"ss_base_model_version": "flux1"}, "sdxl"),
     (SDXL, "Something New 7B", {}, "sdxl"),
-    # one of several families that look alike is told by its label
+    # one of several families that look alike is chosen by its label
     (SDXL, "Kolors", {}, "kolors"),
     (FLUX, "Chroma", {}, "chroma"),
     (SD1_OR_2, "SD 2.1", {}, "sd2"),
@@ -469,7 +475,7 @@ def test_the_sandbox_s_models_are_told_apart_by_their_tensors_alone(tmp_path: Pa
     assert families == ["sdxl", "sdxl", "sd1", "sd1"]
 
 
-def test_families_fit_themselves_and_unknown_is_unknown() -> None:
+def test_a_family_fits_only_itself_and_an_unknown_family_is_unknown() -> None:
     known = ("sd1", "sd2", "sdxl", "sd3", "flux")
 
     assert all(
