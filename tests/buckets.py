@@ -1,4 +1,4 @@
-"""A real S3 server (moto, in a process of its own), and the line to it, which fails on request."""
+"""A real S3 server (moto, in a process of its own), and a proxy before it that fails on request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CODES = {500: b"InternalError", 501: b"NotImplemented", 503: b"SlowDown", 403: b
 
 
 @dataclass
-class Fault:
+class S3Fault:
     """The next `times` requests with this method whose path contains `on` are answered so.
 
     A status; "cut": no answer, and nothing arrives; "lost": it arrives, and the answer does not; "hold": silence.
@@ -35,24 +35,24 @@ class Fault:
     on: str = ""
     times: int = 1_000_000
 
-    def means(self, asked: Asked) -> bool:
+    def applies_to(self, asked: Asked) -> bool:
         return self.times > 0 and asked.method == self.method and self.on in asked.path
 
 
-class Line(Server):
-    """What stands between a worker and the storage: everything goes through, but for the faults."""
+class FaultyProxy(Server):
+    """A proxy between a worker and the storage. It forwards every request, except for the faults."""
 
     def __init__(self, storage: str) -> None:
         super().__init__()
         self.storage = storage
-        self.faults: list[Fault] = []
+        self.faults: list[S3Fault] = []
         self.holding = threading.Event()
         self._lock = threading.Lock()
 
     def answer(self, exchange: Exchange) -> None:
         asked = exchange.asked
         with self._lock:
-            fault = next((fault for fault in self.faults if fault.means(asked)), None)
+            fault = next((fault for fault in self.faults if fault.applies_to(asked)), None)
             if fault is not None:
                 fault.times -= 1
         if fault is None:
@@ -89,7 +89,7 @@ class Line(Server):
             )
 
 
-class Storage:
+class S3Server:
     """The server as its owner sees it."""
 
     def __init__(self, url: str) -> None:
@@ -144,7 +144,7 @@ class Storage:
 
 
 @contextlib.contextmanager
-def storage() -> Iterator[Storage]:
+def s3_server() -> Iterator[S3Server]:
     """The server, up until the block ends."""
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -159,7 +159,7 @@ def storage() -> Iterator[Storage]:
                 raise AssertionError("".join(said))
             log = threading.Thread(target=process.stderr.read, daemon=True)  # unread, it would block the server
             log.start()
-            it = Storage(found[1])
+            it = S3Server(found[1])
             yield it
             it.s3.close()
         finally:

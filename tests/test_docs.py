@@ -15,7 +15,7 @@ from a1111_worker import errors
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.delivery.answer import Delivered, answer_of
+from a1111_worker.delivery.answer import Delivered, build_answer
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
 from a1111_worker.models.civitai import POLICY
 from a1111_worker.models.sidecars import Record
@@ -184,7 +184,7 @@ def test_the_catalog_is_described_as_it_is() -> None:
 def test_every_field_of_the_worker_block_is_described() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
-    answer = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())
+    answer = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())
 
     described = " ".join(table(API, "The answer", "field"))
 
@@ -201,7 +201,7 @@ def test_every_stage_is_described_with_what_status_shows() -> None:
     assert {"parse", "names", *(stage.value for stage in Stage)} == set(table(FLOW, "Stages", "stage"))
 
 
-def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
+def test_every_build_answer_civitai_is_described_with_what_it_ends_as() -> None:
     told = table(RESOURCES, "CivitAI's answers", "answer")
 
     assert {answer: cells[0] for answer, cells in told.items()} == {
@@ -367,7 +367,7 @@ def test_the_readmes_answer_has_the_worker_block_that_leaves() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
 
-    leaves = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
+    leaves = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
 
     assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in leaves.items()}
 

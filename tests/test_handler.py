@@ -111,7 +111,7 @@ def test_a_second_pass_with_another_lora_proves_both(tmp_path: Path, version: st
 
 def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    caplog.handler.addFilter(logs.with_job)
+    caplog.handler.addFilter(logs.add_job_id)
     shared.webui.fail_next = [Fault.OUT_OF_MEMORY]
 
     shared.ask("job-77")

@@ -13,8 +13,8 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.buckets import KEY_ID, SECRET, Fault, Line, Storage, storage
-from tests.test_images import infotext_of
+from tests.buckets import KEY_ID, SECRET, FaultyProxy, S3Fault, S3Server, s3_server
+from tests.images import infotext_of
 from tests.world import DETAIL, World, world
 
 
@@ -26,28 +26,28 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Storage]:
-    with storage() as it:
+def s3() -> Iterator[S3Server]:
+    with s3_server() as it:
         yield it
 
 
 @pytest.fixture(scope="module")
-def line(s3: Storage) -> Iterator[Line]:
-    with Line(s3.url) as it:
+def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3.url) as it:
         yield it
 
 
 @pytest.fixture(scope="module")
-def results(s3: Storage) -> str:
+def results(s3: S3Server) -> str:
     return s3.new_bucket()
 
 
 @pytest.fixture(scope="module")
-def bucketed(tmp_path_factory: pytest.TempPathFactory, line: Line, results: str) -> Iterator[World]:
+def bucketed(tmp_path_factory: pytest.TempPathFactory, proxy: FaultyProxy, results: str) -> Iterator[World]:
     """A worker with a bucket."""
     with world(
         tmp_path_factory.mktemp("bucketed"),
-        BUCKET_ENDPOINT_URL=line.url,
+        BUCKET_ENDPOINT_URL=proxy.url,
         BUCKET_ACCESS_KEY_ID=KEY_ID,
         BUCKET_SECRET_ACCESS_KEY=SECRET,
         BUCKET_NAME=results,
@@ -58,9 +58,9 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory, line: Line, results: str)
 
 
 @pytest.fixture(autouse=True)
-def _healthy(plain: World, bucketed: World, line: Line) -> Iterator[None]:
+def _healthy(plain: World, bucketed: World, proxy: FaultyProxy) -> Iterator[None]:
     yield
-    line.faults.clear()
+    proxy.faults.clear()
     plain.webui.image_bytes = bucketed.webui.image_bytes = None
 
 
@@ -184,7 +184,7 @@ def test_the_way_out_that_is_named_leads_out(plain: World) -> None:
 # -- in the bucket ----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_may_have_links_instead_of_pictures(bucketed: World, s3: Storage, results: str) -> None:
+def test_a_job_may_have_links_instead_of_pictures(bucketed: World, s3: S3Server, results: str) -> None:
     inline = bucketed.ask("job-a", batch_size=2)
 
     answer = bucketed.ask("job-b", batch_size=2, output={"delivery": "bucket"})
@@ -207,13 +207,13 @@ def test_what_does_not_fit_goes_to_the_bucket_by_itself(bucketed: World) -> None
     assert answer["images"] == [] and len(requests.get(url, timeout=10).content) == 9_000_000
 
 
-def test_what_fits_stays_in_the_answer_though_there_is_a_bucket(bucketed: World, line: Line) -> None:
-    before = len(line.asked)
+def test_what_fits_stays_in_the_answer_though_there_is_a_bucket(bucketed: World, proxy: FaultyProxy) -> None:
+    before = len(proxy.asked)
 
     answer = bucketed.ask()
 
     assert answer["worker"]["delivery"]["mode"] == "inline" and len(answer["images"]) == 1
-    assert len(line.asked) == before
+    assert len(proxy.asked) == before
 
 
 @pytest.mark.parametrize("output", [{"delivery": "inline"}, {"raw": True}])
@@ -232,9 +232,9 @@ def test_links_have_no_place_in_a_raw_answer(bucketed: World) -> None:
 
 
 def test_a_bucket_that_refuses_fails_the_job_and_harms_no_other(
-    bucketed: World, line: Line, s3: Storage, results: str
+    bucketed: World, proxy: FaultyProxy, s3: S3Server, results: str
 ) -> None:
-    line.faults.append(Fault(403, on="/2-", times=1))
+    proxy.faults.append(S3Fault(403, on="/2-", times=1))
 
     failed = bucketed.ask("job-x", batch_size=2, output={"delivery": "bucket", "format": "webp"})
     after = bucketed.ask("job-y", output={"delivery": "bucket", "format": "webp"})

@@ -29,7 +29,7 @@ class Endpoint:
         self.queue = queue
         self._log = log
         origins = f"{it.civitai.url},{it.civitai.storage.url}"
-        self._environ = queue.worker_env(
+        self.environ = queue.worker_env(
             WEBUI_URL=it.webui.url,
             CIVITAI_URL=it.civitai.url,
             CIVITAI_API_KEY="the-key",
@@ -46,7 +46,7 @@ class Endpoint:
             self.process = subprocess.Popen(
                 [sys.executable, "handler.py"],
                 cwd=ROOT,
-                env={**self._environ, **settings},
+                env={**self.environ, **settings},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -260,7 +260,7 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with world(tmp_path, boot=False) as it, RunPod() as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
-        environ = {name: value for name, value in its._environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
+        environ = {name: value for name, value in its.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
         process = subprocess.Popen(
             [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_port", str(port)],
             cwd=ROOT,
@@ -295,3 +295,66 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
 
     assert answer["status"] == "COMPLETED"
     assert answer["output"]["worker"]["checkpoint"]["file"] == "jib_mix_illustrious_realistic_v2.safetensors"
+
+
+BUCKET = {
+    "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing listens there
+    "BUCKET_ACCESS_KEY_ID": "the-key-id",
+    "BUCKET_SECRET_ACCESS_KEY": "secret-access-key",
+    "BUCKET_NAME": "results",
+}
+
+# a setting that boto3 refuses, and the line that the start ends with
+UNUSABLE_BUCKETS = [
+    (
+        {"BUCKET_ENDPOINT_URL": "https://my_bucket.example.com"},
+        "BUCKET_ENDPOINT_URL='https://my_bucket.example.com': takes an origin whose host is a name of letters, digits, "
+        "`-` and `.`, or an address",
+    ),
+    (
+        {"BUCKET_REGION": "eu-"},
+        "BUCKET_REGION='eu-': takes a region such as eu-central-1: letters, digits and `-`, no `-` at either end, and not "
+        "digits alone",
+    ),
+]
+
+
+@pytest.mark.parametrize("is_on_runpod", [True, False])
+@pytest.mark.parametrize(("setting", "line"), UNUSABLE_BUCKETS)
+def test_a_bucket_setting_that_can_never_work_ends_the_start_with_one_line(
+    tmp_path: Path, setting: dict[str, str], line: str, is_on_runpod: bool
+) -> None:
+    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+        environ = {**Endpoint(it, queue, tmp_path / "worker.log").environ, **BUCKET, **setting}
+        if not is_on_runpod:
+            environ = {name: value for name, value in environ.items() if not name.startswith("RUNPOD_")}
+
+        done = subprocess.run(
+            [sys.executable, "handler.py"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stderr and BUCKET["BUCKET_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+
+def test_a_bucket_that_cannot_be_prepared_is_a_warning_and_fails_the_jobs_that_need_it(tmp_path: Path) -> None:
+    with endpoint(tmp_path, **BUCKET, AWS_PROFILE="nobody") as it:  # boto3 reads that, and finds no such profile
+        failed = it.run(output={"delivery": "bucket"})
+        without = it.run()
+
+        assert "the client for the bucket cannot be built (ProfileNotFound)" in it.log()
+        assert "Traceback" not in it.log()
+
+    assert failed["error"].startswith("DELIVERY_FAILED: the client for the bucket cannot be built (ProfileNotFound)")
+    assert failed["output"]["retryable"] is True
+    assert without["status"] == "COMPLETED"
+
+
+def test_a_bucket_that_nobody_reaches_keeps_no_worker_from_its_boot(tmp_path: Path) -> None:
+    with endpoint(tmp_path, **BUCKET) as it:
+        without = it.run()
+        failed = it.run(output={"delivery": "bucket"})
+
+    assert without["status"] == "COMPLETED"
+    assert failed["error"].startswith("DELIVERY_FAILED: the bucket cannot be reached")
