@@ -56,12 +56,12 @@ def run_jobs(queue: RunPod, count: int) -> None:
 
 
 def settled(pid: int) -> int:
-    """Resident size once the last answer has left: the least of a second's looks."""
-    looks = []
+    """Resident size after the last answer was sent: the smallest of ten measurements in a second."""
+    sizes = []
     for _ in range(10):
         time.sleep(0.1)
-        looks.append(resident(pid))
-    return min(looks)
+        sizes.append(resident(pid))
+    return min(sizes)
 
 
 def resident(pid: int, field: str = "VmRSS") -> int:

@@ -25,9 +25,10 @@ CODES = {500: b"InternalError", 501: b"NotImplemented", 503: b"SlowDown", 403: b
 
 @dataclass
 class S3Fault:
-    """The next `times` requests with this method whose path contains `on` are answered so.
+    """What happens to the next `times` requests with this method whose path contains `on`.
 
-    A status; "cut": no answer, and nothing arrives; "lost": it arrives, and the answer does not; "hold": silence.
+    A number is the status of the answer. "cut": the storage never gets the request, and there is no answer. "lost": the
+    storage gets it, and the answer is lost. "hold": no answer for as long as the proxy runs.
     """
 
     what: int | Literal["cut", "lost", "hold"]
@@ -69,7 +70,7 @@ class FaultyProxy(Server):
             exchange.cut()
 
     def puts(self) -> list[str]:
-        """The keys that somebody tried to put, in order."""
+        """The keys of all PUT requests, in order."""
         return [asked.path.split("/", 2)[2] for asked in list(self.asked) if asked.method == "PUT"]
 
     def _forward(self, exchange: Exchange) -> None:
@@ -90,7 +91,7 @@ class FaultyProxy(Server):
 
 
 class S3Server:
-    """The server as its owner sees it."""
+    """The server as its owner uses it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -150,13 +151,13 @@ def s3_server() -> Iterator[S3Server]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            said = []
+            output = []
             for line in process.stderr:
-                said.append(line)
+                output.append(line)
                 if found := re.search(r"Running on (http://[0-9.:]+)", line):
                     break
             else:
-                raise AssertionError("".join(said))
+                raise AssertionError("".join(output))
             log = threading.Thread(target=process.stderr.read, daemon=True)  # unread, it would block the server
             log.start()
             it = S3Server(found[1])

@@ -102,7 +102,7 @@ def test_a_cancellation_unblocks_before_the_time_is_up(seconds: float) -> None:
 
 
 def test_after_the_block_nothing_is_unblocked() -> None:
-    deadline = Deadline(0.02)
+    deadline = Deadline(0.2)
     unblocked, later = threading.Event(), threading.Event()
 
     with deadline.on_end(unblocked.set):
