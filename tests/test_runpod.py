@@ -313,8 +313,8 @@ UNUSABLE_BUCKETS = [
     ),
     (
         {"BUCKET_REGION": "eu-"},
-        "BUCKET_REGION='eu-': takes a region such as eu-central-1: letters, digits and `-`, no `-` at either end, and not "
-        "digits alone",
+        "BUCKET_REGION='eu-': takes a region such as eu-central-1: letters, digits and `-`, no `-` at either end, and "
+        "not digits alone",
     ),
 ]
 

@@ -101,6 +101,7 @@ class JobRunner:
     async def _call(
         self, context: JobContext, function: Callable[[], T], undo: Callable[[T], object] | None = None
     ) -> T:
+        """Call it in a thread, and return or raise only when the thread is done with it."""
         running = self._submit(function)
         try:
             return await asyncio.shield(running)
