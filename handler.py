@@ -1,4 +1,4 @@
-"""The front door: RunPod's jobs in, verified images out. `run_job` is the whole way of a job.
+"""The entry point: RunPod's jobs in, verified images out. `run_job` is a job from its input to its answer.
 
     python handler.py --test_input '{"input": {"prompt": "a lighthouse"}}'   one job, here
     python handler.py --rp_serve_api                                         the SDK's local API
@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -47,19 +47,15 @@ log = logging.getLogger("worker")
 
 async def run_job(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
     """A job from its input to its answer, or a WorkerError. A cancelled job leaves nothing running behind it."""
-    deadline = Deadline(job_seconds(job, worker.job_timeout))
-    jobs = worker.jobs
-    with worker.shutdown.may_cancel(deadline):
-        async with jobs.open(str(job["id"]), deadline) as context:
-            request = worker.generator.resolve(parse_request(job.get("input"), worker.limits))
-            async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
-                async with worker.gpu.turn(context):
-                    started = await jobs.run(
-                        context, worker.generator.start, request, held, context, undo=StartedGeneration.discard
-                    )
-                with context.timings.measure(Stage.DELIVER):
-                    generation = await jobs.run(context, worker.generator.finish, started, context)
-            return await jobs.run(context, worker.delivery.deliver, generation, request.output, context)
+    async with worker.open_job(job) as context:
+        jobs = worker.jobs
+        request = worker.generator.resolve(parse_request(job.get("input"), worker.limits))
+        async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
+            async with worker.gpu.turn(context):
+                started = await jobs.run(context, worker.generator.start, request, held, undo=StartedGeneration.discard)
+            with context.timings.measure(Stage.DELIVER):
+                generation = await jobs.run(context, worker.generator.finish, started)
+        return await jobs.run(context, worker.delivery.deliver, generation, request.output)
 
 
 class Worker:
@@ -69,7 +65,6 @@ class Worker:
         self, config: Config, *, models: ModelManager | None = None, timings: WebUITimings | None = None
     ) -> None:
         self._config = config
-        self.job_timeout = config.job_timeout
         self.limits = Limits(
             config.max_steps,
             config.max_pixels,
@@ -93,15 +88,11 @@ class Worker:
         self.gpu = GpuQueue()
         self._preparation = PreparationOrder()
         self.shutdown = Shutdown(config.shutdown_grace)
-        self.health = HealthReporter(
-            config.worker_state_file,
-            # While a job has the GPU, that job looks at the WebUI.
-            lambda: not self.gpu.is_free or self.readiness.check_idle(),
-        )
+        self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
         self.broken: WorkerError | None = None
 
     def close(self) -> None:
-        """End what the worker started. Nothing may be under way."""
+        """End what the worker started. No job may be running."""
         self.health.close()
         self.jobs.close()
         self.models.close()
@@ -110,7 +101,7 @@ class Worker:
         self.delivery.close()
 
     def boot(self) -> None:
-        """Bring the checkpoint onto the disk and the WebUI up, both at once; then switch and warm up.
+        """Bring the checkpoint onto the disk and the WebUI up, both at once; then load the checkpoint and warm up.
 
         Raises WorkerError if that fails, ConfigError for a bucket setting that can never work.
         """
@@ -121,7 +112,7 @@ class Worker:
             bucket = threads.submit(self.delivery.prepare)
             up = threads.submit(self.readiness.wait_until_up, context.deadline)
             checkpoint = threads.submit(self.models.prepare_checkpoint, context)
-            _wait_for_all((bucket, up, checkpoint), context.deadline)
+            _wait_for_all([bucket, up, checkpoint], context.deadline)
         model = checkpoint.result()
         log.info("the checkpoint is %s, %s", model.file, "downloaded" if model.downloaded else "nothing to download")
         self.readiness.prepare(model, context)
@@ -149,6 +140,14 @@ class Worker:
                 log.exception("the job met a bug of ours")
                 return Internal("the worker failed; its log tells why under the job's id").answer()
 
+    @contextlib.asynccontextmanager
+    async def open_job(self, job: dict[str, Any]) -> AsyncIterator[JobContext]:
+        """A job's context: its time runs, its progress is sent to RunPod, and the worker's shutdown may cancel it."""
+        deadline = Deadline(job_seconds(job, self._config.job_timeout))
+        with self.shutdown.may_cancel(deadline):
+            async with self.jobs.open(str(job["id"]), deadline) as context:
+                yield context
+
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:
         """Have the LoRAs of a job on disk, and keep them there until the block ends."""
@@ -172,6 +171,9 @@ class Worker:
         if self.broken is None:
             self.models.check()
 
+    def _is_webui_up(self) -> bool:
+        return not self.gpu.is_free or self.readiness.check_idle()  # a job that has the GPU watches the WebUI itself
+
     def _save(self, job: dict[str, Any], answer: dict[str, Any]) -> None:
         if self._config.output_dir is None or self._config.runpod is not None:
             return
@@ -179,11 +181,11 @@ class Worker:
             log.info("wrote %s", path)
 
 
-def _wait_for_all(futures: tuple[Future[Any], ...], deadline: Deadline) -> None:
+def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
     """Return when all are done. The first failure cancels the others, and is raised."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        if future.exception() is not None:
+    for future in futures:
+        if future in done and future.exception() is not None:
             deadline.cancel()
             future.result()
 

@@ -1,4 +1,4 @@
-"""What travels with a job: its deadline and cancellation, its progress, its priority, and the seconds each stage took."""
+"""What travels with a job: its deadline and cancellation, its progress, its priority, and the time each stage took."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ReportProgress = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """A `ReportProgress` that tells nobody."""
+    """A `ReportProgress` that drops everything."""
 
 
 def _always() -> bool:
@@ -27,8 +27,8 @@ def _always() -> bool:
 class Deadline:
     """The time that a piece of work has, and its cancellation. Every blocking stage of a job asks it.
 
-    Seconds are counted on the monotonic clock. `cancel` may be called from any thread. It wakes whoever waits in `wait`;
-    whoever blocks elsewhere registers with `on_cancel` how to be unblocked.
+    Seconds are counted on the monotonic clock. `cancel` may be called from any thread. It wakes a thread that waits in
+    `wait`. A thread that blocks elsewhere registers with `on_cancel` how it can be unblocked.
     """
 
     def __init__(self, seconds: float = math.inf, *, what: str = "the job") -> None:
@@ -38,11 +38,11 @@ class Deadline:
         self._cancellation = _Cancellation()
 
     def within(self, seconds: float, *, what: str | None = None) -> Deadline:
-        """A deadline that shares this one's cancellation. It ends `seconds` from now, or with this one if that is sooner."""
+        """A deadline with the same cancellation. It ends `seconds` from now, or with this one if that is sooner."""
         remaining = self.remaining()
         if remaining < seconds:
             child = Deadline(remaining, what=self._what)
-            child._seconds = self._seconds  # the message must name the time of the one that is over
+            child._seconds = self._seconds  # the message must name the time of the deadline that is over
         else:
             child = Deadline(seconds, what=what or self._what)
         child._cancellation = self._cancellation
@@ -122,9 +122,9 @@ def format_timings(seconds: Mapping[str, float]) -> str:
 class JobContext:
     """What travels with a job through all its stages, or with the boot and the command line in a job's place.
 
-    `is_next` tells whether the GPU waits for this job, or will wait for it next. It is asked again and again: downloads
-    of such a job go first. `dataclasses.replace` derives a context with another deadline or another listener; both share
-    the timings.
+    `is_next` returns whether the GPU waits for this job, or will wait for it next. It is asked again and again:
+    downloads of such a job go first. `dataclasses.replace` derives a context with another deadline or another listener;
+    both share the timings.
     """
 
     deadline: Deadline = field(default_factory=Deadline)

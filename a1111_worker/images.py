@@ -1,9 +1,6 @@
-"""Pictures: A1111's base64 PNGs as a job wants them, and whether one shows anything at all.
+"""Images in base64, as A1111's API sends them: which format one has, and whether it is all one colour.
 
-The infotext (prompt, seed, all settings) lies where A1111 itself keeps it and looks for it (1.9.3 and 1.10.1,
-modules/images.py, read_info_from_image): in a PNG's text chunk `parameters`, else in EXIF's UserComment, as UTF-16.
-
-Pillow is imported where a picture is really decoded: what leaves as it came costs nothing.
+Pillow is imported when it is needed to decode an image.
 """
 
 from __future__ import annotations
@@ -21,42 +18,41 @@ from a1111_worker.domain import ImageFormat
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-SIGNATURE = 8  # bytes before a PNG's first chunk
-A_LOOK = 1 << 16  # characters of base64: enough to see that nearly every picture shows something
+SIGNATURE_BYTES = 8  # before a PNG's first chunk
+FIRST_CHARACTERS = 1 << 16  # of the base64: nearly every image has a second colour in this much of it
+INFLATE_STEP = 4096  # bytes: deflated data of one colour inflates a thousandfold
 
-_BEGINNINGS = {"iVBORw0KGgo": ImageFormat.PNG, "/9j/": ImageFormat.JPEG, "UklGR": ImageFormat.WEBP}
+_BASE64_PREFIXES = {"iVBORw0KGgo": ImageFormat.PNG, "/9j/": ImageFormat.JPEG, "UklGR": ImageFormat.WEBP}
 
 
-def format_of(picture: str) -> ImageFormat:
-    """What a picture in base64 is, by its first bytes."""
-    return next((one for start, one in _BEGINNINGS.items() if picture.startswith(start)), ImageFormat.PNG)
+def detect_format(image: str) -> ImageFormat:
+    """The format of an image in base64, by its first bytes; PNG if it is unknown."""
+    return next((known for prefix, known in _BASE64_PREFIXES.items() if image.startswith(prefix)), ImageFormat.PNG)
 
 
 def is_blank(png: str) -> bool:
-    """Whether a PNG in base64 is entirely one colour. What cannot be read is not known to be.
+    """Whether a PNG in base64 is entirely one colour. False if it cannot be read.
 
-    It is decoded no further than to the first row that differs: most pictures cost no more than their first one.
+    It is decoded no further than to the first row that differs. For most images that is the first row.
     """
     try:
-        shape = _shape(base64.b64decode(png[:64]))
-        if not shape.channels:
+        header = _read_header(base64.b64decode(png[:64]))
+        if not header.pixel_bytes:
             return _has_one_value(base64.b64decode(png))
-        for characters in (A_LOOK, len(png)):
-            verdict = _is_one_colour(base64.b64decode(png[:characters]), shape)
-            if verdict is not None:
-                return verdict
+        for characters in (FIRST_CHARACTERS, len(png)):
+            is_uniform = _compare_rows(base64.b64decode(png[:characters]), header)
+            if is_uniform is not None:
+                return is_uniform
     except (binascii.Error, struct.error, zlib.error, OSError, ValueError, SyntaxError):
         pass
     return False
 
 
-# -- other formats ----------------------------------------------------------------------------------------------------
-
-
 def open_image(png: bytes) -> ImageFile:
+    """A file as Pillow opens it. Raises what Pillow raises."""
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # a script's grid may be large, and it is our own WebUI's
+    Image.MAX_IMAGE_PIXELS = None  # a script's grid may be large, and it comes from our own WebUI
     return Image.open(io.BytesIO(png))
 
 
@@ -64,53 +60,54 @@ def open_image(png: bytes) -> ImageFile:
 
 
 def png_chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, beginning and end of each chunk; the last one's end may lie beyond a file that is cut."""
-    start = SIGNATURE
+    """Type, start and end of each chunk. In a file that is cut, the last one's end lies beyond the file."""
+    start = SIGNATURE_BYTES
     while start + 8 <= len(png):
         length, kind = struct.unpack_from(">I4s", png, start)
-        stop = start + 12 + length  # the length itself, the kind, the checksum
+        stop = start + 12 + length  # the length itself, the type, the checksum
         yield kind, start, stop
         start = stop
 
 
-class _Shape(NamedTuple):
-    """The head of a PNG."""
+class _Header(NamedTuple):
+    """A PNG's IHDR chunk."""
 
     width: int
     height: int
     depth: int
-    colour: int
+    colour_type: int
     interlace: int
 
     @property
-    def channels(self) -> int:
+    def pixel_bytes(self) -> int:
         """Bytes of a pixel: grey, RGB, and both with alpha; 0 for what A1111 does not write."""
-        return {0: 1, 2: 3, 4: 2, 6: 4}.get(self.colour, 0) if self.depth == 8 and not self.interlace else 0
+        return {0: 1, 2: 3, 4: 2, 6: 4}.get(self.colour_type, 0) if self.depth == 8 and not self.interlace else 0
 
 
-def _shape(png: bytes) -> _Shape:
-    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", png, SIGNATURE + 8)
-    return _Shape(width, height, depth, colour, interlace)
+def _read_header(png: bytes) -> _Header:
+    fields = struct.unpack_from(">IIBBBBB", png, SIGNATURE_BYTES + 8)
+    width, height, depth, colour_type, _, _, interlace = fields
+    return _Header(width, height, depth, colour_type, interlace)
 
 
-def _is_one_colour(png: bytes, shape: _Shape) -> bool | None:
-    """Whether all rows are the first pixel's colour; None where the bytes end before that can be told.
+def _compare_rows(png: bytes, header: _Header) -> bool | None:
+    """Whether all rows have the first pixel's colour; None if the bytes end before that is known.
 
-    Rows are compared as they are stored, filters and all (PNG 1.2, section 6): a row of one colour below another one
-    has a single form in each of the five filters.
+    Rows are compared as they are stored, with their filters (PNG 1.2, section 6): a row of one colour below another row
+    of that colour has exactly one form in each of the five filters.
     """
     expected: tuple[bytes, ...] = ()
-    length, left, rows = 1 + shape.width * shape.channels, shape.height, b""
+    length, left, rows = 1 + header.width * header.pixel_bytes, header.height, b""
     inflate = zlib.decompressobj()
-    for piece in _compressed(png):
+    for piece in _deflated_pieces(png):
         rows += inflate.decompress(piece)
         start = 0
         while left and start + length <= len(rows):
             if not expected:
-                pixel = rows[1 : 1 + shape.channels]
-                if rows[:length] not in _forms(pixel, shape.width, is_first=True):
+                pixel = rows[1 : 1 + header.pixel_bytes]
+                if rows[:length] not in _filtered_rows(pixel, header.width, is_first=True):
                     return False
-                expected = _forms(pixel, shape.width, is_first=False)
+                expected = _filtered_rows(pixel, header.width, is_first=False)
             elif rows[start] >= len(expected) or rows[start : start + length] != expected[rows[start]]:
                 return False
             start, left = start + length, left - 1
@@ -120,29 +117,29 @@ def _is_one_colour(png: bytes, shape: _Shape) -> bool | None:
     return None
 
 
-def _forms(pixel: bytes, width: int, *, is_first: bool) -> tuple[bytes, ...]:
-    """A row of one colour in each filter: none, sub, up, average, Paeth. Above the first row there is nothing."""
-    plain, nothing = pixel * width, bytes(len(pixel) * width)
-    after_first = bytes(len(pixel) * (width - 1))
+def _filtered_rows(pixel: bytes, width: int, *, is_first: bool) -> tuple[bytes, ...]:
+    """A row of one colour in each filter: none, sub, up, average, Paeth. Zeros count as the row above the first one."""
+    plain, zeros = pixel * width, bytes(len(pixel) * width)
+    zeros_after_first = bytes(len(pixel) * (width - 1))
     half = bytes(value - value // 2 for value in pixel)
     if is_first:
-        average, up, paeth = pixel + half * (width - 1), plain, pixel + after_first
+        average, up, paeth = pixel + half * (width - 1), plain, pixel + zeros_after_first
     else:
-        average, up, paeth = half + after_first, nothing, nothing
-    forms = (plain, pixel + after_first, up, average, paeth)
-    return tuple(bytes([number]) + form for number, form in enumerate(forms))
+        average, up, paeth = half + zeros_after_first, zeros, zeros
+    rows = (plain, pixel + zeros_after_first, up, average, paeth)
+    return tuple(bytes([number]) + row for number, row in enumerate(rows))
 
 
-def _compressed(png: bytes, step: int = 4096) -> Iterator[bytes]:
-    """The pixels' data, a little at a time: one colour inflates a thousandfold."""
+def _deflated_pieces(png: bytes) -> Iterator[bytes]:
+    """The compressed pixels, a few bytes at a time."""
     for kind, start, stop in png_chunks(png):
         if kind == b"IDAT":
             body = png[start + 8 : stop - 4]
-            yield from (body[at : at + step] for at in range(0, len(body), step))
+            yield from (body[at : at + INFLATE_STEP] for at in range(0, len(body), INFLATE_STEP))
 
 
 def _has_one_value(png: bytes) -> bool:
-    """The same by Pillow, for a PNG of another kind."""
+    """Whether a PNG of another kind is one colour, by Pillow."""
     with open_image(png) as image:
         colours = image if image.mode.startswith("I") else image.convert("RGBA")
         extrema = colours.getextrema()

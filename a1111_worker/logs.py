@@ -9,51 +9,51 @@ import logging
 import time
 from collections.abc import Iterator
 
-_job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
+_job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="")
 
 
 @contextlib.contextmanager
 def of_job(job_id: str) -> Iterator[None]:
-    """Lines logged inside carry the job's id; so do those of threads started with this context."""
-    token = _job.set(job_id)
+    """Lines logged inside carry the job's id. So do lines of threads that run in a copy of this context."""
+    token = _job_id.set(job_id)
     try:
         yield
     finally:
-        _job.reset(token)
+        _job_id.reset(token)
 
 
-def configure(level: str, form: str) -> None:
+def configure(level: str, log_format: str) -> None:
     """Send our lines to stderr: `text`, or `json` with one object a line, as RunPod groups them by `requestId`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Json() if form == "json" else _Text())
-    handler.addFilter(with_job)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    handler.addFilter(add_job_id)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what is tried again is told by whoever gives up
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # whoever gives up after its retries logs that
     for name in ("worker", "a1111_worker", "model_manager"):
         logging.getLogger(name).setLevel(level)
 
 
-def with_job(record: logging.LogRecord) -> bool:
-    """A filter that lets everything pass, and gives it the id of the job it belongs to."""
-    record.job = _job.get()
+def add_job_id(record: logging.LogRecord) -> bool:
+    """A filter that lets every record pass, and adds the id of its job as `job`."""
+    record.job = _job_id.get()
     return True
 
 
-class _Text(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         job = f"{record.__dict__['job']} | " if record.__dict__["job"] else ""
         line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname:<7} {job}{record.getMessage()}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _Json(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        found = {
+        fields = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
             "requestId": record.__dict__["job"] or None,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            found["exception"] = self.formatException(record.exc_info)
-        return json.dumps(found)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)

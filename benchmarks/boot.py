@@ -1,10 +1,10 @@
-"""How soon a new container is ready: what can go on at once does.
+"""How soon a new container is ready: the download and the WebUI's start run at the same time.
 
     python -m benchmarks.boot [--quick] [--json FILE]
 
-The real start.sh, handler.py and SDK; a WebUI that takes 20 s to come up, and a line that brings the checkpoint in
-20 s. Ready is the first time that the worker asks the queue for a job: the WebUI answers, the checkpoint is loaded and
-proven, a first generation has come back. Beside it, in the same run, the same one after the other: the WebUI, then
+The real start.sh, handler.py and SDK, a WebUI that takes 20 s to come up, and a connection with which the checkpoint
+takes 20 s. The worker is ready when it first asks the queue for a job: the WebUI answers, the checkpoint is loaded and
+verified, a first generation is done. Beside it, in the same run, the same one after the other: the WebUI, then
 `model_manager.py prefetch checkpoint`, then handler.py.
 """
 
@@ -86,7 +86,7 @@ def measure(quick: bool) -> list[Row]:
             work,
             f"{together.seconds:.1f} s, {together.switch:.1f} s of them the switch",
             f"≤ {ALLOWED} × {seconds:.0f} s + the switch = {goal:.1f} s",
-            None if quick else together.seconds <= goal,  # what is the same in every start weighs too much in 4 s
+            None if quick else together.seconds <= goal,  # in 4 s the constant costs of a start weigh too much
         ),
         Row("… without the switch, against the longer of the two", f"{_without(together) / seconds:.3f} ×"),
         Row("the same one after the other, for comparison", f"{in_turn.seconds:.1f} s"),
@@ -109,7 +109,7 @@ def in_the_image(folder: Path, checkpoint: Path, seconds: float) -> Booted:
 
 
 def one_after_the_other(folder: Path, checkpoint: Path, seconds: float) -> Booted:
-    """The same three, each begun when the one before is done."""
+    """The same three steps, each begun when the last is done."""
     log = folder / "in-turn.log"
     with serving(checkpoint, seconds) as (civitai, queue):
         environment = surroundings(folder / "in-turn", civitai, queue, seconds)
@@ -127,7 +127,7 @@ def one_after_the_other(folder: Path, checkpoint: Path, seconds: float) -> Boote
 
 @contextlib.contextmanager
 def serving(checkpoint: Path, seconds: float) -> Iterator[tuple[CivitAI, RunPod]]:
-    """A CivitAI whose line brings the checkpoint in so many seconds, and a queue without jobs."""
+    """A CivitAI from which the checkpoint takes so many seconds, and a queue without jobs."""
     with CivitAI() as civitai, RunPod(long_poll=1.0) as queue:
         version = civitai.add(CHECKPOINT, checkpoint, name="Bench", base_model="Illustrious", model_type="Checkpoint")
         version.files[0].size, version.files[0].fp = "pruned", "fp16"
@@ -137,7 +137,7 @@ def serving(checkpoint: Path, seconds: float) -> Iterator[tuple[CivitAI, RunPod]
 
 
 def surroundings(folder: Path, civitai: CivitAI, queue: RunPod, seconds: float) -> dict[str, str]:
-    """The environment of a container in `folder`: an empty volume, and a launch.py where A1111's would be."""
+    """The environment of a container in `folder`: an empty volume, and a launch.py in the place of A1111's."""
     (folder / "webui").mkdir(parents=True)
     launch = LAUNCH.format(seconds=seconds, root=str(ROOT), switch=SWITCH_SECONDS)
     (folder / "webui" / "launch.py").write_text(launch)

@@ -1,4 +1,4 @@
-"""How long the GPU waits between two jobs: the real SDK's loop, a full queue, 2 s generations, 2 MB pictures.
+"""How long the GPU waits between two jobs: the real SDK's loop, a full queue, 2 s generations, 2 MB images.
 
     python -m benchmarks.in_flight [--quick] [--json FILE]
 
@@ -28,7 +28,7 @@ FIRST_LORA = 7_000_000
 
 @dataclass(frozen=True)
 class Gaps:
-    """Seconds between generations, and what part of the time was generated."""
+    """Seconds between generations, and the part of the time in which the GPU generated."""
 
     seconds: list[float]
     efficiency: float

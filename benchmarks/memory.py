@@ -27,9 +27,9 @@ def measure(quick: bool) -> list[Row]:
         queue.wait_for_worker(timeout=60)
         before = resident(pid)
         run_jobs(queue, 2)
-        second = settled(pid)
+        second = idle_size(pid)
         run_jobs(queue, jobs - 2)
-        last, peak = settled(pid), resident(pid, "VmHWM")
+        last, peak = idle_size(pid), resident(pid, "VmHWM")
     ratio = last / second
     return [
         Row(
@@ -55,13 +55,13 @@ def run_jobs(queue: RunPod, count: int) -> None:
         done.output = done.answer = None
 
 
-def settled(pid: int) -> int:
-    """Resident size once the last answer has left: the least of a second's looks."""
-    looks = []
+def idle_size(pid: int) -> int:
+    """Resident size after the last answer was sent: the smallest of ten measurements in a second."""
+    sizes = []
     for _ in range(10):
         time.sleep(0.1)
-        looks.append(resident(pid))
-    return min(looks)
+        sizes.append(resident(pid))
+    return min(sizes)
 
 
 def resident(pid: int, field: str = "VmRSS") -> int:

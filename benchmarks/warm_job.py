@@ -2,8 +2,8 @@
 
     python -m benchmarks.warm_job [--quick] [--json FILE]
 
-Both talk to the same sandbox WebUI (a process of its own, generation time 0, a picture of 2 MB), turn by turn in one
-run, and both serialise what they got. The ratio of the medians is the result; milliseconds are for information.
+Both use the same sandbox WebUI (a process of its own, generation time 0, an image of 2 MB), in turn, and both
+serialise the answer. The ratio of the medians is the result; milliseconds are for information.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(worker: Worker, url: str, rounds: int) -> list[Row]:
     turns: dict[str, Callable[[], None]] = {
         "worker": ours,
         "requests without gzip": lambda: bare(**{"Accept-Encoding": "identity"}),
-        "requests": bare,  # A1111 compresses for whoever lets it, which takes it 80 ms for 2 MB
+        "requests": bare,  # A1111 compresses for a client that accepts it: 80 ms for 2 MB
     }
     milliseconds: dict[str, list[float]] = {name: [] for name in turns}
     for round_ in range(rounds + 3):
@@ -63,11 +63,11 @@ def compare(worker: Worker, url: str, rounds: int) -> list[Row]:
                 milliseconds[name].append(spent)
     loop.close()
     picture = requests.post(f"{url}/sdapi/v1/txt2img", json=BODY, timeout=60).json()["images"][0]
-    look = statistics.median(timed(partial(is_blank, picture)) for _ in range(rounds))
+    blank_check = statistics.median(timed(partial(is_blank, picture)) for _ in range(rounds))
     medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     return [
         *(compared(medians, other) for other in turns if other != "worker"),
-        Row("… of which: the look for a picture of one colour", f"{look:.2f} ms"),
+        Row("… of which: the look for a picture of one colour", f"{blank_check:.2f} ms"),
     ]
 
 
@@ -82,10 +82,10 @@ def compared(medians: dict[str, float], other: str) -> Row:
 
 
 def import_time() -> Row:
-    """How long importing handler.py takes, the interpreter's own start left out."""
-    look = "import time; t = time.perf_counter(); import handler; print(time.perf_counter() - t)"
+    """How long importing handler.py takes, without the interpreter's own start."""
+    code = "import time; t = time.perf_counter(); import handler; print(time.perf_counter() - t)"
     seconds = statistics.median(
-        float(subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout)
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(7)
     )
     return Row("import handler (without the SDK)", f"{seconds:.3f} s", "< 0.3 s", seconds < 0.3)

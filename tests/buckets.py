@@ -1,4 +1,4 @@
-"""A real S3 server (moto, in a process of its own), and the line to it, which fails on request."""
+"""A real S3 server (moto, in a process of its own), and a proxy before it that fails on request."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ CODES = {500: b"InternalError", 501: b"NotImplemented", 503: b"SlowDown", 403: b
 
 
 @dataclass
-class Fault:
-    """The next `times` requests with this method whose path contains `on` are answered so.
+class S3Fault:
+    """What happens to the next `times` requests with this method whose path contains `on`.
 
-    A status; "cut": no answer, and nothing arrives; "lost": it arrives, and the answer does not; "hold": silence.
+    A number is the status of the answer. "cut": the storage never gets the request, and there is no answer. "lost": the
+    storage gets it, and the answer is lost. "hold": no answer for as long as the proxy runs.
     """
 
     what: int | Literal["cut", "lost", "hold"]
@@ -35,24 +36,24 @@ class Fault:
     on: str = ""
     times: int = 1_000_000
 
-    def means(self, asked: Asked) -> bool:
+    def applies_to(self, asked: Asked) -> bool:
         return self.times > 0 and asked.method == self.method and self.on in asked.path
 
 
-class Line(Server):
-    """What stands between a worker and the storage: everything goes through, but for the faults."""
+class FaultyProxy(Server):
+    """A proxy between a worker and the storage. It forwards every request, except for the faults."""
 
     def __init__(self, storage: str) -> None:
         super().__init__()
         self.storage = storage
-        self.faults: list[Fault] = []
+        self.faults: list[S3Fault] = []
         self.holding = threading.Event()
         self._lock = threading.Lock()
 
     def answer(self, exchange: Exchange) -> None:
         asked = exchange.asked
         with self._lock:
-            fault = next((fault for fault in self.faults if fault.means(asked)), None)
+            fault = next((fault for fault in self.faults if fault.applies_to(asked)), None)
             if fault is not None:
                 fault.times -= 1
         if fault is None:
@@ -69,7 +70,7 @@ class Line(Server):
             exchange.cut()
 
     def puts(self) -> list[str]:
-        """The keys that somebody tried to put, in order."""
+        """The keys of all PUT requests, in order."""
         return [asked.path.split("/", 2)[2] for asked in list(self.asked) if asked.method == "PUT"]
 
     def _forward(self, exchange: Exchange) -> None:
@@ -89,8 +90,8 @@ class Line(Server):
             )
 
 
-class Storage:
-    """The server as its owner sees it."""
+class S3Server:
+    """The server as its owner uses it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -144,22 +145,22 @@ class Storage:
 
 
 @contextlib.contextmanager
-def storage() -> Iterator[Storage]:
+def s3_server() -> Iterator[S3Server]:
     """The server, up until the block ends."""
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            said = []
+            output = []
             for line in process.stderr:
-                said.append(line)
+                output.append(line)
                 if found := re.search(r"Running on (http://[0-9.:]+)", line):
                     break
             else:
-                raise AssertionError("".join(said))
+                raise AssertionError("".join(output))
             log = threading.Thread(target=process.stderr.read, daemon=True)  # unread, it would block the server
             log.start()
-            it = Storage(found[1])
+            it = S3Server(found[1])
             yield it
             it.s3.close()
         finally:

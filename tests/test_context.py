@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -20,31 +21,31 @@ def test_a_deadline_without_end_never_raises() -> None:
     assert not deadline.is_cancelled
 
 
-def test_a_deadline_that_is_over_says_whose_time_is_up() -> None:
+def test_the_error_of_a_deadline_names_whose_time_is_up() -> None:
     deadline = Deadline(0.0, what="the boot")
 
     with pytest.raises(JobTimeout, match="the time of the boot is up"):
         deadline.check()
 
 
-def test_a_part_of_a_deadline_never_outlives_it() -> None:
+def test_a_deadline_within_another_never_ends_later() -> None:
     deadline = Deadline(1e-9)
 
-    part = deadline.within(100.0, what="a generation")
+    child = deadline.within(100.0, what="a generation")
 
-    assert part.remaining() == 0.0
+    assert child.remaining() == 0.0
     with pytest.raises(JobTimeout, match=r"the time of the job is up \(1e-09 s\)"):
-        part.check()
+        child.check()
 
 
-def test_whoever_waits_is_woken_when_it_is_cancelled() -> None:
+def test_a_cancellation_wakes_a_thread_that_waits() -> None:
     deadline = Deadline()
-    part = deadline.within(100.0)
+    child = deadline.within(100.0)
     outcome: list[BaseException] = []
 
     def wait() -> None:
         try:
-            part.wait(100.0)
+            child.wait(100.0)
         except JobCancelled as error:
             outcome.append(error)
 
@@ -56,7 +57,7 @@ def test_whoever_waits_is_woken_when_it_is_cancelled() -> None:
     assert isinstance(outcome[0], JobCancelled)
 
 
-def test_what_blocks_is_unblocked_once_and_only_inside_its_block() -> None:
+def test_a_cancellation_unblocks_once_and_only_inside_the_block() -> None:
     deadline = Deadline()
     inside: list[str] = []
     outside: list[str] = []
@@ -70,7 +71,7 @@ def test_what_blocks_is_unblocked_once_and_only_inside_its_block() -> None:
     assert (inside, outside) == (["unblocked"], [])
 
 
-def test_what_begins_to_block_after_the_cancellation_is_unblocked_at_once() -> None:
+def test_a_block_that_begins_after_the_cancellation_is_unblocked_at_once() -> None:
     deadline = Deadline()
     deadline.cancel()
     unblocked: list[bool] = []
@@ -81,7 +82,39 @@ def test_what_begins_to_block_after_the_cancellation_is_unblocked_at_once() -> N
     assert unblocked == [True]
 
 
-def test_timings_name_every_stage() -> None:
+def test_a_deadline_whose_time_is_up_unblocks() -> None:
+    unblocked = threading.Event()
+
+    with Deadline(0.01).on_end(unblocked.set):
+        assert unblocked.wait(10)
+
+
+@pytest.mark.parametrize("seconds", [100.0, math.inf])
+def test_a_cancellation_unblocks_before_the_time_is_up(seconds: float) -> None:
+    deadline = Deadline(seconds)
+    unblocked = threading.Event()
+
+    with deadline.on_end(unblocked.set):
+        was_unblocked = unblocked.is_set()
+        deadline.cancel()
+
+        assert not was_unblocked and unblocked.is_set()
+
+
+def test_after_the_block_nothing_is_unblocked() -> None:
+    deadline = Deadline(0.2)
+    unblocked, later = threading.Event(), threading.Event()
+
+    with deadline.on_end(unblocked.set):
+        pass
+    with deadline.on_end(later.set):
+        assert later.wait(10)
+    deadline.cancel()
+
+    assert not unblocked.is_set()
+
+
+def test_timings_have_every_stage_and_the_total() -> None:
     measured = Timings()
 
     with measured.measure(Stage.GENERATE):

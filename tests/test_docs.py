@@ -16,7 +16,7 @@ from a1111_worker import __version__, context, domain, errors
 from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.delivery.answer import Delivered, answer_of
+from a1111_worker.delivery.answer import Delivered, build_answer
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import Record
@@ -200,7 +200,7 @@ def test_the_catalog_is_described_as_it_is() -> None:
 def test_every_field_of_the_worker_block_is_described() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
-    answer = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())
+    answer = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())
 
     described = " ".join(table(API, "The answer", "field"))
 
@@ -433,7 +433,7 @@ def test_the_readmes_answer_has_the_worker_block_of_a_real_answer() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
 
-    real = answer_of(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
+    real = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
 
     assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in real.items()}
 

@@ -55,12 +55,12 @@ def assert_unharmed(it: World) -> None:
 # -- success ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_brings_its_picture_and_what_made_it(shared: World) -> None:
+def test_a_job_returns_its_image_and_what_made_it(shared: World) -> None:
     answer = shared.ask(loras=[{"url": f"{URL}{DETAIL}?type=Model&format=SafeTensor", "name": "x", "scale": 0.7}])
 
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
-    assert picture.size == (64, 64)
-    assert "<lora:detail_tweaker_xl:0.7>" in str(picture.info["parameters"])
+    image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+    assert image.size == (64, 64)
+    assert "<lora:detail_tweaker_xl:0.7>" in str(image.info["parameters"])
     assert json.loads(answer["info"])["all_seeds"] == answer["worker"]["seeds"] == [42]
     (lora,) = answer["worker"]["loras"]
     assert (lora["version_id"], lora["scale"], lora["loaded"]) == (DETAIL, 0.7, True)
@@ -76,7 +76,7 @@ def test_a_warm_job_costs_the_webui_one_request_and_civitai_none(shared: World) 
     assert len(shared.civitai.asked) == asked
 
 
-def test_what_the_job_leaves_out_is_ours_or_not_sent(shared: World) -> None:
+def test_a_field_that_the_job_leaves_out_has_our_default_or_is_not_sent(shared: World) -> None:
     shared.run({"id": "job-1", "input": {"prompt": "a lighthouse"}})
 
     assert shared.generations()[-1] == {
@@ -91,17 +91,20 @@ def test_what_the_job_leaves_out_is_ours_or_not_sent(shared: World) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
-def test_the_old_name_of_a_sampler_works_on_every_webui(tmp_path: Path, version: str) -> None:
+def test_the_old_name_of_a_sampler_works_with_every_webui(tmp_path: Path, version: str) -> None:
     with world(tmp_path, version=version) as it:
         answer = it.ask(sampler_name="dpm++ 2m karras")
 
+    # Both have the scheduler as a field of its own; 1.9.3 answers 404 to the old name itself.
+    body = it.generations()[-1]
+    assert (body["sampler_name"], body.get("scheduler")) == ("DPM++ 2M", "Karras")
     info = json.loads(answer["info"])
-    assert info["sampler_name"] == "DPM++ 2M"
-    assert "Karras" in str(info) or version == "1.9.3"
+    assert (info["version"], info["sampler_name"]) == (version, "DPM++ 2M")
+    assert info["extra_generation_params"] == {"Schedule type": "Karras"}
 
 
 @pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
-def test_a_second_pass_with_another_lora_proves_both(tmp_path: Path, version: str) -> None:
+def test_a_second_pass_with_another_lora_verifies_both(tmp_path: Path, version: str) -> None:
     hires: dict[str, Any] = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 2, "hr_upscaler": "Latent"}
     with world(tmp_path, version=version) as it:
         answer = it.ask(prompt="a <lora:detail_tweaker_xl:1>", hr_prompt="a <lora:hand_detail_flux_xl:1>", **hires)
@@ -111,14 +114,24 @@ def test_a_second_pass_with_another_lora_proves_both(tmp_path: Path, version: st
 
 def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    caplog.handler.addFilter(logs.with_job)
+    caplog.handler.addFilter(logs.add_job_id)
     shared.webui.fail_next = [Fault.OUT_OF_MEMORY]
 
     shared.ask("job-77")
 
-    said = {record.getMessage().partition(":")[0]: record for record in caplog.records}
-    assert {said[words].__dict__["job"] for words in ("the job failed", "ended early")} == {"job-77"}
-    assert "total" in said["ended early"].getMessage()
+    logged = {record.getMessage().partition(":")[0]: record for record in caplog.records}
+    assert {logged[words].__dict__["job"] for words in ("the job failed", "ended early")} == {"job-77"}
+    assert "total" in logged["ended early"].getMessage()
+
+
+def test_a_successful_jobs_last_line_carries_its_id(shared: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    caplog.handler.addFilter(logs.add_job_id)
+
+    shared.ask("job-78")
+
+    (last,) = [record for record in caplog.records if record.getMessage().startswith("done with ")]
+    assert last.__dict__["job"] == "job-78"  # logged by a thread
 
 
 def test_a_job_does_not_leak_into_the_next(shared: World) -> None:
@@ -154,7 +167,7 @@ def test_a_lora_may_be_named_in_every_documented_way(shared: World) -> None:
         assert answer["worker"]["loras"][0]["scale"] == 1.5, named
 
 
-def test_a_model_put_there_by_hand_is_known_by_its_stem(fresh: World) -> None:
+def test_a_model_that_was_copied_into_the_cache_is_known_by_its_stem(fresh: World) -> None:
     sdxl_lora(fresh.models_dir / "loras" / "my_style.safetensors", 5, 300_000)
 
     answer = fresh.ask(prompt="a lighthouse <lora:my_style:0.6>")
@@ -163,14 +176,14 @@ def test_a_model_put_there_by_hand_is_known_by_its_stem(fresh: World) -> None:
     assert answer["worker"]["loras"][0]["loaded"] is True
 
 
-def test_a_job_may_be_had_without_its_lora(shared: World) -> None:
+def test_a_job_may_go_on_without_its_lora(shared: World) -> None:
     answer = shared.ask(loras=[{"version_id": 404404}, {"version_id": DETAIL}], on_lora_error="warn")
 
     assert [lora["loaded"] for lora in answer["worker"]["loras"]] == [False, True]
     assert "MODEL_NOT_FOUND" in answer["worker"]["warnings"][0]
 
 
-def test_a_local_run_saves_its_pictures(tmp_path: Path) -> None:
+def test_a_local_run_saves_its_images(tmp_path: Path) -> None:
     with world(tmp_path, OUTPUT_DIR=str(tmp_path / "out")) as it:
         answer = it.ask("local_test")
 
@@ -311,10 +324,10 @@ def test_a_strange_name_beside_an_id_never_reaches_the_disk(shared: World, name:
     assert answer.get("code") in (None, "INVALID_REQUEST")
 
 
-# -- LoRAs that cannot be had -----------------------------------------------------------------------------------------
+# -- LoRAs that are not available --------------------------------------------------------------------------------------
 
-# what CivitAI says to everything about this version, and what the job must end with
-CIVITAI_SAYS: list[tuple[c.Fault, str, bool]] = [
+# what CivitAI answers to every request for this version, and what the job must end with
+CIVITAI_RESPONSES: list[tuple[c.Fault, str, bool]] = [
     (c.BAD_REQUEST, "DOWNLOAD_FAILED", True),
     (c.LOGIN_REQUIRED, "MODEL_ACCESS_DENIED", False),
     (c.DOWNLOADS_DISABLED, "MODEL_ACCESS_DENIED", False),
@@ -331,9 +344,9 @@ CIVITAI_SAYS: list[tuple[c.Fault, str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("says", "code", "retryable"), CIVITAI_SAYS, ids=lambda value: str(value)[:40])
-def test_a_lora_that_cannot_be_had_ends_the_job(fresh: World, says: c.Fault, code: str, retryable: bool) -> None:
-    fresh.civitai.fail(says, times=None, on="/api/download/")
+@pytest.mark.parametrize(("response", "code", "retryable"), CIVITAI_RESPONSES, ids=lambda value: str(value)[:40])
+def test_a_lora_that_is_not_available_ends_the_job(fresh: World, response: c.Fault, code: str, retryable: bool) -> None:
+    fresh.civitai.fail(response, times=None, on="/api/download/")
 
     answer = fresh.ask(loras=[{"version_id": HAND}])
 
@@ -344,8 +357,8 @@ def test_a_lora_that_cannot_be_had_ends_the_job(fresh: World, says: c.Fault, cod
     assert_unharmed(fresh)
 
 
-# how the storage spoils the file, and what the job must end with
-STORAGE_DOES: list[tuple[c.Fault, str]] = [
+# what the storage sends in the file's place, and what the job must end with
+STORAGE_RESPONSES: list[tuple[c.Fault, str]] = [
     (c.HTML_PAGE, "MODEL_REJECTED"),  # a login page
     (c.Fault(cut_after=1000), "DOWNLOAD_FAILED"),  # half a file, every time
     (c.Fault(extra=1000), "DOWNLOAD_FAILED"),  # lengths that contradict each other
@@ -356,9 +369,9 @@ STORAGE_DOES: list[tuple[c.Fault, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("does", "code"), STORAGE_DOES, ids=lambda value: str(value)[:60])
-def test_a_spoilt_file_ends_the_job_and_leaves_nothing(fresh: World, does: c.Fault, code: str) -> None:
-    fresh.civitai.storage.fail(does, times=None)
+@pytest.mark.parametrize(("response", "code"), STORAGE_RESPONSES, ids=lambda value: str(value)[:60])
+def test_a_broken_download_ends_the_job_and_leaves_nothing(fresh: World, response: c.Fault, code: str) -> None:
+    fresh.civitai.storage.fail(response, times=None)
 
     answer = fresh.ask(loras=[{"version_id": HAND}])
 
@@ -394,7 +407,7 @@ def test_a_file_that_may_not_be_loaded_is_rejected(fresh: World, make: Callable[
     assert_unharmed(fresh)
 
 
-def test_other_bytes_than_promised_are_rejected(fresh: World) -> None:
+def test_a_file_with_another_checksum_is_rejected(fresh: World) -> None:
     fresh.civitai.replace(HAND, sdxl_lora(fresh.folder / "other.safetensors", 9, 300_000))
 
     answer = fresh.ask(loras=[{"version_id": HAND}])
@@ -403,14 +416,14 @@ def test_other_bytes_than_promised_are_rejected(fresh: World) -> None:
     assert_unharmed(fresh)
 
 
-def test_a_tag_that_nobody_knows_ends_the_job(shared: World) -> None:
+def test_an_unknown_tag_ends_the_job(shared: World) -> None:
     answer = shared.ask(prompt="a lighthouse <lora:nobody_knows:1>")
 
     assert answer["code"] == "MODEL_NOT_FOUND"
     assert "nobody_knows" in answer["error"]
 
 
-def test_the_key_reaches_civitai_alone(fresh: World) -> None:
+def test_the_key_is_sent_to_civitais_api_alone(fresh: World) -> None:
     fresh.ask(loras=[{"version_id": DETAIL}])
 
     assert all("authorization" not in asked.headers for asked in fresh.civitai.storage.asked)
@@ -420,14 +433,10 @@ def test_the_key_reaches_civitai_alone(fresh: World) -> None:
 # -- a WebUI that fails -----------------------------------------------------------------------------------------------
 
 
-def says(status: int, name: str, *, detail: str = "", errors: str = "") -> Canned:
-    return Canned(status, {"error": name, "detail": detail, "body": "", "errors": errors})
-
-
 HTML = Canned(200, b"<html>hello</html>", "text/html")
 
-# what the next txt2img does, and what its job must end with
-WEBUI_DOES: list[tuple[Fault | Canned, str]] = [
+# what the next txt2img answers, and what its job must end with
+WEBUI_RESPONSES: list[tuple[Fault | Canned, str]] = [
     (
         Canned(500, {"error": "TypeError", "detail": "", "body": "", "errors": "in /opt/webui/x.py"}),
         "GENERATION_FAILED",
@@ -452,10 +461,10 @@ WEBUI_DOES: list[tuple[Fault | Canned, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("does", "code"), WEBUI_DOES, ids=lambda value: str(value)[:60])
-def test_a_webui_that_fails_costs_one_job(shared: World, does: Fault | Canned, code: str) -> None:
+@pytest.mark.parametrize(("response", "code"), WEBUI_RESPONSES, ids=lambda value: str(value)[:60])
+def test_a_webui_that_fails_costs_one_job(shared: World, response: Fault | Canned, code: str) -> None:
     before = len(shared.generations())
-    shared.webui.fail_next = [does]
+    shared.webui.fail_next = [response]
 
     answer = shared.ask()
 
@@ -465,7 +474,7 @@ def test_a_webui_that_fails_costs_one_job(shared: World, does: Fault | Canned, c
     assert_unharmed(shared)
 
 
-def test_a_black_picture_may_be_asked_for(shared: World) -> None:
+def test_a_job_may_allow_a_black_image(shared: World) -> None:
     shared.webui.fail_next = [Fault.BLACK]
 
     answer = shared.ask(allow_blank=True)
@@ -481,7 +490,7 @@ def test_a_bare_404_is_waited_out(shared: World) -> None:
     assert "error" not in answer
 
 
-def test_a_bare_404_that_stays_is_given_up_after_three_tries(shared: World) -> None:
+def test_a_bare_404_that_stays_ends_the_job_after_three_tries(shared: World) -> None:
     before = len(shared.generations())
     shared.webui.fail_next = [Fault.NOT_FOUND] * 3
 
@@ -524,7 +533,7 @@ def test_a_webui_that_dies_during_a_job_costs_that_job_alone(fresh: World) -> No
     assert_unharmed(fresh)
 
 
-def test_a_webui_that_is_gone_is_said_to_be_gone(fresh: World) -> None:
+def test_a_webui_that_is_gone_is_not_ready(fresh: World) -> None:
     fresh.webui.crash()
 
     answer = fresh.ask()
@@ -533,13 +542,13 @@ def test_a_webui_that_is_gone_is_said_to_be_gone(fresh: World) -> None:
     assert "make demo" in answer["hint"]
 
 
-def test_a_restarted_webui_is_made_ready_again_by_the_next_job(fresh: World) -> None:
+def test_the_next_job_prepares_a_restarted_webui_again(fresh: World) -> None:
     fresh.ask()
     fresh.webui.restart()
 
     answer = fresh.ask()
 
-    # The fresh WebUI loads its only checkpoint by itself; the proof is from the answer.
+    # The fresh WebUI loads its only checkpoint by itself. That is verified from the answer.
     assert "error" not in answer
 
 
@@ -602,7 +611,7 @@ def test_a_cancelled_download_stops_and_generates_nothing(fresh: World) -> None:
     assert "error" not in fresh.ask(loras=[{"version_id": HAND}])
 
 
-def test_a_job_whose_time_is_up_is_interrupted_and_told_so(tmp_path: Path) -> None:
+def test_a_job_whose_time_is_up_is_interrupted_and_times_out(tmp_path: Path) -> None:
     with world(tmp_path, JOB_TIMEOUT="0.5") as it:
         it.webui.step_seconds = 0.05
 
@@ -672,7 +681,7 @@ def test_a_second_boot_downloads_nothing(tmp_path: Path) -> None:
         assert it.civitai.resolves[CHECKPOINT] == 1
 
 
-def test_without_a_webui_not_a_byte_is_fetched(tmp_path: Path) -> None:
+def test_without_a_webui_nothing_is_downloaded(tmp_path: Path) -> None:
     with world(tmp_path, boot=False) as it:
         it.webui.crash()
         config = it.config()
@@ -684,25 +693,25 @@ def test_without_a_webui_not_a_byte_is_fetched(tmp_path: Path) -> None:
         assert it.civitai.asked == []
 
 
-def test_the_checkpoint_arrives_while_the_webui_starts(tmp_path: Path) -> None:
+def test_the_checkpoint_is_downloaded_while_the_webui_starts(tmp_path: Path) -> None:
     state = tmp_path / "webui.state"
-    state.write_text(str(os.getpid()))  # somebody of ours is starting it
+    state.write_text(str(os.getpid()))  # start.sh is starting it
     with world(tmp_path, boot=False, WEBUI_STATE_FILE=str(state)) as it:
         it.webui.not_mounted_for = 10**9
-        arrived = threading.Event()
+        requested = threading.Event()
 
         def serving(exchange: Exchange) -> bool:
             it.webui.not_mounted_for = 0  # the WebUI is up only when the file is asked for
-            arrived.set()
+            requested.set()
             return False
 
         it.civitai.storage.before.append(serving)
         it.boot()
 
-        assert arrived.is_set()
+        assert requested.is_set()
 
 
-def test_a_webui_that_start_sh_gave_up_on_ends_the_boot(tmp_path: Path) -> None:
+def test_a_webui_that_start_sh_has_given_up_ends_the_boot(tmp_path: Path) -> None:
     state = tmp_path / "webui.state"
     state.write_text("failed")
     with world(tmp_path, boot=False, WEBUI_STATE_FILE=str(state)) as it:
@@ -714,7 +723,7 @@ def test_a_webui_that_start_sh_gave_up_on_ends_the_boot(tmp_path: Path) -> None:
             it.worker.boot()
 
 
-def test_a_webui_that_cannot_prove_its_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_webui_whose_checkpoint_cannot_be_verified_ends_the_boot(tmp_path: Path) -> None:
     with world(tmp_path, boot=False) as it:
         it.webui.misshapen_models = {"jib_mix_illustrious_realistic_v2"}
 
@@ -731,7 +740,7 @@ def test_a_broken_worker_answers_each_job_with_the_reason(tmp_path: Path) -> Non
     assert (answer["code"], answer["refresh_worker"]) == ("WEBUI_NOT_READY", True)
 
 
-def test_on_a_desk_without_a_webui_the_command_ends_with_a_hint(tmp_path: Path) -> None:
+def test_a_local_run_without_a_webui_ends_with_a_hint(tmp_path: Path) -> None:
     environ = {
         "PATH": os.environ["PATH"],
         "WEBUI_URL": "http://127.0.0.1:9",

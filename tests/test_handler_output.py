@@ -1,4 +1,4 @@
-"""Whole jobs, and how their pictures leave: each output option through the real handler, a real S3 server behind it."""
+"""Whole jobs, and how their images leave: each output option, with the real handler and a real S3 server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.buckets import KEY_ID, SECRET, Fault, Line, Storage, storage
-from tests.test_images import infotext_of
+from tests.buckets import KEY_ID, SECRET, FaultyProxy, S3Fault, S3Server, s3_server
+from tests.images import infotext_of
 from tests.world import DETAIL, World, world
 
 
@@ -26,28 +26,28 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Storage]:
-    with storage() as it:
+def s3() -> Iterator[S3Server]:
+    with s3_server() as it:
         yield it
 
 
 @pytest.fixture(scope="module")
-def line(s3: Storage) -> Iterator[Line]:
-    with Line(s3.url) as it:
+def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3.url) as it:
         yield it
 
 
 @pytest.fixture(scope="module")
-def results(s3: Storage) -> str:
+def results(s3: S3Server) -> str:
     return s3.new_bucket()
 
 
 @pytest.fixture(scope="module")
-def bucketed(tmp_path_factory: pytest.TempPathFactory, line: Line, results: str) -> Iterator[World]:
+def bucketed(tmp_path_factory: pytest.TempPathFactory, proxy: FaultyProxy, results: str) -> Iterator[World]:
     """A worker with a bucket."""
     with world(
         tmp_path_factory.mktemp("bucketed"),
-        BUCKET_ENDPOINT_URL=line.url,
+        BUCKET_ENDPOINT_URL=proxy.url,
         BUCKET_ACCESS_KEY_ID=KEY_ID,
         BUCKET_SECRET_ACCESS_KEY=SECRET,
         BUCKET_NAME=results,
@@ -58,9 +58,9 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory, line: Line, results: str)
 
 
 @pytest.fixture(autouse=True)
-def _healthy(plain: World, bucketed: World, line: Line) -> Iterator[None]:
+def _healthy(plain: World, bucketed: World, proxy: FaultyProxy) -> Iterator[None]:
     yield
-    line.faults.clear()
+    proxy.faults.clear()
     plain.webui.image_bytes = bucketed.webui.image_bytes = None
 
 
@@ -73,17 +73,17 @@ def opened(data: bytes) -> Image.Image:
 # -- in the answer ----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_says_nothing_gets_the_webuis_own_bytes(plain: World) -> None:
-    said = plain.ask(output={"format": "png", "delivery": "auto", "metadata": True, "raw": False})
-    unsaid = plain.ask()
+def test_a_job_without_output_options_gets_the_webuis_own_bytes(plain: World) -> None:
+    defaults = plain.ask(output={"format": "png", "delivery": "auto", "metadata": True, "raw": False})
+    answer = plain.ask()
 
-    assert said["images"] == unsaid["images"]
-    assert unsaid["worker"]["delivery"] == {"mode": "inline", "format": "png", "urls": [], "expires_at": None}
-    assert "lighthouse" in str(infotext_of(unsaid["images"][0]))
+    assert defaults["images"] == answer["images"]
+    assert answer["worker"]["delivery"] == {"mode": "inline", "format": "png", "urls": [], "expires_at": None}
+    assert "lighthouse" in str(infotext_of(answer["images"][0]))
 
 
 @pytest.mark.parametrize("form", ["jpeg", "webp"])
-def test_a_job_has_its_pictures_in_the_format_it_wants_with_their_infotext(plain: World, form: str) -> None:
+def test_a_job_gets_its_images_in_its_format_with_their_infotext(plain: World, form: str) -> None:
     before = infotext_of(plain.ask(batch_size=2, loras=[{"version_id": DETAIL}])["images"][1])
 
     answer = plain.ask(batch_size=2, loras=[{"version_id": DETAIL}], output={"format": form, "quality": 80})
@@ -96,16 +96,16 @@ def test_a_job_has_its_pictures_in_the_format_it_wants_with_their_infotext(plain
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
-def test_without_metadata_no_picture_says_how_it_was_made(plain: World, form: str) -> None:
-    with_words = opened(base64.b64decode(plain.ask()["images"][0]))
+def test_without_metadata_no_image_has_an_infotext(plain: World, form: str) -> None:
+    original = opened(base64.b64decode(plain.ask()["images"][0]))
 
     answer = plain.ask(output={"format": form, "metadata": False})
 
     data = base64.b64decode(answer["images"][0])
     assert infotext_of(answer["images"][0]) is None and b"lighthouse" not in data
     if form == "png":
-        assert opened(data).tobytes() == with_words.tobytes()
-    assert "lighthouse" in answer["info"]  # the answer itself still says it
+        assert opened(data).tobytes() == original.tobytes()
+    assert "lighthouse" in answer["info"]  # the answer itself still has it
 
 
 def test_a_raw_answer_is_the_webuis_alone(plain: World) -> None:
@@ -117,7 +117,7 @@ def test_a_raw_answer_is_the_webuis_alone(plain: World) -> None:
     assert raw["images"] == whole["images"]
 
 
-def test_the_webui_is_never_told_of_the_output(plain: World) -> None:
+def test_the_webui_never_sees_the_output_options(plain: World) -> None:
     plain.ask(output={"format": "webp"}, allow_blank=True)
 
     assert not {"output", "allow_blank"} & plain.generations()[-1].keys()
@@ -129,7 +129,7 @@ def test_a_quality_for_png_is_answered_with_a_warning(plain: World) -> None:
     ]
 
 
-# what the job wants, and what must be in the error
+# the job's output options, and what must be in the error
 REFUSED: list[tuple[Any, str]] = [
     ({"format": "gif"}, "output.format: must be one of png, jpeg, webp"),
     ({"format": "webp", "quality": 101}, "output.quality: must be a whole number from 1 to 100"),
@@ -139,7 +139,9 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("output", "words"), REFUSED)
-def test_what_cannot_be_delivered_is_refused_before_anything_is_made(plain: World, output: Any, words: str) -> None:
+def test_output_options_that_cannot_work_are_refused_before_the_generation(
+    plain: World, output: Any, words: str
+) -> None:
     before = len(plain.generations())
 
     answer = plain.ask(output=output)
@@ -148,7 +150,7 @@ def test_what_cannot_be_delivered_is_refused_before_anything_is_made(plain: Worl
     assert len(plain.generations()) == before
 
 
-def test_a_local_runs_pictures_are_saved_as_what_they_are(tmp_path: Path) -> None:
+def test_a_local_runs_images_are_saved_in_their_own_format(tmp_path: Path) -> None:
     with world(tmp_path, OUTPUT_DIR=str(tmp_path / "out")) as it:
         answer = it.ask("local_test", output={"format": "jpeg", "raw": True})
 
@@ -161,7 +163,7 @@ def test_a_local_runs_pictures_are_saved_as_what_they_are(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("job_id", ["job-1", "sync-1"])
-def test_a_result_the_platform_would_drop_is_an_error_with_a_way_out(plain: World, job_id: str) -> None:
+def test_a_result_that_the_platform_would_drop_is_an_error_with_a_hint(plain: World, job_id: str) -> None:
     plain.webui.image_bytes = 16_000_000
 
     answer = plain.ask(job_id)
@@ -170,7 +172,7 @@ def test_a_result_the_platform_would_drop_is_an_error_with_a_way_out(plain: Worl
     assert '"format": "webp"' in answer["hint"] and "BUCKET_ENDPOINT_URL" in answer["hint"]
 
 
-def test_the_way_out_that_is_named_leads_out(plain: World) -> None:
+def test_the_hint_of_a_result_that_is_too_large_works(plain: World) -> None:
     plain.webui.image_bytes = 8_000_000
 
     failed = plain.ask()
@@ -184,7 +186,7 @@ def test_the_way_out_that_is_named_leads_out(plain: World) -> None:
 # -- in the bucket ----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_may_have_links_instead_of_pictures(bucketed: World, s3: Storage, results: str) -> None:
+def test_a_job_may_have_links_instead_of_images(bucketed: World, s3: S3Server, results: str) -> None:
     inline = bucketed.ask("job-a", batch_size=2)
 
     answer = bucketed.ask("job-b", batch_size=2, output={"delivery": "bucket"})
@@ -193,12 +195,12 @@ def test_a_job_may_have_links_instead_of_pictures(bucketed: World, s3: Storage, 
     assert (answer["images"], delivered["mode"], delivered["format"]) == ([], "bucket", "png")
     assert [key for key in s3.keys(results) if "job-b" in key] == ["a1111/job-b/1-42.png", "a1111/job-b/2-43.png"]
     read = [requests.get(url, timeout=10) for url in delivered["urls"]]
-    assert [base64.b64encode(one.content).decode() for one in read] == inline["images"]  # byte for byte
+    assert [base64.b64encode(response.content).decode() for response in read] == inline["images"]  # byte for byte
     assert delivered["expires_at"].endswith("Z")
     assert json.loads(answer["info"])["all_seeds"] == [42, 43]
 
 
-def test_what_does_not_fit_goes_to_the_bucket_by_itself(bucketed: World) -> None:
+def test_a_result_that_does_not_fit_goes_to_the_bucket(bucketed: World) -> None:
     bucketed.webui.image_bytes = 9_000_000
 
     answer = bucketed.ask()
@@ -207,17 +209,17 @@ def test_what_does_not_fit_goes_to_the_bucket_by_itself(bucketed: World) -> None
     assert answer["images"] == [] and len(requests.get(url, timeout=10).content) == 9_000_000
 
 
-def test_what_fits_stays_in_the_answer_though_there_is_a_bucket(bucketed: World, line: Line) -> None:
-    before = len(line.asked)
+def test_a_result_that_fits_stays_in_the_answer_though_there_is_a_bucket(bucketed: World, proxy: FaultyProxy) -> None:
+    before = len(proxy.asked)
 
     answer = bucketed.ask()
 
     assert answer["worker"]["delivery"]["mode"] == "inline" and len(answer["images"]) == 1
-    assert len(line.asked) == before
+    assert len(proxy.asked) == before
 
 
 @pytest.mark.parametrize("output", [{"delivery": "inline"}, {"raw": True}])
-def test_a_job_that_wants_no_links_gets_an_error_that_names_them(bucketed: World, output: dict[str, Any]) -> None:
+def test_a_job_that_excludes_links_gets_an_error_that_names_them(bucketed: World, output: dict[str, Any]) -> None:
     bucketed.webui.image_bytes = 9_000_000
 
     answer = bucketed.ask(output=output)
@@ -225,16 +227,16 @@ def test_a_job_that_wants_no_links_gets_an_error_that_names_them(bucketed: World
     assert answer["code"] == "RESULT_TOO_LARGE" and "links into the bucket" in answer["hint"]
 
 
-def test_links_have_no_place_in_a_raw_answer(bucketed: World) -> None:
+def test_a_raw_answer_cannot_have_links(bucketed: World) -> None:
     answer = bucketed.ask(output={"delivery": "bucket", "raw": True})
 
     assert answer["code"] == "INVALID_REQUEST" and "output.raw" in answer["error"]
 
 
 def test_a_bucket_that_refuses_fails_the_job_and_harms_no_other(
-    bucketed: World, line: Line, s3: Storage, results: str
+    bucketed: World, proxy: FaultyProxy, s3: S3Server, results: str
 ) -> None:
-    line.faults.append(Fault(403, on="/2-", times=1))
+    proxy.faults.append(S3Fault(403, on="/2-", times=1))
 
     failed = bucketed.ask("job-x", batch_size=2, output={"delivery": "bucket", "format": "webp"})
     after = bucketed.ask("job-y", output={"delivery": "bucket", "format": "webp"})

@@ -51,7 +51,7 @@ def prompts(it: World) -> list[str]:
     return [body["prompt"] for body in it.generations()]
 
 
-def test_they_generate_one_after_the_other_in_the_order_they_came(it: World) -> None:
+def test_jobs_generate_one_after_the_other_in_the_order_they_came(it: World) -> None:
     it.webui.step_seconds = 0.02
 
     async def scene() -> None:
@@ -63,7 +63,7 @@ def test_they_generate_one_after_the_other_in_the_order_they_came(it: World) -> 
     play(it, scene())
 
 
-def test_a_download_of_one_does_not_keep_the_gpu_from_another(it: World) -> None:
+def test_a_download_for_one_job_does_not_keep_the_gpu_from_another(it: World) -> None:
     it.civitai.storage.fail(c.Fault(rate=100_000.0), times=None)  # three seconds for a LoRA
 
     async def scene() -> None:
@@ -78,35 +78,36 @@ def test_a_download_of_one_does_not_keep_the_gpu_from_another(it: World) -> None
     play(it, scene())
 
 
-class Line:
-    """In place of the cache: tells who asked for it when two have come, and again when the first one has left."""
+class PriorityRecorder:
+    """In place of the model manager: records `is_next` of two jobs once both hold, and of the second when the first is
+    prepared."""
 
     def __init__(self) -> None:
         self.first: list[bool] = []
         self.second: list[bool] = []
-        self._came = 0
-        self.begun, self._two, self._one_left = threading.Event(), threading.Event(), threading.Event()
+        self._holds = 0
+        self.begun, self._both_hold, self._first_left = threading.Event(), threading.Event(), threading.Event()
 
     @contextlib.contextmanager
     def hold(self, refs: Any, context: JobContext, *, tolerate: bool) -> Iterator[None]:
-        self._came += 1
+        self._holds += 1
         self.begun.set()
-        if self._came == 1:
-            self._two.wait(20)
+        if self._holds == 1:
+            self._both_hold.wait(20)
             self.first.append(context.is_next())
             yield
-            self._one_left.set()
+            self._first_left.set()
             return
         self.second.append(context.is_next())
-        self._two.set()
-        self._one_left.wait(20)
+        self._both_hold.set()
+        self._first_left.wait(20)
         self.second.append(context.is_next())
         yield
 
 
-def test_of_those_that_prepare_the_oldest_has_the_line_first(it: World) -> None:
-    line: Any = Line()
-    worker = Worker(it.config(), models=line)
+def test_of_the_jobs_that_prepare_the_oldest_is_next(it: World) -> None:
+    recorder: Any = PriorityRecorder()
+    worker = Worker(it.config(), models=recorder)
     request = parse_request({"prompt": "a lighthouse"}, worker.limits)
 
     def prepare(name: str) -> None:
@@ -115,15 +116,15 @@ def test_of_those_that_prepare_the_oldest_has_the_line_first(it: World) -> None:
 
     threads = [threading.Thread(target=prepare, args=(name,)) for name in ("first", "second")]
     threads[0].start()
-    line.begun.wait(20)
+    recorder.begun.wait(20)
     threads[1].start()
     for thread in threads:
         thread.join(20)
 
-    assert (line.first, line.second) == ([True], [False, True])
+    assert (recorder.first, recorder.second) == ([True], [False, True])
 
 
-def test_one_that_waits_and_is_cancelled_is_simply_gone(it: World) -> None:
+def test_a_job_that_is_cancelled_while_it_waits_is_simply_gone(it: World) -> None:
     it.webui.step_seconds = 0.03
     generating = seen(it, "/sdapi/v1/progress")
 
@@ -143,7 +144,7 @@ def test_one_that_waits_and_is_cancelled_is_simply_gone(it: World) -> None:
     play(it, scene())
 
 
-def test_one_that_generates_and_is_cancelled_does_not_touch_the_one_that_waits(it: World) -> None:
+def test_cancelling_the_job_that_generates_does_not_touch_the_job_that_waits(it: World) -> None:
     it.webui.step_seconds = 0.03
     generating = seen(it, "/sdapi/v1/progress")
 
@@ -162,7 +163,7 @@ def test_one_that_generates_and_is_cancelled_does_not_touch_the_one_that_waits(i
     play(it, scene())
 
 
-def test_one_that_fails_does_not_touch_the_one_beside_it(it: World) -> None:
+def test_a_job_that_fails_does_not_touch_the_jobs_beside_it(it: World) -> None:
     async def scene() -> None:
         bad, missing, good = await asyncio.gather(
             it.worker.handle(job("bad", steps=0)),
@@ -176,7 +177,7 @@ def test_one_that_fails_does_not_touch_the_one_beside_it(it: World) -> None:
     play(it, scene())
 
 
-def test_two_that_want_the_same_lora_fetch_it_once(it: World) -> None:
+def test_two_jobs_with_the_same_lora_download_it_once(it: World) -> None:
     async def scene() -> None:
         answers = await asyncio.gather(*(it.worker.handle(job(name, loras=[{"version_id": HAND}])) for name in "ab"))
 
@@ -186,7 +187,7 @@ def test_two_that_want_the_same_lora_fetch_it_once(it: World) -> None:
     play(it, scene())
 
 
-def test_a_download_somebody_else_waits_for_survives_the_cancellation(it: World) -> None:
+def test_a_download_that_another_job_waits_for_survives_a_cancellation(it: World) -> None:
     it.civitai.storage.fail(c.Fault(rate=300_000.0), times=None)
     downloading = threading.Event()
 
@@ -210,21 +211,21 @@ def test_a_download_somebody_else_waits_for_survives_the_cancellation(it: World)
     play(it, scene())
 
 
-def test_the_next_request_leaves_while_the_last_answer_is_still_arriving(it: World) -> None:
-    next_one, first = threading.Event(), threading.Lock()
+def test_the_next_request_is_sent_while_the_last_answer_is_still_being_read(it: World) -> None:
+    next_came, first = threading.Event(), threading.Lock()
 
     def slowly(exchange: Exchange) -> bool:
         """The first job's answer: its head at once, its end only when the next job's request has come."""
         name = exchange.asked.json()["prompt"] if exchange.asked.path.endswith("/txt2img") else ""
         if name == "next":
-            next_one.set()
+            next_came.set()
         if name != "first" or not first.acquire(blocking=False):
             return False
         whole = requests.post(f"{it.webui.url}/sdapi/v1/txt2img", data=exchange.asked.body, timeout=20).content
         exchange.begin(200, {"content-length": str(len(whole)), "content-type": "application/json"})
         exchange.write(whole[:100])
         exchange.flush()
-        if next_one.wait(20):
+        if next_came.wait(20):
             exchange.write(whole[100:])
         return True
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TALK = """
+SCRIPT = """
 import logging
 from a1111_worker import logs
 logs.configure("INFO", {form!r})
@@ -25,9 +25,9 @@ except ZeroDivisionError:
 """
 
 
-def said(form: str) -> list[str]:
+def logged(log_format: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", TALK.format(form=form)],
+        [sys.executable, "-c", SCRIPT.format(form=log_format)],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -36,8 +36,8 @@ def said(form: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_a_line_carries_the_jobs_id_inside_its_story_alone() -> None:
-    before, inside, after, *trace = said("text")
+def test_only_lines_inside_a_job_carry_its_id() -> None:
+    before, inside, after, *trace = logged("text")
 
     assert before.endswith("INFO    before")
     assert inside.endswith("WARNING job-1 | inside 1")
@@ -46,13 +46,13 @@ def test_a_line_carries_the_jobs_id_inside_its_story_alone() -> None:
 
 
 def test_json_lines_are_one_object_each() -> None:
-    lines = [json.loads(line) for line in said("json")]
+    lines = [json.loads(line) for line in logged("json")]
 
     assert [line["requestId"] for line in lines] == [None, "job-1", None]
     assert lines[1]["message"] == "inside 1"
     assert "ZeroDivisionError" in lines[2]["exception"]
 
 
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_the_level_is_kept(form: str) -> None:
-    assert not any("not shown" in line for line in said(form))
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_lines_below_the_level_are_dropped(log_format: str) -> None:
+    assert not any("not shown" in line for line in logged(log_format))

@@ -29,7 +29,7 @@ class Endpoint:
         self.queue = queue
         self._log = log
         origins = f"{it.civitai.url},{it.civitai.storage.url}"
-        self._environ = queue.worker_env(
+        self.environ = queue.worker_env(
             WEBUI_URL=it.webui.url,
             CIVITAI_URL=it.civitai.url,
             CIVITAI_API_KEY="the-key",
@@ -46,7 +46,7 @@ class Endpoint:
             self.process = subprocess.Popen(
                 [sys.executable, "handler.py"],
                 cwd=ROOT,
-                env={**self._environ, **settings},
+                env={**self.environ, **settings},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -66,7 +66,7 @@ class Endpoint:
         return self._log.read_text(errors="replace")
 
     def run(self, sync: bool = False, **given: Any) -> dict[str, Any]:
-        """What /status says of a job in the end."""
+        """What /status returns for a job in the end."""
         job_id = self.queue.submit({"prompt": "a lighthouse", **SMALL, **given}, sync=sync)
         return self.queue.wait(job_id, timeout=30)
 
@@ -88,7 +88,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         yield it
 
 
-def test_a_job_ends_completed_with_its_picture_and_proof(live: Endpoint) -> None:
+def test_a_job_ends_completed_with_its_image_and_the_worker_block(live: Endpoint) -> None:
     status = live.run(loras=[{"version_id": DETAIL}])
 
     assert status["status"] == "COMPLETED", status
@@ -131,8 +131,8 @@ def test_progress_is_shown_in_order_and_never_after_the_answer(live: Endpoint) -
     live.queue.wait(job, timeout=30)
     live.world.webui.step_seconds = 0.0
 
-    looks = live.queue.jobs[job].progress
-    percents = [look["percent"] for look in looks if look["stage"] == "generate"]
+    reported = live.queue.jobs[job].progress
+    percents = [progress["percent"] for progress in reported if progress["stage"] == "generate"]
     assert percents and percents == sorted(percents)
     assert live.queue.late_progress == []
 
@@ -178,7 +178,7 @@ def test_stopped_by_term_the_running_job_is_finished_first(tmp_path: Path) -> No
         assert it.queue.status(job)["status"] == "COMPLETED"
 
 
-def test_stopped_by_term_a_job_too_long_for_the_grace_is_told_so(tmp_path: Path) -> None:
+def test_stopped_by_term_a_job_too_long_for_the_grace_is_cancelled_with_an_answer(tmp_path: Path) -> None:
     with endpoint(tmp_path, SHUTDOWN_GRACE="1", JOBS_IN_FLIGHT="2") as it:
         it.world.webui.step_seconds = 0.1
         running = it.queue.submit({"prompt": "slow", **SMALL, "steps": 150})
@@ -210,7 +210,7 @@ def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) ->
     assert queue.jobs[job].stop_pod is True
 
 
-def test_whatever_a_boot_fails_of_the_jobs_hear_that_the_worker_is_not_ready(tmp_path: Path) -> None:
+def test_a_boot_that_fails_for_any_reason_answers_the_jobs_that_the_worker_is_not_ready(tmp_path: Path) -> None:
     with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
         job = queue.submit({"prompt": "a lighthouse"})
@@ -225,7 +225,7 @@ def test_whatever_a_boot_fails_of_the_jobs_hear_that_the_worker_is_not_ready(tmp
     assert queue.jobs[job].stop_pod is True
 
 
-def test_a_cache_that_cannot_even_be_made_ends_no_worker(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_created_ends_no_worker(tmp_path: Path) -> None:
     no_folder = tmp_path / "a file"
     no_folder.touch()
 
@@ -236,7 +236,7 @@ def test_a_cache_that_cannot_even_be_made_ends_no_worker(tmp_path: Path) -> None
     assert status["output"]["worker"]["loras"][0]["loaded"] is True
 
 
-def test_where_the_webui_can_be_shown_no_model_the_jobs_that_wait_are_told(tmp_path: Path) -> None:
+def test_a_webui_folder_that_cannot_be_written_answers_the_jobs_that_wait(tmp_path: Path) -> None:
     no_folder = tmp_path / "a file"
     no_folder.touch()
 
@@ -248,7 +248,7 @@ def test_where_the_webui_can_be_shown_no_model_the_jobs_that_wait_are_told(tmp_p
         )
         assert "WEBUI_MODELS_DIR" in status["output"]["hint"]
         assert "Traceback" not in it.log()
-        assert it.world.civitai.links_given == 0  # nothing was fetched for it
+        assert it.world.civitai.links_given == 0  # nothing was downloaded for it
 
 
 def test_the_local_api_answers_too(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with world(tmp_path, boot=False) as it, RunPod() as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
-        environ = {name: value for name, value in its._environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
+        environ = {name: value for name, value in its.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
         process = subprocess.Popen(
             [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_port", str(port)],
             cwd=ROOT,
@@ -295,3 +295,66 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
 
     assert answer["status"] == "COMPLETED"
     assert answer["output"]["worker"]["checkpoint"]["file"] == "jib_mix_illustrious_realistic_v2.safetensors"
+
+
+BUCKET = {
+    "BUCKET_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing listens there
+    "BUCKET_ACCESS_KEY_ID": "the-key-id",
+    "BUCKET_SECRET_ACCESS_KEY": "secret-access-key",
+    "BUCKET_NAME": "results",
+}
+
+# a setting that boto3 refuses, and the line that the start ends with
+UNUSABLE_BUCKETS = [
+    (
+        {"BUCKET_ENDPOINT_URL": "https://my_bucket.example.com"},
+        "BUCKET_ENDPOINT_URL='https://my_bucket.example.com': takes an origin whose host is a name of letters, digits, "
+        "`-` and `.`, or an address",
+    ),
+    (
+        {"BUCKET_REGION": "eu-"},
+        "BUCKET_REGION='eu-': takes a region such as eu-central-1: letters, digits and `-`, no `-` at either end, and "
+        "not digits alone",
+    ),
+]
+
+
+@pytest.mark.parametrize("is_on_runpod", [True, False])
+@pytest.mark.parametrize(("setting", "line"), UNUSABLE_BUCKETS)
+def test_a_bucket_setting_that_can_never_work_ends_the_start_with_one_line(
+    tmp_path: Path, setting: dict[str, str], line: str, is_on_runpod: bool
+) -> None:
+    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+        environ = {**Endpoint(it, queue, tmp_path / "worker.log").environ, **BUCKET, **setting}
+        if not is_on_runpod:
+            environ = {name: value for name, value in environ.items() if not name.startswith("RUNPOD_")}
+
+        done = subprocess.run(
+            [sys.executable, "handler.py"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stderr and BUCKET["BUCKET_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+
+def test_a_bucket_that_cannot_be_prepared_is_a_warning_and_fails_the_jobs_that_use_it(tmp_path: Path) -> None:
+    with endpoint(tmp_path, **BUCKET, AWS_PROFILE="nobody") as it:  # boto3 reads that, and finds no such profile
+        failed = it.run(output={"delivery": "bucket"})
+        without = it.run()
+
+        assert "the client for the bucket cannot be built (ProfileNotFound)" in it.log()
+        assert "Traceback" not in it.log()
+
+    assert failed["error"].startswith("DELIVERY_FAILED: the client for the bucket cannot be built (ProfileNotFound)")
+    assert failed["output"]["retryable"] is True
+    assert without["status"] == "COMPLETED"
+
+
+def test_a_bucket_that_cannot_be_reached_keeps_no_worker_from_its_boot(tmp_path: Path) -> None:
+    with endpoint(tmp_path, **BUCKET) as it:
+        without = it.run()
+        failed = it.run(output={"delivery": "bucket"})
+
+    assert without["status"] == "COMPLETED"
+    assert failed["error"].startswith("DELIVERY_FAILED: the bucket cannot be reached")

@@ -1,11 +1,4 @@
-"""How a job's pictures leave: converted as the job wants them, in the answer or as links into a bucket.
-
-The bucket is any S3-compatible one, and gets all pictures of a job or none:
-
-    <prefix>/<job id>/<number>-<seed>.<png, jpg or webp>
-
-boto3 is imported when the first picture goes there (or by `prepare`).
-"""
+"""How a job's images leave: converted as the job asks for it, in the answer or as links into a bucket."""
 
 from __future__ import annotations
 
@@ -18,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from a1111_worker import images as image_files
 from a1111_worker.context import JobContext
-from a1111_worker.delivery import formats
-from a1111_worker.delivery.answer import Delivered, answer_of, in_one_line, limit_of, way_out
+from a1111_worker.delivery.answer import Delivered, build_answer, choose_mode, format_summary, size_limit
 from a1111_worker.delivery.bucket import Bucket
-from a1111_worker.delivery.formats import decode_image, image_file_name, job_slug
+from a1111_worker.delivery.formats import Converted, convert, decode_image, image_file_name, is_unchanged, job_slug
 from a1111_worker.domain import DeliveryMode, Generation, OutputOptions, Progress, Stage
+from a1111_worker.errors import DeliveryFailed
+from a1111_worker.images import detect_format
 
 log = logging.getLogger(__name__)
+
+CONVERSION_THREADS = 4
 
 
 class Delivery:
@@ -36,63 +31,66 @@ class Delivery:
         self._bucket = bucket
 
     def prepare(self) -> None:
-        """Do now what the first picture for the bucket would wait for."""
-        if self._bucket is not None:
+        """Do now what the first image for the bucket would wait for.
+
+        Raises ConfigError for a bucket setting that can never work. Any other failure is only logged: jobs without the
+        bucket succeed all the same, and a job that needs it tries again.
+        """
+        if self._bucket is None:
+            return
+        try:
             self._bucket.prepare()
+        except DeliveryFailed as error:
+            log.warning("%s: %s", error.message, error.__cause__)
 
     def close(self) -> None:
         if self._bucket is not None:
             self._bucket.close()
 
     def deliver(self, generation: Generation, options: OutputOptions, context: JobContext) -> dict[str, Any]:
-        """The job's answer: strict JSON, no larger than the platform takes it.
+        """The job's answer: strict JSON, within the platform's limit.
 
         Raises ResultTooLarge, DeliveryFailed, JobTimeout or JobCancelled; nothing is left in the bucket then.
         """
         with context.timings.measure(Stage.DELIVER):
-            generation, images = _converted(generation, options, context)
+            generation, images = _convert_all(generation, options, context)
             delivered = Delivered(images, options.format)
-            draft = answer_of(generation, delivered, context.timings.seconds())
-            way = way_out(draft, options, limit_of(context.job_id), has_bucket=self._bucket is not None)
-            if way is DeliveryMode.BUCKET and self._bucket is not None:
+            draft = build_answer(generation, delivered, context.timings.seconds())
+            mode = choose_mode(draft, options, size_limit(context.job_id), has_bucket=self._bucket is not None)
+            if mode is DeliveryMode.BUCKET and self._bucket is not None:
                 delivered = self._bucket.deliver(generation.seeds, delivered, context)
-        answer = answer_of(generation, delivered, context.timings.seconds())
-        log.info("%s", in_one_line(answer["worker"]))
+        answer = build_answer(generation, delivered, context.timings.seconds())
+        log.info("%s", format_summary(answer["worker"]))
         if options.raw:
             del answer["worker"]
         return answer
 
 
 def save_images(folder: Path, job_id: str, answer: Mapping[str, Any]) -> list[Path]:
-    """Write a local run's pictures, `<job>-<n>-<seed>.png`; what is there already under these names is replaced."""
+    """Write a local run's images to `<job>-<number>-<seed>.png`. Files of these names are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds = json.loads(answer["info"]).get("all_seeds", [])
     written = []
     for number, image in enumerate(answer["images"], start=1):
-        path = folder / f"{job_slug(job_id)}-{image_file_name(number, seeds, image_files.format_of(image))}"
+        path = folder / f"{job_slug(job_id)}-{image_file_name(number, seeds, detect_format(image))}"
         path.write_bytes(decode_image(image))
         written.append(path)
     return written
 
 
-def _converted(generation: Generation, options: OutputOptions, context: JobContext) -> tuple[Generation, list[str]]:
-    """The pictures in the job's format, in parallel, and the generation with what is to be said of them."""
+def _convert_all(generation: Generation, options: OutputOptions, context: JobContext) -> tuple[Generation, list[str]]:
+    """The images in the job's format, converted in parallel, and the generation with the warnings about them."""
     images: list[str] = generation.answer["images"]
-    if formats.is_untouched(options):
+    if is_unchanged(options):
         return generation, images
     context.report(Progress(Stage.DELIVER, detail=f"makes {options.format.value} of {len(images)} pictures"))
 
-    def convert(image: str) -> formats.Converted:
+    def convert_one(image: str) -> Converted:
         context.deadline.check()
-        return formats.convert(image, options)
+        return convert(image, options)
 
-    with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1, 4), thread_name_prefix="convert") as threads:
-        converted = list(threads.map(convert, images))
-    said = dict.fromkeys(one.warning for one in converted if one.warning)
-    return replace(generation, warnings=(*generation.warnings, *said)), [one.picture for one in converted]
-
-
-# -- the bucket -------------------------------------------------------------------------------------------------------
-
-
-# -- what a bucket says -----------------------------------------------------------------------------------------------
+    count = min(len(images), os.cpu_count() or 1, CONVERSION_THREADS)
+    with ThreadPoolExecutor(count, thread_name_prefix="convert") as threads:
+        converted = list(threads.map(convert_one, images))
+    warnings = dict.fromkeys(entry.warning for entry in converted if entry.warning)
+    return replace(generation, warnings=(*generation.warnings, *warnings)), [entry.image for entry in converted]

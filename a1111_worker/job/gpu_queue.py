@@ -1,4 +1,4 @@
-"""Whose turn it is: at the GPU, one generation at a time; and at the network, the job that the GPU waits for."""
+"""The order of the jobs: at the GPU, one generation at a time; on the network, the job that the GPU waits for first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GpuQueue:
 
     @contextlib.asynccontextmanager
     async def turn(self, context: JobContext) -> AsyncIterator[None]:
-        """Wait for the GPU, and have it until the block ends. Raises JobTimeout or JobCancelled if that comes first."""
+        """Wait for the GPU, and keep it until the block ends. Raises JobTimeout or JobCancelled if that comes first."""
         with context.timings.measure(Stage.QUEUE):
             await self._acquire(context)
         try:
@@ -82,15 +82,15 @@ class GpuQueue:
 
 
 class PreparationOrder:
-    """The jobs that prepare, the oldest first: the GPU waits for that one, or will wait for it next."""
+    """The jobs that are preparing, the oldest first. The GPU waits for that one, or will wait for it next."""
 
     def __init__(self) -> None:
-        self._places: list[Place] = []  # changed from several threads: each operation of a list is atomic
+        self._places: list[PreparationPlace] = []  # changed from several threads: each operation of a list is atomic
 
     @contextlib.contextmanager
-    def join(self) -> Iterator[Place]:
-        """A job prepares while the block runs, or until it leaves."""
-        place = Place(self._places)
+    def join(self) -> Iterator[PreparationPlace]:
+        """The place of a job that prepares while the block runs, or until `leave`."""
+        place = PreparationPlace(self._places)
         self._places.append(place)
         try:
             yield place
@@ -98,10 +98,10 @@ class PreparationOrder:
             place.leave()
 
 
-class Place:
-    """A job's place among those that prepare."""
+class PreparationPlace:
+    """A job's place among those that are preparing."""
 
-    def __init__(self, places: list[Place]) -> None:
+    def __init__(self, places: list[PreparationPlace]) -> None:
         self._places = places
 
     def is_first(self) -> bool:

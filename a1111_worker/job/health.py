@@ -2,7 +2,8 @@
 
     {"state": "booting" | "ready" | "broken", "heartbeat": 1789000000.1, "webui": "up" | "down"}
 
-An idle WebUI is looked at with every beat: one that hangs between two jobs would otherwise cost the next job.
+While the worker is ready, every heartbeat checks an idle WebUI. A WebUI that hangs between two jobs would otherwise be
+found by the next job, and cost it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class HealthReporter:
-    """Writes `state_file` every `interval` seconds (None: nowhere).
+    """Writes `state_file` every `interval` seconds, and whenever the state changes. With None it writes nothing.
 
-    `is_webui_up` tells whether the WebUI answers; it may restart one that does not. It is asked while the worker is
-    ready.
+    `is_webui_up` returns whether the WebUI answers, and may restart a WebUI that does not.
     """
 
     def __init__(self, state_file: Path | None, is_webui_up: Callable[[], bool], *, interval: float = 10.0) -> None:
@@ -33,14 +33,14 @@ class HealthReporter:
         self._state = "booting"
         self._webui = "down"
         self._lock = threading.Lock()
-        self._heartbeat = Heartbeat(interval, name="health")  # its own: a look at the WebUI may take 30 s
+        self._heartbeat = Heartbeat(interval, name="health")  # its own: a check of the WebUI may take 30 s
 
     def start(self) -> None:
         self._write()
         self._heartbeat.add_listener(self._beat)
 
     def set_state(self, state: str) -> None:
-        """The worker's state from now on."""
+        """Report this state from now on: "ready" or "broken"."""
         self._state = state
         self._webui = "up" if state == "ready" else self._webui
         self._write()
@@ -56,9 +56,9 @@ class HealthReporter:
     def _write(self) -> None:
         if self._state_file is None:
             return
-        health = json.dumps({"state": self._state, "heartbeat": time.time(), "webui": self._webui})
         try:
-            with self._lock:
-                write_atomically(self._state_file, health.encode())
+            with self._lock:  # so that a heartbeat never replaces a newer state by an older one
+                health = {"state": self._state, "heartbeat": time.time(), "webui": self._webui}
+                write_atomically(self._state_file, json.dumps(health).encode())
         except OSError as error:
             log.warning("the worker's state cannot be written: %s", error.strerror)

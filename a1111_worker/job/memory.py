@@ -1,7 +1,7 @@
-"""Memory that a large result left free goes back to the system.
+"""Give memory that a large result has left free back to the system.
 
-glibc keeps what was freed between two blocks that are still in use; 50 results of 20 MB left the worker at twice the
-size of the second one without this, and below it with (python -m benchmarks.memory).
+glibc keeps what was freed between two blocks that are still in use. Without this, 50 results of 20 MB left the worker
+at twice its size after the second result; with it, below that size (python -m benchmarks.memory).
 """
 
 from __future__ import annotations
@@ -11,6 +11,6 @@ import ctypes
 
 
 def release_free_memory() -> None:
-    """Return free memory to the system; a few milliseconds, without the GIL. Does nothing where there is no glibc."""
+    """Return free memory to the system. Takes a few milliseconds, without the GIL. Without glibc it does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

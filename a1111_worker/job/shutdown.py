@@ -1,4 +1,4 @@
-"""The time that a worker and its jobs have: the shutdown's grace, and a job's own execution timeout."""
+"""The time that a worker has to shut down, and the time that a job has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class Shutdown:
-    """On TERM, running jobs may finish. Those that still run a little before `grace` seconds are over are cancelled, in
-    time to answer.
+    """On TERM, running jobs may finish. A little before `grace` seconds are over, the jobs that still run are
+    cancelled, in time to answer.
 
     The SDK sets its own signal handler when its loop starts. Ours is set inside that loop and calls the SDK's first.
     """
@@ -46,7 +46,7 @@ class Shutdown:
 
     @contextlib.contextmanager
     def may_cancel(self, deadline: Deadline) -> Iterator[None]:
-        """Inside the block, the shutdown cancels the job that has this deadline."""
+        """Inside the block, the shutdown may cancel the job that has this deadline. A late job is cancelled at once."""
         self._running.add(deadline)
         if self._is_over:
             deadline.cancel()
@@ -66,8 +66,8 @@ class Shutdown:
 def job_seconds(job: Mapping[str, Any], job_timeout: float) -> float:
     """The seconds that a job has: `job_timeout`, or a little less than the execution timeout of its own policy.
 
-    RunPod ends a job without an answer when its `policy.executionTimeout` (milliseconds) is over. A tenth of it, at most
-    30 s, is kept back for the answer to arrive.
+    RunPod ends a job without an answer when its `policy.executionTimeout` (milliseconds) is over. A tenth of it, at
+    most 30 s, is kept back for the answer to arrive.
     """
     policy = job.get("policy")
     allowed = policy.get("executionTimeout") if isinstance(policy, Mapping) else None

@@ -1,8 +1,9 @@
-"""What RunPod's /status shows of a running job: at most one look a second, in order, none after the answer.
+"""What RunPod's /status shows of a running job: progress at most once a second, in order, and none after the answer.
 
-The SDK's own `progress_update` opens a thread and a connection for each call, and neither keeps their order nor waits
-for the last one (runpod 1.12): an update that arrives after the answer re-opens a finished job. So a job has one sender
-here: it keeps the newest look alone, has one request in flight, and `close` returns when none is.
+The SDK's own `progress_update` opens a thread and a connection for each call. It does not keep the order of the calls,
+and nothing waits for the last one (runpod 1.12): progress that arrives after the answer re-opens a finished job. So
+here a job has one sender. It keeps only the newest progress, and has one request in flight at most. `close` waits for
+that request.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class StatusPage:
-    """RunPod's job-done address (with `$ID` in it) and the key it wants; `None` for a run without RunPod.
+    """RunPod's job-done address (with `$ID` in it) and the key for it. Without an address nothing is sent.
 
-    `interval` and `timeout` are seconds.
+    `interval` (between two requests for a job) and `timeout` are seconds.
     """
 
     def __init__(self, url: str | None, key: str = "", *, interval: float = 1.0, timeout: float = 3.0) -> None:
+        self.interval = interval
         self._url = url
-        self._interval = interval
         self._timeout = timeout
         self._session = requests.Session()
         self._session.trust_env = False
@@ -36,17 +37,21 @@ class StatusPage:
             {"Authorization": key, "charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
         )
 
-    def of(self, job_id: str) -> JobStatus:
-        """The status of one job; close it before the job's answer leaves."""
+    @property
+    def has_url(self) -> bool:
+        return bool(self._url)
+
+    def job_status(self, job_id: str) -> JobStatus:
+        """The status of one job. Close it before the job's answer leaves."""
         return JobStatus(self, job_id)
 
-    def send(self, job_id: str, look: dict[str, Any]) -> None:
-        """Show one look, and return when RunPod has it or cannot be told. Never raises: a look is not worth a job."""
+    def post(self, job_id: str, progress: Progress) -> None:
+        """Send progress; return when RunPod has it or the request failed. Never raises: progress is not worth a job."""
         if not self._url:
             return
-        body = json.dumps({"status": "IN_PROGRESS", "output": look}, allow_nan=False)
         url = self._url.replace("$ID", job_id) + "&isStream=false"
         try:
+            body = json.dumps({"status": "IN_PROGRESS", "output": format_progress(progress)}, allow_nan=False)
             answer = self._session.post(
                 url, data=body.encode(), headers={"X-Request-ID": job_id}, timeout=self._timeout, allow_redirects=False
             )
@@ -55,73 +60,65 @@ class StatusPage:
             log.warning("the progress of job %s was not taken: %s", job_id, type(error).__name__)
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Close the connections."""
         self._session.close()
-
-    @property
-    def interval(self) -> float:
-        return self._interval
-
-    @property
-    def is_shown(self) -> bool:
-        return bool(self._url)
 
 
 class JobStatus:
-    """The looks at one job. `report` may be called from any thread; after `close` nothing is sent any more."""
+    """The progress of one job. `report` may be called from any thread. After `close` nothing is sent."""
 
     def __init__(self, page: StatusPage, job_id: str) -> None:
         self._page = page
         self._job_id = job_id
-        self._lock = threading.Condition()
+        self._changed = threading.Condition()
         self._newest: Progress | None = None
-        self._closed = False
+        self._is_closed = False
         self._sender: threading.Thread | None = None
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether `close` may have to wait."""
+        return self._sender is not None
+
     def report(self, progress: Progress) -> None:
-        """Show this look next; an older one that nobody has seen yet is dropped. Returns at once."""
-        if not self._page.is_shown:
+        """Send this next. Older progress that was not sent yet is dropped. Returns at once."""
+        if not self._page.has_url:
             return
-        with self._lock:
-            if self._closed:
+        with self._changed:
+            if self._is_closed:
                 return
             self._newest = progress
-            self._lock.notify_all()
+            self._changed.notify_all()
             if self._sender is None:
                 self._sender = threading.Thread(target=self._send_all, daemon=True, name=f"progress-{self._job_id}")
                 self._sender.start()
 
-    @property
-    def is_sending(self) -> bool:
-        """Whether there is anything to wait for in `close`."""
-        return self._sender is not None
-
     def stop(self) -> None:
         """Begin no further request, and do not wait for the one in flight. Returns at once, from any thread."""
-        with self._lock:
-            self._closed = True
-            self._lock.notify_all()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """End it: a look nobody has seen is dropped, one in flight is waited for. Idempotent."""
+        """Drop progress that was not sent yet, and wait for the request in flight. Idempotent."""
         self.stop()
         if self._sender is not None:
             self._sender.join()
 
     def _send_all(self) -> None:
         while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._closed or self._newest is not None)
-                if self._closed or self._newest is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self._newest is not None)
+                if self._is_closed or self._newest is None:
                     return
                 progress, self._newest = self._newest, None
-            self._page.send(self._job_id, as_output(progress))
-            with self._lock:
-                self._lock.wait_for(lambda: self._closed, timeout=self._page.interval)
+            self._page.post(self._job_id, progress)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, timeout=self._page.interval)
 
 
-def as_output(progress: Progress) -> dict[str, Any]:
-    """A look as `/status` shows it under `output`."""
+def format_progress(progress: Progress) -> dict[str, Any]:
+    """Progress as `/status` shows it under `output`."""
     output: dict[str, Any] = {"stage": progress.stage.value}
     if progress.percent is not None:
         output["percent"] = round(min(100.0, max(0.0, progress.percent)), 1)

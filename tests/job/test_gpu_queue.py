@@ -1,4 +1,4 @@
-"""The GPU as a queue, and the order of the jobs that prepare."""
+"""The GPU as a FIFO lock, and the order of the jobs that prepare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(scene(), timeout=30))
 
 
-def test_the_gpu_is_had_by_one_job_at_a_time_in_order() -> None:
+def test_one_job_at_a_time_has_the_gpu_in_the_order_of_arrival() -> None:
     async def scene() -> None:
         context, gpu = JobContext(), GpuQueue()
         order: list[str] = []
@@ -36,10 +36,10 @@ def test_the_gpu_is_had_by_one_job_at_a_time_in_order() -> None:
     run(scene)
 
 
-def test_a_job_that_waits_says_where_it_stands() -> None:
+def test_a_job_that_waits_reports_its_place() -> None:
     async def scene() -> None:
-        looks: list[Progress] = []
-        context = JobContext(report=looks.append)
+        reported: list[Progress] = []
+        context = JobContext(report=reported.append)
         gpu = GpuQueue()
 
         async with gpu.turn(context):
@@ -47,16 +47,16 @@ def test_a_job_that_waits_says_where_it_stands() -> None:
             await asyncio.sleep(0)
         await waiting
 
-        assert [look.detail for look in looks] == ["waits for the GPU, place 1 in the queue"]
+        assert [progress.detail for progress in reported] == ["waits for the GPU, place 1 in the queue"]
 
     run(scene)
 
 
-def test_a_job_that_moves_up_says_so() -> None:
+def test_a_job_that_moves_up_reports_its_new_place() -> None:
     async def scene() -> None:
-        looks: list[str] = []
+        reported: list[str] = []
         first = JobContext()
-        last = JobContext(report=lambda progress: looks.append(progress.detail))
+        last = JobContext(report=lambda progress: reported.append(progress.detail))
         gpu = GpuQueue()
 
         async with gpu.turn(first):
@@ -67,12 +67,12 @@ def test_a_job_that_moves_up_says_so() -> None:
         await second
         third.cancel()
 
-        assert looks == [f"waits for the GPU, place {place} in the queue" for place in (2, 1)]
+        assert reported == [f"waits for the GPU, place {place} in the queue" for place in (2, 1)]
 
     run(scene)
 
 
-def test_a_cancelled_job_that_waits_never_holds_the_gpu() -> None:
+def test_a_job_that_is_cancelled_while_it_waits_never_gets_the_gpu() -> None:
     async def scene() -> None:
         context, gpu = JobContext(), GpuQueue()
 
@@ -104,7 +104,7 @@ def test_a_job_whose_time_is_up_stops_waiting() -> None:
     run(scene)
 
 
-def test_a_job_that_the_shutdown_ends_stops_waiting() -> None:
+def test_a_job_that_the_shutdown_cancels_stops_waiting() -> None:
     async def scene() -> None:
         context, ended = JobContext(), JobContext()
         gpu = GpuQueue()
@@ -121,7 +121,7 @@ def test_a_job_that_the_shutdown_ends_stops_waiting() -> None:
     run(scene)
 
 
-def test_the_gpu_goes_on_to_the_next_when_one_that_waits_is_cancelled_at_the_handover() -> None:
+def test_the_gpu_passes_on_if_the_next_job_is_cancelled_at_the_handover() -> None:
     async def scene() -> None:
         context, gpu = JobContext(), GpuQueue()
         first = gpu.turn(context)
@@ -140,14 +140,14 @@ def test_the_gpu_goes_on_to_the_next_when_one_that_waits_is_cancelled_at_the_han
     run(scene)
 
 
-def test_the_oldest_of_the_jobs_that_prepare_is_the_first() -> None:
+def test_the_oldest_job_that_prepares_is_the_first() -> None:
     order = PreparationOrder()
 
-    with order.join() as one:
-        with order.join() as two:
-            assert (one.is_first(), two.is_first()) == (True, False)
+    with order.join() as first:
+        with order.join() as second:
+            assert (first.is_first(), second.is_first()) == (True, False)
 
-            one.leave()
+            first.leave()
 
-            assert (one.is_first(), two.is_first()) == (False, True)
-        assert not two.is_first()
+            assert (first.is_first(), second.is_first()) == (False, True)
+        assert not second.is_first()

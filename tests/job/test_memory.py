@@ -1,4 +1,4 @@
-"""Memory that goes back to the system."""
+"""Free memory goes back to the system."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ print(before - resident(), len(kept))
 """
 
 
-def test_what_lies_free_between_blocks_in_use_is_given_back() -> None:
+def test_free_memory_between_blocks_in_use_is_returned_to_the_system() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEAVE_HOLES],
         cwd=Path(__file__).parent.parent.parent,

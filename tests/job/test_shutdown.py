@@ -19,7 +19,7 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(scene(), timeout=30))
 
 
-def test_a_shutdown_cancels_what_runs_and_what_comes_after() -> None:
+def test_a_shutdown_cancels_running_jobs_and_jobs_that_come_later() -> None:
     async def scene() -> None:
         shutdown = Shutdown(grace=0.0)
         running, late = Deadline(), Deadline()
@@ -41,17 +41,17 @@ def test_a_shutdown_cancels_what_runs_and_what_comes_after() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_shutdown_calls_whoever_heard_term_before() -> None:
-    heard: list[int] = []
+def test_a_shutdown_calls_the_signal_handler_that_was_there_before() -> None:
+    received: list[int] = []
 
     async def scene() -> None:
         Shutdown(grace=100.0).listen()
 
         signal.raise_signal(signal.SIGTERM)
 
-        assert heard == [signal.SIGTERM]
+        assert received == [signal.SIGTERM]
 
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         run(scene)
     finally:
@@ -74,5 +74,5 @@ TIMES = [
 
 
 @pytest.mark.parametrize(("job", "seconds"), TIMES)
-def test_a_shorter_time_of_the_jobs_own_wins(job: dict[str, Any], seconds: float) -> None:
+def test_a_job_has_its_own_time_if_that_is_shorter(job: dict[str, Any], seconds: float) -> None:
     assert job_seconds(job, 570.0) == seconds

@@ -1,4 +1,4 @@
-"""What RunPod's /status is told, and when."""
+"""What is sent to RunPod for /status, and when."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from a1111_worker.domain import Progress, Stage
-from a1111_worker.job.status import StatusPage, as_output
+from a1111_worker.job.status import StatusPage, format_progress
 from sandbox.server import Exchange, Server
 
 
 class Platform(Server):
-    """Takes looks, in order; holds them back while `open` is not set."""
+    """Takes progress, in order; holds its answers back while `open` is not set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class Platform(Server):
         self.open.wait(10)
         exchange.send(self.status, b"{}")
 
-    def looks(self) -> list[dict[str, object]]:
-        return [asked.json()["output"] for asked in self.asked]
+    def percents(self) -> list[object]:
+        return [asked.json()["output"]["percent"] for asked in self.asked]
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def at(percent: float) -> Progress:
     return Progress(Stage.GENERATE, percent=percent)
 
 
-def test_a_look_arrives_as_the_sdk_would_send_it(platform: Platform) -> None:
-    status = page(platform).of("job-1")
+def test_progress_is_a_request_as_the_sdk_would_make_it(platform: Platform) -> None:
+    status = page(platform).job_status("job-1")
 
     status.report(Progress(Stage.MODELS, percent=12.34, detail="1 of 2", eta_s=3.21, facts={"bytes": 7}))
     assert platform.arrived.acquire(timeout=10)
@@ -63,9 +63,9 @@ def test_a_look_arrives_as_the_sdk_would_send_it(platform: Platform) -> None:
     }
 
 
-def test_while_one_look_is_in_flight_only_the_newest_waits(platform: Platform) -> None:
+def test_while_a_request_is_in_flight_only_the_newest_progress_waits(platform: Platform) -> None:
     platform.open.clear()
-    status = page(platform).of("job-1")
+    status = page(platform).job_status("job-1")
 
     status.report(at(1))
     assert platform.arrived.acquire(timeout=10)
@@ -75,12 +75,12 @@ def test_while_one_look_is_in_flight_only_the_newest_waits(platform: Platform) -
     assert platform.arrived.acquire(timeout=10)
     status.close()
 
-    assert [look["percent"] for look in platform.looks()] == [1, 49]
+    assert platform.percents() == [1, 49]
 
 
-def test_closing_waits_for_the_look_in_flight_and_drops_the_next(platform: Platform) -> None:
+def test_closing_waits_for_the_request_in_flight_and_drops_what_was_not_sent(platform: Platform) -> None:
     platform.open.clear()
-    status = page(platform).of("job-1")
+    status = page(platform).job_status("job-1")
     status.report(at(1))
     assert platform.arrived.acquire(timeout=10)
     status.report(at(2))
@@ -101,7 +101,7 @@ def test_closing_waits_for_the_look_in_flight_and_drops_the_next(platform: Platf
 
 
 def test_nothing_is_sent_after_closing(platform: Platform) -> None:
-    status = page(platform).of("job-1")
+    status = page(platform).job_status("job-1")
 
     status.close()
     status.report(at(1))
@@ -110,22 +110,22 @@ def test_nothing_is_sent_after_closing(platform: Platform) -> None:
     assert platform.asked == []
 
 
-def test_looks_keep_their_distance(platform: Platform) -> None:
-    status = page(platform, interval=3600.0).of("job-1")
+def test_two_requests_of_a_job_are_an_interval_apart(platform: Platform) -> None:
+    status = page(platform, interval=3600.0).job_status("job-1")
 
     status.report(at(1))
     assert platform.arrived.acquire(timeout=10)
     status.report(at(2))
     status.close()
 
-    assert [look["percent"] for look in platform.looks()] == [1]
+    assert platform.percents() == [1]
 
 
-def test_a_platform_that_refuses_looks_costs_nothing_but_a_line(
+def test_a_platform_that_refuses_progress_costs_nothing_but_a_log_line(
     platform: Platform, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform.status = 500
-    status = page(platform).of("job-1")
+    status = page(platform).job_status("job-1")
 
     status.report(at(1))
     assert platform.arrived.acquire(timeout=10)
@@ -134,8 +134,17 @@ def test_a_platform_that_refuses_looks_costs_nothing_but_a_line(
     assert "was not taken" in caplog.text
 
 
-def test_without_a_platform_nobody_is_told() -> None:
-    status = StatusPage(None).of("job-1")
+def test_progress_that_is_not_json_costs_nothing_but_a_log_line(
+    platform: Platform, caplog: pytest.LogCaptureFixture
+) -> None:
+    page(platform).post("job-1", Progress(Stage.MODELS, facts={"mb_per_s": float("nan")}))
+
+    assert platform.asked == []
+    assert "was not taken: ValueError" in caplog.text
+
+
+def test_without_a_platform_nothing_is_sent() -> None:
+    status = StatusPage(None).job_status("job-1")
 
     status.report(at(1))
 
@@ -143,8 +152,8 @@ def test_without_a_platform_nobody_is_told() -> None:
     status.close()
 
 
-def test_a_look_stays_within_its_bounds() -> None:
-    assert as_output(Progress(Stage.QUEUE, percent=101.0, eta_s=-3.0)) == {
+def test_progress_stays_within_its_bounds() -> None:
+    assert format_progress(Progress(Stage.QUEUE, percent=101.0, eta_s=-3.0)) == {
         "stage": "queue",
         "percent": 100.0,
         "eta_s": 0.0,
