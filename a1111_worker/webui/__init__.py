@@ -7,6 +7,11 @@ The modules, the public one first:
     samplers        sampler and scheduler as people write them, and the WebUI's own names for them
     verification    what `info` in an answer must show before the answer is believed
     readiness       makes the WebUI ready, and ready again: it answers, has the defaults, and has loaded the checkpoint
+    checkpoint      the switch to a checkpoint, verified by its hash
+    options         the options that a job may override, set to their defaults
+    running         a long request while it runs: its progress, interrupt and end
     supervisor      the WebUI's process: what start.sh has written about it, and signals to it
     client          the WebUI's HTTP API, one method an endpoint
+    responses       what the endpoints answer, as checked values
+    timings         the periods of all this
 """
