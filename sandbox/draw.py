@@ -1,7 +1,7 @@
-"""Pictures nobody takes for a model's work: a landscape drawn from a text, with the word SANDBOX on it.
+"""Draws pictures that nobody can mistake for a model's: a landscape made from a text, with the word SANDBOX on it.
 
-The same text and size give the same bytes, another text another picture. Pillow alone; the letters are our own, so that
-they are the same on every machine and legible from 64 pixels up.
+The same text and size give the same bytes; another text gives another picture. Only Pillow is needed. The letters are
+defined here, so that they are the same on every machine and legible from 64 pixels up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GLYPHS = {
 
 
 def picture(text: str, width: int, height: int) -> Image.Image:
-    """A landscape whose colours, hills and sun follow from `text`."""
+    """A landscape. `text` decides its colours, its hills and its sun."""
     chance = random.Random(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     hue = chance.random()
     zenith = _colour(hue, 0.62, 0.55 + 0.3 * chance.random())
@@ -50,21 +50,21 @@ def picture(text: str, width: int, height: int) -> Image.Image:
 
 
 def black(width: int, height: int) -> Image.Image:
-    """What a model that computes NaN paints."""
+    """The picture of a model that computes NaN."""
     return Image.new("RGB", (width, height))
 
 
-def encode(image: Image.Image, infotext: str, file_format: str, at_least: int = 0) -> bytes:
-    """A file as A1111 encodes it, the infotext inside: PNG's `parameters`, or EXIF's UserComment.
+def encode(image: Image.Image, infotext: str, file_format: str, min_bytes: int = 0) -> bytes:
+    """A file as A1111 encodes it. The infotext is in PNG's `parameters`, or in EXIF's UserComment.
 
-    A PNG is brought to `at_least` bytes by a private chunk of incompressible ones, which readers skip.
+    A PNG is brought to `min_bytes` by a private chunk of incompressible bytes, which readers skip.
     """
     file = io.BytesIO()
     if file_format == "png":
         about = PngImagePlugin.PngInfo()
         about.add_text("parameters", infotext)
         image.save(file, "PNG", pnginfo=about, compress_level=4)
-        return _padded(file.getvalue(), at_least)
+        return _padded(file.getvalue(), min_bytes)
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + infotext.encode("utf-16-be", "replace")
     image.save(file, "WEBP" if file_format == "webp" else "JPEG", exif=exif, quality=80)
@@ -82,7 +82,7 @@ def _sun(draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: i
 def _hills(
     draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int, nearness: float, colour: Colour
 ) -> None:
-    """One ridge, sums of three waves; the nearer the lower in the picture."""
+    """One ridge, the sum of three waves. A nearer ridge is lower in the picture."""
     base = height * (0.45 + 0.4 * nearness)
     waves = [
         (height * 0.09 / number, 2 * math.pi * number * (0.6 + chance.random()) / width, chance.random() * 7)
@@ -96,7 +96,7 @@ def _hills(
 
 
 def _sign(image: Image.Image) -> None:
-    """The word on a dark band along the lower edge."""
+    """Write the word on a dark band along the lower edge."""
     rows = [" ".join(_GLYPHS[letter][row] for letter in WORD) for row in range(7)]
     columns = len(rows[0])
     scale = max(1, min(image.width * 55 // 100 // columns, image.height // 24))
@@ -110,13 +110,13 @@ def _sign(image: Image.Image) -> None:
     image.paste(band, (0, top))
 
 
-def _padded(png: bytes, at_least: int) -> bytes:
-    missing = at_least - len(png)
+def _padded(png: bytes, min_bytes: int) -> bytes:
+    missing = min_bytes - len(png)
     if missing <= 0:
         return png
     name, body = b"saNd", random.Random(zlib.crc32(png)).randbytes(max(0, missing - 12))
     chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    end = len(png) - 12  # IEND is the last chunk, and always these twelve bytes
+    end = len(png) - 12  # the last chunk is IEND, which always has twelve bytes
     return png[:end] + chunk + png[end:]
 
 

@@ -90,7 +90,7 @@ class SoakedWebUI(WebUI):
             self.fail_next.append(Fault.HANG)
             self._soon(0.1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif fault == "poisoned":
-            self.process.broken = True
+            self.process.model.is_broken = True
         super().answer(exchange)
         self._note("answered", number)
         if fault == "die-after":

@@ -32,7 +32,7 @@ from sandbox.civitai import (
     TOO_MANY,
     CivitAI,
     Fault,
-    Hosted,
+    HostedVersion,
     Storage,
     redirect,
     too_many,
@@ -243,15 +243,15 @@ def test_a_head_request_for_a_link_counts_as_a_download(civitai: CivitAI) -> Non
     assert civitai.links_given == 1
 
 
-def is_(**fields: Any) -> Callable[[Hosted], None]:
-    def change(version: Hosted) -> None:
+def is_(**fields: Any) -> Callable[[HostedVersion], None]:
+    def change(version: HostedVersion) -> None:
         for name, value in fields.items():
             setattr(version, name, value)
 
     return change
 
 
-REFUSALS: list[tuple[Callable[[Hosted], None], str, dict[str, str], int, str]] = [
+REFUSALS: list[tuple[Callable[[HostedVersion], None], str, dict[str, str], int, str]] = [
     # what the version is, query, headers → status, what the error names
     (is_(), "type=Lora", BEARER, 400, "Invalid"),
     (is_(), "format=Zip", BEARER, 400, "Invalid"),
@@ -272,7 +272,7 @@ REFUSALS: list[tuple[Callable[[Hosted], None], str, dict[str, str], int, str]] =
 @pytest.mark.parametrize(("change", "query", "headers", "status", "says"), REFUSALS)
 def test_a_link_is_refused(
     civitai: CivitAI,
-    change: Callable[[Hosted], None],
+    change: Callable[[HostedVersion], None],
     query: str,
     headers: dict[str, str],
     status: int,
