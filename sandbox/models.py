@@ -1,8 +1,8 @@
 """Makes small models that are real safetensors files. Real tensor names and shapes show their architecture.
 
 A seed decides the bytes. `size_bytes` brings a file to an exact size with one more tensor as padding; without it the
-file is as small as its tensors allow. Writing two gigabytes takes seconds: the content is one random block, repeated and
-numbered, so that no two positions in a file have equal bytes.
+file is as small as its tensors allow. Writing two gigabytes takes seconds: the content is one random block, repeated
+and numbered, so that no two places in a file are alike.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class SandboxWebUI(WebUIKnobs, Server):
     """A1111 on loopback. Further keywords are those of WebUIKnobs.
 
     `models_dir` has the folders `Stable-diffusion/`, `Lora/` and `VAE/`; links in them are followed.
-    `no_hashing` is `--no-hashing`: without hashes a checkpoint cannot be verified. `initial_checkpoint` is loaded in the
+    `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is loaded in the
     background at the start; None is `--skip-load-model-at-start`.
 
     `asked` lists every request so far, also those of earlier processes. `process` is the current one. `release` lets

@@ -14,8 +14,8 @@ import requests
 from PIL import Image
 
 from tests.buckets import KEY_ID, SECRET, Fault, Line, Storage, storage
+from tests.support import DETAIL, World, world
 from tests.test_images import infotext_of
-from tests.world import DETAIL, World, world
 
 
 @pytest.fixture(scope="module")

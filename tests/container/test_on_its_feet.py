@@ -19,7 +19,7 @@ from a1111_worker.errors import WebUINotReady
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 from sandbox.server import Exchange
 from sandbox.webui import Canned, Fault
-from tests.world import QUICK, World, world
+from tests.support import QUICK, World, world
 
 LOWVRAM = Canned(
     500,
