@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.models import sdxl_checkpoint
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +63,7 @@ def place(*webui_options: str) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def worker(at: Place, queue: RunPod, **settings: str) -> Iterator[int]:
+def worker(at: Place, queue: SandboxRunPod, **settings: str) -> Iterator[int]:
     """A worker's process under the real SDK, which takes the queue's jobs; its pid. Killed when the block ends."""
     with (at.folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(

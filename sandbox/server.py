@@ -134,7 +134,7 @@ class Server:
     """
 
     def __init__(self, port: int = 0) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[ReceivedRequest] = []
         self.before: list[Callable[[Exchange], bool]] = []
         outer = self
 

@@ -33,10 +33,10 @@ from typing import Any
 
 import requests
 
-from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, CivitAI, Fault
+from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, SandboxCivitAI, ServerFault
 from sandbox.models import sdxl_checkpoint, sdxl_lora
-from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, RunPod
-from sandbox.runpod import Job as Queued
+from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, SandboxRunPod
+from sandbox.runpod import QueuedJob as Queued
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = 1590699
@@ -192,8 +192,8 @@ class Soak:
     folder: Path
     seed: int
     replace_every: int
-    queue: RunPod
-    civitai: CivitAI
+    queue: SandboxRunPod
+    civitai: SandboxCivitAI
     jobs: dict[str, Job] = field(default_factory=dict)
     lives: list[Life] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -265,7 +265,7 @@ class Soak:
     def stop(self) -> None:
         """As RunPod stops one: no more jobs for it, then TERM."""
         life = self.life
-        self.queue.fail(Fault(204), times=None, on="/job-take")
+        self.queue.fail(ServerFault(204), times=None, on="/job-take")
         self._tick_for(0.3)  # what a poll has just brought is taken on
         life.stopping = time.monotonic()
         life.process.send_signal(signal.SIGTERM)
@@ -321,9 +321,9 @@ class Soak:
         elif job.civitai == "500":
             self.civitai.fail(SERVER_ERROR, times=None, on=site)
         elif job.civitai == "cut":
-            storage.fail(Fault(cut_after=LORA_BYTES // 3), on=key)
+            storage.fail(ServerFault(cut_after=LORA_BYTES // 3), on=key)
         elif job.civitai == "stall":
-            storage.fail(Fault(stall_after=LORA_BYTES // 3), on=key)
+            storage.fail(ServerFault(stall_after=LORA_BYTES // 3), on=key)
         elif job.civitai == "html":
             storage.fail(HTML_PAGE, times=None, on=key)
         elif job.civitai == "wrong-bytes":
@@ -603,7 +603,7 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def stock(folder: Path, civitai: CivitAI) -> None:
+def stock(folder: Path, civitai: SandboxCivitAI) -> None:
     """The checkpoint, the LoRAs that never fail, and a launch.py."""
     site = folder / "site"
     civitai.add(
@@ -624,7 +624,7 @@ def stock(folder: Path, civitai: CivitAI) -> None:
 
 def run(folder: Path, minutes: float, seed: int, replace_every: int) -> list[str]:
     """Soak a worker in `folder` and print what came of it; what was wrong."""
-    with CivitAI(key=KEY) as civitai, RunPod(long_poll=1.0) as queue:
+    with SandboxCivitAI(key=KEY) as civitai, SandboxRunPod(long_poll=1.0) as queue:
         stock(folder, civitai)
         soak = Soak(folder, seed, replace_every, queue, civitai)
         soak.start()

@@ -21,25 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.server import Exchange
-from sandbox.webui import Canned, Fault, WebUI
+from sandbox.webui import CannedAnswer, SandboxWebUI, WebUIFault
 
 STEP_SECONDS = 0.02
 SWITCH_SECONDS = 0.5
 IMAGE_BYTES = 300_000
 
 # Ends of a txt2img that the sandbox's WebUI knows itself.
-ENDS: Mapping[str, Fault | Canned] = {
-    "hang": Fault.HANG,
-    "oom": Fault.OUT_OF_MEMORY,
-    "nan": Fault.NANS,
-    "black": Fault.BLACK,
-    "no-images": Fault.NO_IMAGES,
-    "502": Fault.BAD_GATEWAY,
-    "html": Canned(200, b"<html><body>Bad things happen</body></html>", "text/html"),
-    "half": Fault.CUT,
-    "404": Fault.NOT_FOUND,
-    "reset": Fault.RESET,
-    "other-checkpoint": Fault.OTHER_CHECKPOINT,
+ENDS: Mapping[str, WebUIFault | CannedAnswer] = {
+    "hang": WebUIFault.HANG,
+    "oom": WebUIFault.OUT_OF_MEMORY,
+    "nan": WebUIFault.NANS,
+    "black": WebUIFault.BLACK,
+    "no-images": WebUIFault.NO_IMAGES,
+    "502": WebUIFault.BAD_GATEWAY,
+    "html": CannedAnswer(200, b"<html><body>Bad things happen</body></html>", "text/html"),
+    "half": WebUIFault.CUT,
+    "404": WebUIFault.NOT_FOUND,
+    "reset": WebUIFault.RESET,
+    "other-checkpoint": WebUIFault.OTHER_CHECKPOINT,
 }
 # What this process does in the middle of a generation.
 DEATHS = ("die-during", "die-in-switch", "die-in-boot", "switch-fails")
@@ -47,7 +47,7 @@ DEATHS = ("die-during", "die-in-switch", "die-in-boot", "switch-fails")
 NEXT_LIVES = ("die-in-switch", "die-in-boot", "switch-fails")
 
 
-class SoakedWebUI(WebUI):
+class SoakedWebUI(SandboxWebUI):
     """`folder` is SOAK_FOLDER, `life` one of NEXT_LIVES or empty."""
 
     def __init__(self, models: Path, folder: Path, life: str, port: int, checkpoint: str | None) -> None:
@@ -84,10 +84,10 @@ class SoakedWebUI(WebUI):
         elif fault in DEATHS:
             if fault in NEXT_LIVES:
                 (self._folder / "next-life").write_text(fault)
-            self.fail_next.append(Fault.HANG)  # it never comes to an answer first, however late the timer is
+            self.fail_next.append(WebUIFault.HANG)  # it never comes to an answer first, however late the timer is
             self._soon(0.1, lambda: self._die("death", number))
         elif fault == "silent":
-            self.fail_next.append(Fault.HANG)
+            self.fail_next.append(WebUIFault.HANG)
             self._soon(0.1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif fault == "poisoned":
             self.process.model.is_broken = True
