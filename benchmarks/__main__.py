@@ -27,8 +27,10 @@ BENCHMARKS = ("warm_job", "in_flight", "memory", "boot", "cache", "download")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks, one after the other.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files: a first impression, not a result")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Run the benchmarks, one after the other."
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files; not a valid result")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(BENCHMARKS)}")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in BENCHMARKS]

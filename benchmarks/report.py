@@ -27,9 +27,9 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def run(title: str, measure: Callable[[bool], Sequence[Row]]) -> None:
-    """The command line of one benchmark: `--quick` for a first impression, `--json FILE` for the rows."""
+    """The command line of one benchmark: `--quick` for a fast trial, `--json FILE` for the rows."""
     parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files: a first impression, not a result")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files; not a valid result")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     rows = measure(options.quick)
