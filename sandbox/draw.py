@@ -41,10 +41,10 @@ def picture(text: str, width: int, height: int) -> Image.Image:
 
     image = ImageOps.colorize(Image.linear_gradient("L").resize((width, height)), zenith, horizon)
     draw = ImageDraw.Draw(image)
-    _sun(draw, chance, width, height, horizon)
+    _sun(draw, chance, image.size, horizon)
     layers = 5
     for layer in range(1, layers + 1):
-        _hills(draw, chance, width, height, layer / layers, _mix(horizon, land, layer / layers))
+        _hills(draw, chance, image.size, layer / layers, _mix(horizon, land, layer / layers))
     _sign(image)
     return image
 
@@ -71,25 +71,27 @@ def encode(image: Image.Image, infotext: str, file_format: str, min_bytes: int =
     return file.getvalue()
 
 
-def _sun(draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int, horizon: Colour) -> None:
+def _sun(draw: ImageDraw.ImageDraw, chance: random.Random, size: tuple[int, int], horizon: Colour) -> None:
+    width, height = size
     x, y = width * (0.2 + 0.6 * chance.random()), height * (0.15 + 0.3 * chance.random())
     radius = min(width, height) * (0.06 + 0.06 * chance.random())
-    for size, light in ((1.35, 0.35), (1.0, 0.9)):
-        r = radius * size
+    for factor, light in ((1.35, 0.35), (1.0, 0.9)):
+        r = radius * factor
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_mix(horizon, (255, 250, 235), light))
 
 
 def _hills(
-    draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int, nearness: float, colour: Colour
+    draw: ImageDraw.ImageDraw, chance: random.Random, size: tuple[int, int], nearness: float, colour: Colour
 ) -> None:
     """One ridge, the sum of three waves. A nearer ridge is lower in the picture."""
+    width, height = size
     base = height * (0.45 + 0.4 * nearness)
     waves = [
         (height * 0.09 / number, 2 * math.pi * number * (0.6 + chance.random()) / width, chance.random() * 7)
         for number in (1, 2, 4)
     ]
     ridge = [
-        (x, base + sum(size * math.sin(x * pace + start) for size, pace, start in waves))
+        (x, base + sum(crest * math.sin(x * pace + start) for crest, pace, start in waves))
         for x in range(0, width + 4, max(1, width // 256))
     ]
     draw.polygon([(0, height), *ridge, (width, ridge[-1][1]), (width, height)], fill=colour)

@@ -136,53 +136,9 @@ class Server:
     def __init__(self, port: int = 0) -> None:
         self.asked: list[ReceivedRequest] = []
         self.before: list[Callable[[Exchange], bool]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-            wbufsize = 64 * 1024
-
-            def setup(self) -> None:
-                super().setup()
-                outer._connections.add(self.connection)
-
-            def finish(self) -> None:
-                outer._connections.discard(self.connection)
-                for file in (self.wfile, self.rfile):  # close both: if the client left, its socket would stay open
-                    with contextlib.suppress(OSError):
-                        file.close()
-
-            def handle_one_request(self) -> None:
-                try:
-                    super().handle_one_request()
-                except (ConnectionError, TimeoutError, ValueError):  # the client left, or the answer was reset
-                    self.close_connection = True
-
-            def handle_expect_100(self) -> bool:
-                super().handle_expect_100()
-                self.wfile.flush()  # the client waits for this
-                return True
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        class HTTPServer(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                if not outer._stopping:
-                    super().handle_error(request, client_address)
-
         self._stopping = False
         self._connections: set[socket.socket] = set()
-        self._http = HTTPServer(("127.0.0.1", port), Handler)
+        self._http = _HTTPServer(port, self)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True, name=self.name)
 
     @property
@@ -235,6 +191,57 @@ class Server:
         if any(answers(exchange) for answers in list(self.before)):
             return
         self.answer(exchange)
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port: int, owner: Server) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.owner = owner
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not self.owner._stopping:
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection. It hands its requests to the server."""
+
+    server: _HTTPServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 64 * 1024
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.owner._connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.owner._connections.discard(self.connection)
+        for file in (self.wfile, self.rfile):  # close both: if the client left, its socket would stay open
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError, ValueError):  # the client left, or the answer was reset
+            self.close_connection = True
+
+    def handle_expect_100(self) -> bool:
+        super().handle_expect_100()
+        self.wfile.flush()  # the client waits for this
+        return True
+
+    def do_GET(self) -> None:
+        self.server.owner._serve(self)
+
+    do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 # -- the names until rename_sandbox.py has run

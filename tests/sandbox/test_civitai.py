@@ -177,14 +177,14 @@ REFUSALS: list[tuple[Callable[[HostedVersion], None], str, dict[str, str], int, 
 ]
 
 
-@pytest.mark.parametrize(("change", "query", "headers", "status", "says"), REFUSALS)
+@pytest.mark.parametrize(("change", "query", "headers", "status", "text"), REFUSALS)
 def test_a_link_is_refused(
     civitai: SandboxCivitAI,
     change: Callable[[HostedVersion], None],
     query: str,
     headers: dict[str, str],
     status: int,
-    says: str,
+    text: str,
 ) -> None:
     change(civitai.versions[135867])
 
@@ -192,7 +192,7 @@ def test_a_link_is_refused(
 
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/json"
-    assert says in answer.text
+    assert text in answer.text
     assert civitai.links_given == 0
 
 
@@ -222,9 +222,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "status", "says"), FAULTS)
+@pytest.mark.parametrize(("fault", "status", "text"), FAULTS)
 def test_a_fault_happens_as_often_as_requested_and_only_on_its_path(
-    civitai: SandboxCivitAI, fault: ServerFault, status: int, says: str
+    civitai: SandboxCivitAI, fault: ServerFault, status: int, text: str
 ) -> None:
     civitai.fail(fault, times=2, on="/api/download/")
 
@@ -232,7 +232,7 @@ def test_a_fault_happens_as_often_as_requested_and_only_on_its_path(
     metadata = get(f"{civitai.url}/api/v1/model-versions/135867")
 
     assert [answer.status_code for answer in answers] == [status, status, 307]
-    assert says in answers[0].text
+    assert text in answers[0].text
     assert metadata.status_code == 200
     assert answers[0].headers.get("Retry-After") == ("7" if fault == too_many(7) else None)
 
