@@ -171,7 +171,7 @@ class ResourceUsage:
 
 
 @dataclass
-class Container:
+class SoakContainer:
     """One container from its start to its end. `early` and `late` is what its worker used then."""
 
     process: subprocess.Popen[bytes]
@@ -194,7 +194,7 @@ class Soak:
     queue: SandboxRunPod
     civitai: SandboxCivitAI
     jobs: dict[str, SoakJob] = field(default_factory=dict)
-    containers: list[Container] = field(default_factory=list)
+    containers: list[SoakContainer] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     counted: collections.Counter[str] = field(default_factory=collections.Counter)
     _refresh_requests: int = 0
@@ -204,7 +204,7 @@ class Soak:
     # The container
 
     @property
-    def container(self) -> Container:
+    def container(self) -> SoakContainer:
         return self.containers[-1]
 
     @property
@@ -259,7 +259,7 @@ class Soak:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.containers.append(Container(process, time.monotonic()))
+        self.containers.append(SoakContainer(process, time.monotonic()))
 
     def stop(self) -> None:
         """Stop the container as RunPod does: no more jobs for it, then SIGTERM."""
