@@ -182,7 +182,7 @@ class Traffic:
     bytes_sent: int = 0  # of bodies
     sent: Counter[str] = field(default_factory=Counter)  # the same by path
     peak_connections: int = 0  # answers at the same time
-    ranges: list[str | None] = field(default_factory=list)  # the Range of each answer with a body (None: none)
+    ranges: list[str | None] = field(default_factory=list)  # Range of each answer with a body, in order; or None
     keys_seen: list[str] = field(default_factory=list)  # credentials that must not come here: their requests get 400
 
 
