@@ -1,1 +1,1 @@
-"""What the docs say about speed, measured."""
+"""Benchmarks: they measure what the docs claim about speed."""

@@ -1,10 +1,10 @@
-"""Every bench, one after the other: what the docs say about speed, measured here.
+"""Runs the benchmarks, one after the other. They measure what the docs claim about speed.
 
     python -m benchmarks [--quick] [NAME…]
 
-Each one is a process of its own and prints its own table. All rows together are written to benchmarks/results.json,
-with the machine they come from; a bench that was not run this time keeps the rows it had. The exit status is 0 when
-every bench ran through, whether or not its goals were met: the tables say that.
+Each benchmark runs in its own process and prints its own table. The rows of all of them are written to
+benchmarks/results.json, with the machine on which they were measured. A benchmark that does not run this time keeps its
+old rows. The exit status is 0 if every benchmark finished. Whether they met their goals is only in the tables.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
-BENCHES = ("warm_job", "in_flight", "memory", "boot", "cache", "download")
+BENCHMARKS = ("warm_job", "in_flight", "memory", "boot", "cache", "download")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Every bench, one after the other.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller files: a look, not a result")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of them only: {', '.join(BENCHES)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Run the benchmarks, one after the other."
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files; not a valid result")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(BENCHMARKS)}")
     options = parser.parse_args()
-    unknown = [name for name in options.names if name not in BENCHES]
+    unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
-        parser.error(f"there is no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
-    failed = [name for name in options.names or BENCHES if not take(name, options.quick)]
-    rows = [row for bench in known().values() for row in bench["rows"]]
-    met, unmet = (sum(row["met"] is wanted for row in rows) for wanted in (True, False))
-    print(f"\n{met} goals met, {unmet} not; all rows are in {RESULTS.relative_to(ROOT)}")
+        parser.error(f"unknown benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    failed = [name for name in options.names or BENCHMARKS if not run_benchmark(name, options.quick)]
+    rows = [row for result in read_results().values() for row in result["rows"]]
+    met, unmet = (sum(row["met"] is expected for row in rows) for expected in (True, False))
+    print(f"\n{met} goals met, {unmet} not met; all rows are in {RESULTS.relative_to(ROOT)}")
     if failed:
-        print(f"did not run through: {', '.join(failed)}")
+        print(f"did not finish: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def take(name: str, quick: bool) -> bool:
-    """Run one bench and keep its rows; whether it ran through."""
+def run_benchmark(name: str, quick: bool) -> bool:
+    """Run one benchmark and save its rows; whether it finished."""
     print(f"\n{name} …", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,12 +54,12 @@ def take(name: str, quick: bool) -> bool:
         command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(rows), *(["--quick"] if quick else [])]
         if subprocess.run(command, cwd=ROOT).returncode != 0 or not rows.exists():
             return False
-        keep(name, json.loads(rows.read_bytes()), quick, time.monotonic() - began)
+        save_rows(name, json.loads(rows.read_bytes()), quick, time.monotonic() - began)
     return True
 
 
-def keep(name: str, rows: list[dict[str, Any]], quick: bool, seconds: float) -> None:
-    bench = {
+def save_rows(name: str, rows: list[dict[str, Any]], quick: bool, seconds: float) -> None:
+    result = {
         "rows": rows,
         "quick": quick,
         "seconds": round(seconds, 1),
@@ -66,12 +68,12 @@ def keep(name: str, rows: list[dict[str, Any]], quick: bool, seconds: float) -> 
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     new = RESULTS.with_name(f"{RESULTS.name}.new")
-    new.write_text(json.dumps({**known(), name: bench}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.write_text(json.dumps({**read_results(), name: result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(RESULTS)
 
 
 def processor() -> str:
-    """Its name, and whether it has instructions for SHA-256: without them the proof is what a download waits for."""
+    """The processor's name, and whether it has SHA instructions. Without them a download waits for its SHA-256."""
     with contextlib.suppress(OSError):
         lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         facts = {name.strip(): value.strip() for name, _, value in lines}
@@ -81,13 +83,13 @@ def processor() -> str:
     return platform.machine()
 
 
-def known() -> dict[str, Any]:
-    """The rows of earlier runs, bench by bench."""
+def read_results() -> dict[str, Any]:
+    """The results of earlier runs, by benchmark."""
     try:
         found = json.loads(RESULTS.read_bytes())
     except (OSError, ValueError):
         return {}
-    return {name: bench for name, bench in found.items() if name in BENCHES} if isinstance(found, dict) else {}
+    return {name: result for name, result in found.items() if name in BENCHMARKS} if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

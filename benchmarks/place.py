@@ -1,4 +1,4 @@
-"""Where whole jobs are measured: the sandbox's WebUI as a process, a cache with a small checkpoint, a worker."""
+"""The setup in which whole jobs are measured: the sandbox's WebUI as a process, a small cache, a worker."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.models import sdxl_checkpoint
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Place:
-    """`settings` is what a worker must be told to work here."""
+class BenchSetup:
+    """A folder and a WebUI. `settings` are the variables with which a worker uses them."""
 
     folder: Path
     webui_url: str
@@ -28,8 +28,8 @@ class Place:
 
 
 @contextlib.contextmanager
-def place(*webui_options: str) -> Iterator[Place]:
-    """A folder with a cache whose checkpoint nobody has to download, and a WebUI; gone when the block ends."""
+def place(*webui_options: str) -> Iterator[BenchSetup]:
+    """A folder with a cache that has its checkpoint already, and a WebUI. Both are removed when the block ends."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         sdxl_checkpoint(folder / "models" / "checkpoints" / "bench.safetensors", seed=1, size_bytes=3_000_000)
@@ -55,7 +55,7 @@ def place(*webui_options: str) -> Iterator[Place]:
                 "CHECKPOINT_URL": "https://civitai.com/api/download/models/1",
                 "WARMUP": "0",
             }
-            yield Place(folder, url, settings)
+            yield BenchSetup(folder, url, settings)
         finally:
             webui.terminate()
             webui.wait()
@@ -63,13 +63,13 @@ def place(*webui_options: str) -> Iterator[Place]:
 
 
 @contextlib.contextmanager
-def worker(at: Place, queue: RunPod, **settings: str) -> Iterator[int]:
-    """A worker's process under the real SDK, which takes the queue's jobs; its pid. Killed when the block ends."""
-    with (at.folder / "worker.log").open("wb") as log:
+def worker(setup: BenchSetup, queue: SandboxRunPod, **settings: str) -> Iterator[int]:
+    """A worker's process with the real SDK, which takes jobs from the queue. Its pid. It is killed after the block."""
+    with (setup.folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "handler.py"],
             cwd=ROOT,
-            env={**queue.worker_env(), **at.settings, **settings},
+            env={**queue.worker_env(), **setup.settings, **settings},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

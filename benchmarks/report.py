@@ -1,4 +1,4 @@
-"""What every bench gives: rows of a table, as markdown and as JSON."""
+"""The result of a benchmark: rows of a table, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `met` is None where there is no goal, or nothing was measured (`measured` says why)."""
+    """One measurement. `met` is None if there is no goal or no measurement; then `measured` has the reason."""
 
     work: str
     measured: str
@@ -27,10 +27,10 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def run(title: str, measure: Callable[[bool], Sequence[Row]]) -> None:
-    """The command line of one bench: `--quick` for a look, `--json FILE` for the rows."""
+    """The command line of one benchmark: `--quick` for a fast trial, `--json FILE` for the rows."""
     parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller files: a look, not a result")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller files; not a valid result")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     rows = measure(options.quick)
     show(title, rows)

@@ -1,1 +1,1 @@
-"""The world around the worker in miniature: real HTTP on loopback, no mocks. For the demo and the tests alone."""
+"""Small versions of the services that the worker uses. Real HTTP on loopback, no mocks. Only for demo and tests."""

@@ -1,9 +1,9 @@
-"""Everything the worker talks to, on loopback.
+"""Every service that the worker talks to, on loopback.
 
-    python -m sandbox                   starts it, prints where it listens and what to export, until Ctrl-C
-    python -m sandbox -- COMMAND …      starts it, runs COMMAND pointed at it, ends with COMMAND's status
+    python -m sandbox                   starts them and prints their URLs and what to export; ends at Ctrl-C
+    python -m sandbox -- COMMAND …      starts them, runs COMMAND against them, ends with COMMAND's status
 
-Files are made once, under `.sandbox/civitai`, and reused; `.sandbox/models` is the worker's cache.
+Files are made once, under `.sandbox/civitai`, and reused. `.sandbox/models` is the worker's cache.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from a1111_worker.catalog import CHECKPOINT_NAME, LORAS
-from sandbox.civitai import CivitAI
+from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
-from sandbox.runpod import RunPod
-from sandbox.webui import WebUI
+from sandbox.runpod import SandboxRunPod
+from sandbox.webui import SandboxWebUI
 
 KEY = "sandbox"
 CHECKPOINT_VERSION = 1590699
@@ -33,8 +33,8 @@ _RUNPOD_SETTINGS = ("RUNPOD_DEBUG_LEVEL", "RUNPOD_LOG_LEVEL", "RUNPOD_INIT_TIMEO
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """What stands behind a version here."""
+class _SampleModel:
+    """The file that the sandbox serves for a version of CivitAI."""
 
     file: str
     base_model: str
@@ -45,34 +45,34 @@ class _Sample:
 
 
 _SAMPLES = {
-    135867: _Sample("add-detail-xl.safetensors", "SDXL 1.0", 6, model_id=122359, file_id=99264),
-    294259: _Sample("hand detail FLUX & XL.safetensors", "SDXL 1.0", 4),
-    348625: _Sample("boringRealism_primaryV3.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
-    348837: _Sample("boringRealism_primaryV4.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
-    1051156: _Sample("epiCRealismXL-KiSS_Enhancer_Lora.safetensors", "SDXL 1.0", 5),
-    1242203: _Sample("Dramatic Lighting Slider.safetensors", "Pony", 2, model_id=1105685),
-    1253021: _Sample("Pony Realism Slider.safetensors", "Pony", 2),
-    1594293: _Sample("amateur style slider.safetensors", "Pony", 2),
-    1681921: _Sample("RealSkin_xxXL_v1.safetensors", "Illustrious", 3, model_id=1486921),
+    135867: _SampleModel("add-detail-xl.safetensors", "SDXL 1.0", 6, model_id=122359, file_id=99264),
+    294259: _SampleModel("hand detail FLUX & XL.safetensors", "SDXL 1.0", 4),
+    348625: _SampleModel("boringRealism_primaryV3.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
+    348837: _SampleModel("boringRealism_primaryV4.safetensors", "SDXL 1.0", 8, trained_words=("boring",)),
+    1051156: _SampleModel("epiCRealismXL-KiSS_Enhancer_Lora.safetensors", "SDXL 1.0", 5),
+    1242203: _SampleModel("Dramatic Lighting Slider.safetensors", "Pony", 2, model_id=1105685),
+    1253021: _SampleModel("Pony Realism Slider.safetensors", "Pony", 2),
+    1594293: _SampleModel("amateur style slider.safetensors", "Pony", 2),
+    1681921: _SampleModel("RealSkin_xxXL_v1.safetensors", "Illustrious", 3, model_id=1486921),
 }
 
 
 class Sandbox:
-    """The servers together, and what a worker must be told to use them."""
+    """The servers together, and the settings with which a worker uses them."""
 
     def __init__(self, folder: Path, *, port: int = 0, version: str = "1.10.1", step_seconds: float = 0.05) -> None:
-        """`port` is the first of four; 0 takes free ones."""
+        """`port` is the first of four ports; 0: four free ones."""
         ports = [port + number if port else 0 for number in range(4)]
         self.folder = folder.absolute()
-        self.webui = WebUI(
+        self.webui = SandboxWebUI(
             self.folder / "webui-models",
             version=version,
             port=ports[0],
             step_seconds=step_seconds,
             switch_seconds=1.0,
         )
-        self.civitai = CivitAI(key=KEY, port=ports[1], storage_port=ports[2])
-        self.runpod = RunPod(port=ports[3], long_poll=10.0)
+        self.civitai = SandboxCivitAI(key=KEY, port=ports[1], storage_port=ports[2])
+        self.runpod = SandboxRunPod(port=ports[3], long_poll=10.0)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Sandbox:
             yield
 
     def environment(self) -> dict[str, str]:
-        """What points a worker at these servers."""
+        """The settings with which a worker uses these servers."""
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
         return {
             "WEBUI_URL": self.webui.url,
@@ -97,13 +97,13 @@ class Sandbox:
         }
 
     def queue_environment(self) -> dict[str, str]:
-        """What makes the SDK take jobs from the queue here."""
+        """The settings with which the SDK takes jobs from this queue."""
         return {name: value for name, value in self.runpod.worker_env().items() if name.startswith("RUNPOD_")}
 
 
-def stock(civitai: CivitAI, folder: Path) -> None:
-    """Serve the checkpoint and the catalog's LoRAs, small and made once."""
-    checkpoint = _made(folder / "jibMixIllustrious_v20.safetensors", sdxl_checkpoint, CHECKPOINT_VERSION, 32)
+def stock(civitai: SandboxCivitAI, folder: Path) -> None:
+    """Serve the checkpoint and the LoRAs of the catalog, as small files that are made only once."""
+    checkpoint = _make_once(folder / "jibMixIllustrious_v20.safetensors", sdxl_checkpoint, CHECKPOINT_VERSION, 32)
     civitai.add(
         CHECKPOINT_VERSION,
         checkpoint,
@@ -118,7 +118,7 @@ def stock(civitai: CivitAI, folder: Path) -> None:
         sample = _SAMPLES[lora.version_id]
         civitai.add(
             lora.version_id,
-            _made(folder / sample.file, sdxl_lora, lora.version_id, sample.megabytes),
+            _make_once(folder / sample.file, sdxl_lora, lora.version_id, sample.megabytes),
             name=lora.title,
             base_model=sample.base_model,
             model_id=sample.model_id,
@@ -127,18 +127,18 @@ def stock(civitai: CivitAI, folder: Path) -> None:
         )
 
 
-def _made(path: Path, make: Callable[[Path, int, int], Path], seed: int, megabytes: float) -> Path:
-    """The file, written if it is not there yet. It appears whole: an interrupted start leaves nothing to trip over."""
+def _make_once(path: Path, make: Callable[[Path, int, int], Path], seed: int, megabytes: float) -> Path:
+    """Write the file unless it exists. It appears complete: an interrupted start leaves no partial file at its path."""
     size = int(megabytes * 1e6)
     if not path.exists() or path.stat().st_size != size:
-        part = path.with_name(f".{os.getpid()}") / path.name  # its name is in the metadata of a LoRA
+        part = path.with_name(f".{os.getpid()}") / path.name  # same name: it is in the metadata of a LoRA
         make(part, seed, size).replace(path)
         part.parent.rmdir()
     return path
 
 
 def run(sandbox: Sandbox, command: Sequence[str]) -> int:
-    """Run a command against the sandbox; signals go on to it. Its status, 128 + n where a signal n ended it."""
+    """Run a command against the sandbox and forward signals to it. Its status; 128 + n if signal n ended it."""
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
@@ -150,7 +150,7 @@ def run(sandbox: Sandbox, command: Sequence[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
-    try:  # a session of its own: Ctrl-C on a terminal reaches it once, through us
+    try:  # in its own session: so Ctrl-C on a terminal reaches it only once, forwarded from here
         child = subprocess.Popen(  # noqa: S603 — the developer's own command
             command, env=_without_runpod(os.environ) | sandbox.environment(), start_new_session=True
         )
@@ -164,7 +164,7 @@ def run(sandbox: Sandbox, command: Sequence[str]) -> int:
 
 
 def _without_runpod(environ: Mapping[str, str]) -> dict[str, str]:
-    """Off RunPod, whatever this machine is: the SDK runs its local test or its local API then."""
+    """Without RunPod's variables, even on RunPod: then the SDK runs its local test or its local API."""
     return {
         name: value for name, value in environ.items() if not name.startswith("RUNPOD_") or name in _RUNPOD_SETTINGS
     }
@@ -175,14 +175,14 @@ def _curl(command: Sequence[str]) -> str:
     return f"curl -s http://127.0.0.1:{port}/runsync -H 'Content-Type: application/json' -d @test_input.json"
 
 
-def _say_where(sandbox: Sandbox) -> None:
+def _print_urls(sandbox: Sandbox) -> None:
     print(f"WebUI    {sandbox.webui.url}")
     print(f"CivitAI  {sandbox.civitai.url} (files on {sandbox.civitai.storage.url})")
     print(f"RunPod   {sandbox.runpod.url}/v2/{sandbox.runpod.endpoint}/run")
-    print("\n# a worker that uses them:")
+    print("\n# for a worker that uses them:")
     for name, value in sandbox.environment().items():
         print(f"export {name}={shlex.quote(value)}")
-    print("\n# and one that takes its jobs from this queue:")
+    print("\n# and if it takes its jobs from this queue:")
     for name, value in sandbox.queue_environment().items():
         print(f"export {name}={shlex.quote(value)}")
     print(flush=True)
@@ -194,16 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path(".sandbox"), help="where files are kept (.sandbox)")
-    parser.add_argument("--port", type=int, help="the first of four ports (with a command: free ones; else 3100)")
+    parser.add_argument("--folder", type=Path, default=Path(".sandbox"), help="where to keep files (.sandbox)")
+    parser.add_argument("--port", type=int, help="the first of four ports (default: 3100; with a command: free ports)")
     parser.add_argument("--webui-version", choices=("1.9.3", "1.10.1"), default="1.10.1")
-    parser.add_argument("--step-seconds", type=float, default=0.05, help="how long a sampling step takes (0.05)")
+    parser.add_argument("--step-seconds", type=float, default=0.05, help="duration of a sampling step (0.05)")
     options = parser.parse_args(ours)
-    port = options.port if options.port is not None else 0 if command else 3100
+    default_port = 0 if command else 3100
+    port = default_port if options.port is None else options.port
     try:
         sandbox = Sandbox(options.folder, port=port, version=options.webui_version, step_seconds=options.step_seconds)
     except OSError as error:
-        print(f"ports {port} to {port + 3}: {error.strerror} (--port takes others)", file=sys.stderr)
+        print(f"ports {port} to {port + 3}: {error.strerror} (choose others with --port)", file=sys.stderr)
         return 1
     with sandbox.running():
         if command:
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(sandbox, command)
         with contextlib.suppress(KeyboardInterrupt):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            _say_where(sandbox)
+            _print_urls(sandbox)
             signal.pause()
     return 0
 

@@ -1,11 +1,11 @@
-"""CivitAI in miniature: metadata and links on one origin, files on another; right by default, wrong on request.
+"""A small CivitAI: metadata and links on one origin, files on another. It fails only on request.
 
-    with CivitAI(key="sandbox") as civitai:
+    with SandboxCivitAI(key="sandbox") as civitai:
         civitai.add(135867, path, name="Detail Tweaker XL", base_model="SDXL 1.0")
         civitai.fail(TOO_MANY, on="/api/download/")
         civitai.storage.cut_after = [300_000]
 
-`python -m sandbox.civitai VERSION=FILE…` is the same as a process of its own, for measurements.
+`python -m sandbox.civitai VERSION=FILE…` starts it as a separate process, for measurements.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlencode
 
-from sandbox.server import Asked, Exchange
+from sandbox.server import Exchange, ReceivedRequest
 from sandbox.storage import (
     CUT,
     DOWNLOAD_CAP,
@@ -37,15 +37,18 @@ from sandbox.storage import (
     SILENCE,
     SLOW_DOWN,
     STORE_ERROR,
-    Fault,
     FaultyServer,
-    Form,
-    Storage,
+    SandboxStorage,
+    ServerFault,
+    StorageForm,
     answer_fault,
     html_fault,
     json_fault,
     redirect,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ARCHIVED",
@@ -71,21 +74,22 @@ __all__ = [
     "SLOW_DOWN",
     "STORE_ERROR",
     "TOO_MANY",
-    "CivitAI",
-    "Fault",
-    "Hosted",
     "HostedFile",
-    "Storage",
+    "HostedVersion",
+    "SandboxCivitAI",
+    "SandboxStorage",
+    "ServerFault",
+    "Upload",
     "html_fault",
     "json_fault",
     "redirect",
     "too_many",
 ]
 
-# What the API says no with, in the order in which it looks.
+# The API's refusals, in the order in which it checks for them.
 REGION_BLOCKED = json_fault(
     451, {"error": "Civitai is not available in your region", "code": "REGION_BLOCKED"}
-)  # any path under /api, from GB or AU
+)  # for any path under /api, to clients in GB or AU
 FORBIDDEN = json_fault(403, {"error": "Forbidden"})
 TOO_MANY = json_fault(
     429,
@@ -109,7 +113,7 @@ SERVER_ERROR = json_fault(500, {"error": "Internal server error"})
 CLOUDFLARE_522 = html_fault(522, "civitai.com | 522: Connection timed out")
 
 
-def early_access(deadline: str) -> Fault:
+def early_access(deadline: str) -> ServerFault:
     return json_fault(
         403,
         {
@@ -123,8 +127,8 @@ def early_access(deadline: str) -> Fault:
 EARLY_ACCESS = early_access("2027-01-31T00:00:00.000Z")
 
 
-def too_many(retry_after: int | str) -> Fault:
-    """429 as a proxy in front would say it; CivitAI itself never says how long."""
+def too_many(retry_after: int | str) -> ServerFault:
+    """429 with Retry-After, as from a proxy in front of CivitAI. CivitAI itself never sends this header."""
     return dataclasses.replace(TOO_MANY, headers={**TOO_MANY.headers, "retry-after": str(retry_after)})
 
 
@@ -139,19 +143,19 @@ _BROWSERS = ("mozilla", "chrome", "safari", "firefox", "opera", "edge")
 
 @dataclass
 class HostedFile:
-    """One file of a version. `sha256`: None = the true one, "" = not scanned yet, anything else = said as it is."""
+    """One file of a version. `sha256`: None is the file's own, "" is not scanned yet, any other value is reported."""
 
     id: int
     path: Path
     name: str
-    key: str  # in the storage
+    key: str  # where the storage keeps it
     type: str = "Model"
     format: str = "SafeTensor"
     size: str | None = None
     fp: str | None = None
     primary: bool = True
     sha256: str | None = None
-    size_kb: float | None = None  # None = the true one
+    size_kb: float | None = None  # None = the file's own
     pickle_scan: str = "Success"
     virus_scan: str = "Success"
     _hashes: tuple[tuple[int, int], dict[str, str]] | None = field(default=None, repr=False)
@@ -161,16 +165,16 @@ class HostedFile:
             return {}
         if self.sha256 is not None:
             return {"AutoV2": self.sha256[:10].upper(), "SHA256": self.sha256.upper()}
-        about = self.path.stat()
-        state = (about.st_size, about.st_mtime_ns)
+        stat = self.path.stat()
+        state = (stat.st_size, stat.st_mtime_ns)
         if self._hashes is None or self._hashes[0] != state:
             self._hashes = (state, _hashes_of(self.path))
         return self._hashes[1]
 
 
 @dataclass
-class Hosted:
-    """A version as CivitAI knows it; change a field and the answers change."""
+class HostedVersion:
+    """A version of a model at CivitAI. The answers follow its fields, which a test may change."""
 
     id: int
     model_id: int
@@ -182,7 +186,7 @@ class Hosted:
     files: list[HostedFile]
     status: str = "Published"  # anything else: 404
     availability: str = "Public"  # Unsearchable, Private, EarlyAccess
-    usage_control: str = "Download"  # Generation: downloads are disabled
+    usage_control: str = "Download"  # "Generation": downloads are disabled
     early_access_ends: str | None = None
     archived: bool = False
     published_at: str = "2024-03-05T10:00:00.000Z"
@@ -193,16 +197,38 @@ class Hosted:
         return f"urn:air:{ecosystem}:{self.model_type.lower()}:civitai:{self.model_id}@{self.id}"
 
 
-class CivitAI(FaultyServer):
-    """The API's origin; its `storage` is started and stopped with it (unless it was given one).
+class Upload(TypedDict, total=False):
+    """What `SandboxCivitAI.add` may be given about a file, and about its version if this is its first file."""
 
-    `key` is what `Authorization: Bearer` must say for a download; None asks for no key.
-    `fail(Fault)` bends the next answers: `on="/api/download/"` for links, `on="/api/v1/"` for metadata.
-    `redirects` lets the next links be preceded by so many hops on this origin, -1 for a circle.
-    `quota` is the number of links after which all are 429.
-    `public_url` is the origin in metadata, where it is not the server's own.
+    # of the version
+    name: str
+    version_name: str
+    base_model: str
+    model_type: str
+    model_id: int | None
+    trained_words: Sequence[str]
+    # of the file
+    file_id: int | None
+    file_name: str | None
+    type: str
+    format: str
+    size: str | None
+    fp: str | None
+    primary: bool | None  # None: the first file of a version is the primary one
+    sha256: str | None  # as in HostedFile
 
-    What it remembers: `resolves` (links given, by version id; `links_given` is their sum) and `metadata_asked`.
+
+class SandboxCivitAI(FaultyServer):
+    """The API's origin. It starts and stops its `storage` too, unless it was given one.
+
+    `key`: a download must send it as `Authorization: Bearer`. None: no key is required.
+    `fail(ServerFault(…))` spoils the next answers: `on="/api/download/"` for links, `on="/api/v1/"` for metadata.
+    `redirects`: the next links go through this many redirects on this origin first, one entry per link; -1 is a circle.
+    `quota`: after this many links every further one is a 429.
+    `public_url`: the origin in metadata, if it is not the server's own.
+
+    It remembers `resolves` (the number of links given, by version id; `links_given` is their sum) and `metadata_asked`
+    (the number of requests for metadata).
     """
 
     def __init__(
@@ -210,17 +236,17 @@ class CivitAI(FaultyServer):
         *,
         key: str | None = None,
         port: int = 0,
-        storage: Storage | None = None,
+        storage: SandboxStorage | None = None,
         storage_port: int = 0,
-        form: Form = "r2",
+        form: StorageForm = "r2",
     ) -> None:
         super().__init__(port)
         self.key = key
-        self.storage = storage or Storage(form=form, port=storage_port)
+        self.storage = storage or SandboxStorage(form=form, port=storage_port)
         self._owns_storage = storage is None
         if key:
             self.storage.secret = key
-        self.versions: dict[int, Hosted] = {}
+        self.versions: dict[int, HostedVersion] = {}
         self.redirects: list[int] = []
         self.quota: int | None = None
         self.public_url: str | None = None
@@ -241,71 +267,49 @@ class CivitAI(FaultyServer):
         if self._owns_storage:
             self.storage.stop()
 
-    def add(
-        self,
-        version_id: int,
-        path: Path,
-        *,
-        name: str = "A model",
-        version_name: str = "v1.0",
-        base_model: str = "SDXL 1.0",
-        model_type: str = "LORA",
-        model_id: int | None = None,
-        file_id: int | None = None,
-        file_name: str | None = None,
-        type: str = "Model",
-        format: str = "SafeTensor",
-        size: str | None = None,
-        fp: str | None = None,
-        primary: bool | None = None,
-        trained_words: Sequence[str] = (),
-        sha256: str | None = None,
-    ) -> Hosted:
-        """Serve a file as (one more file of) a version. Size and hashes are the file's own unless said otherwise."""
+    def add(self, version_id: int, path: Path, **about: Unpack[Upload]) -> HostedVersion:
+        """Serve a file as a version, or as one more file of a version.
+
+        Its size is the file's own. So are its hashes, unless `sha256` is given.
+        """
+        if unknown := about.keys() - Upload.__annotations__.keys():
+            raise TypeError(f"an upload has no {', '.join(sorted(unknown))}")
         version = self.versions.get(version_id)
         if version is None:
-            version = Hosted(
-                id=version_id,
-                model_id=model_id or version_id + 1_000_000,
-                name=name,
-                version_name=version_name,
-                base_model=base_model,
-                model_type=model_type,
-                trained_words=tuple(trained_words),
-                files=[],
-            )
-            self.versions[version_id] = version
-        version.files.append(
-            HostedFile(
-                id=file_id or version_id * 10 + len(version.files),
-                path=path,
-                name=file_name or path.name,
-                key=self.storage.put(path, file_name=file_name),
-                type=type,
-                format=format,
-                size=size,
-                fp=fp,
-                primary=not version.files if primary is None else primary,
-                sha256=sha256,
-            )
-        )
+            version = self.versions[version_id] = _new_version(version_id, about)
+        version.files.append(self._new_file(version, path, about))
         return version
 
+    def _new_file(self, version: HostedVersion, path: Path, about: Upload) -> HostedFile:
+        is_primary = about.get("primary")
+        return HostedFile(
+            id=about.get("file_id") or version.id * 10 + len(version.files),
+            path=path,
+            name=about.get("file_name") or path.name,
+            key=self.storage.put(path, file_name=about.get("file_name")),
+            type=about.get("type", "Model"),
+            format=about.get("format", "SafeTensor"),
+            size=about.get("size"),
+            fp=about.get("fp"),
+            primary=not version.files if is_primary is None else is_primary,
+            sha256=about.get("sha256"),
+        )
+
     def replace(self, version_id: int, path: Path) -> None:
-        """Other bytes behind the links of a version's first file from now on; the metadata stays as it was."""
+        """Serve other bytes as the first file of a version from now on. The metadata does not change."""
         file = self.versions[version_id].files[0]
         file.sha256 = file.hashes().get("SHA256", "")
         file.size_kb = file.path.stat().st_size / 1024
         self.storage.replace(file.key, path)
 
     def download_url(self, version_id: int, **query: object) -> str:
-        """The URL a person copies: `civitai.download_url(135867, type="Model", format="SafeTensor")`."""
+        """The URL that a person copies: `civitai.download_url(135867, type="Model", format="SafeTensor")`."""
         url = f"{self.public_url or self.url}/api/download/models/{version_id}"
         return f"{url}?{urlencode(query)}" if query else url
 
     def answer(self, exchange: Exchange) -> None:
         asked = exchange.asked
-        if asked.path == "/_counters":  # for whoever measures from another process
+        if asked.path == "/_counters":  # for measurements from another process
             exchange.send_json(200, self.counters())
             return
         fault = self._next_fault(asked.path)
@@ -336,7 +340,7 @@ class CivitAI(FaultyServer):
 
     def _download(self, exchange: Exchange, version_id: str) -> None:
         asked = exchange.asked
-        refusal, file = self._judge(asked, version_id)
+        refusal, file = self._check_download(asked, version_id)
         if refusal is LOGIN_REQUIRED and _is_browser(asked):
             query = urlencode({"reason": "download-auth", "returnUrl": f"/model-versions/{version_id}"})
             refusal = redirect(f"/login?{query}")
@@ -351,13 +355,13 @@ class CivitAI(FaultyServer):
         else:
             answer_fault(exchange, redirect(self.storage.sign(file.key)))
 
-    def _judge(self, asked: Asked, version_id: str) -> tuple[Fault | None, HostedFile | None]:
-        """In the order in which CivitAI's own code looks."""
+    def _check_download(self, asked: ReceivedRequest, version_id: str) -> tuple[ServerFault | None, HostedFile | None]:
+        """Why the request is refused, or the file that it asks for. The order is that of CivitAI's own code."""
         if self.quota is not None and self.links_given >= self.quota:
             return TOO_MANY, None
         allowed = {"type": _TYPES, "format": _FORMATS, "size": _SIZES}
         if not version_id.isdigit() or any(
-            asked.query.get(name, some[0]) not in some for name, some in allowed.items()
+            asked.query.get(name, values[0]) not in values for name, values in allowed.items()
         ):
             return BAD_REQUEST, None
         version = self.versions.get(int(version_id))
@@ -370,7 +374,7 @@ class CivitAI(FaultyServer):
             return NOT_FOUND, None
         if version.usage_control != "Download":
             return DOWNLOADS_DISABLED, None
-        if not self._logged_in(asked):
+        if not self._is_logged_in(asked):
             return LOGIN_REQUIRED, None
         if version.availability == "EarlyAccess":
             return early_access(version.early_access_ends or "2027-01-31T00:00:00.000Z"), None
@@ -378,14 +382,14 @@ class CivitAI(FaultyServer):
             return PRIVATE, None
         return None, file
 
-    def _logged_in(self, asked: Asked) -> bool:
-        """The header wins over `?token=`; a wrong one is nobody, whatever else is there."""
+    def _is_logged_in(self, asked: ReceivedRequest) -> bool:
+        """The header takes precedence over `?token=`: with a wrong header, the right token does not help."""
         header = asked.headers.get("authorization")
         given = asked.query.get("token") if header is None else header.removeprefix("Bearer ")
         return self.key is None or given == self.key
 
     def _hop(self, exchange: Exchange, hops: int, file_id: int) -> None:
-        """-1 leads to itself for ever."""
+        """One redirect of a chain of `hops`. -1 leads to itself for ever."""
         if hops == 1:
             key = next(file.key for version in self.versions.values() for file in version.files if file.id == file_id)
             answer_fault(exchange, redirect(self.storage.sign(key)))
@@ -419,17 +423,17 @@ class CivitAI(FaultyServer):
         else:
             exchange.send_json(200, answer, {"cache-control": "public, s-maxage=300, stale-while-revalidate=150"})
 
-    def _published(self, version_id: int) -> Hosted | None:
+    def _published(self, version_id: int) -> HostedVersion | None:
         version = self.versions.get(version_id)
         return version if version and version.status == "Published" else None
 
-    def _by_hash(self, *hashes: str) -> Iterator[Hosted]:
-        """For each hash the oldest version that has it."""
-        for wanted in hashes:
+    def _by_hash(self, *hashes: str) -> Iterator[HostedVersion]:
+        """For each hash the oldest version with a file that has it."""
+        for hash_ in hashes:
             found = (
                 version
                 for _, version in sorted(self.versions.items())
-                if any(wanted.upper() in file.hashes().values() for file in version.files)
+                if any(hash_.upper() in file.hashes().values() for file in version.files)
             )
             yield from list(found)[:1]
 
@@ -437,7 +441,7 @@ class CivitAI(FaultyServer):
         version = self._published(version_id)
         return self._version_json(version) if version else None
 
-    def _version_json(self, version: Hosted) -> dict[str, Any]:
+    def _version_json(self, version: HostedVersion) -> dict[str, Any]:
         return {
             "id": version.id,
             "modelId": version.model_id,
@@ -473,8 +477,8 @@ class CivitAI(FaultyServer):
             "downloadUrl": self.download_url(version.id),
         }
 
-    def _file_json(self, version: Hosted, file: HostedFile) -> dict[str, Any]:
-        wishes = {"type": file.type, "format": file.format, "size": file.size, "fp": file.fp}
+    def _file_json(self, version: HostedVersion, file: HostedFile) -> dict[str, Any]:
+        variant = {"type": file.type, "format": file.format, "size": file.size, "fp": file.fp}
         return {
             "id": file.id,
             "sizeKB": file.path.stat().st_size / 1024 if file.size_kb is None else file.size_kb,
@@ -489,14 +493,14 @@ class CivitAI(FaultyServer):
             "hashes": file.hashes(),
             **({"primary": True} if file.primary else {}),
             "downloadUrl": self.download_url(
-                version.id, **({} if file.primary else {name: value for name, value in wishes.items() if value})
+                version.id, **({} if file.primary else {name: value for name, value in variant.items() if value})
             ),
         }
 
     def _mini(self, version_id: int, query: Mapping[str, str]) -> dict[str, Any] | None:
         version = self._published(version_id)
-        wanted = query.get("modelFileId")
-        file = version and _choose(version.files, {"fileId": wanted} if wanted else {})
+        file_id = query.get("modelFileId")
+        file = version and _choose(version.files, {"fileId": file_id} if file_id else {})
         if not version or not file or version.archived:
             return None
         return {
@@ -519,7 +523,7 @@ class CivitAI(FaultyServer):
         }
 
     def _model_json(self, model_id: int, query: Mapping[str, str]) -> dict[str, Any] | None:
-        """Newest version first."""
+        """The model with its versions, newest first."""
         versions = [
             version
             for _, version in sorted(self.versions.items(), reverse=True)
@@ -549,25 +553,38 @@ class CivitAI(FaultyServer):
         }
 
 
-def _is_browser(asked: Asked) -> bool:
+def _new_version(version_id: int, about: Upload) -> HostedVersion:
+    return HostedVersion(
+        id=version_id,
+        model_id=about.get("model_id") or version_id + 1_000_000,
+        name=about.get("name", "A model"),
+        version_name=about.get("version_name", "v1.0"),
+        base_model=about.get("base_model", "SDXL 1.0"),
+        model_type=about.get("model_type", "LORA"),
+        trained_words=tuple(about.get("trained_words", ())),
+        files=[],
+    )
+
+
+def _is_browser(asked: ReceivedRequest) -> bool:
     agent = asked.headers.get("user-agent", "").lower()
     return any(browser in agent for browser in _BROWSERS)
 
 
 def _choose(files: Sequence[HostedFile], query: Mapping[str, str]) -> HostedFile | None:
-    """`fileId` names one; else every wish must be met to the letter, and the primary file goes first."""
+    """The file with this `fileId`. Without one: a file that fits every filter exactly, the primary file if it fits."""
     if "fileId" in query:
         return next((file for file in files if str(file.id) == query["fileId"]), None)
-    fits = [
+    fitting = [
         file
         for file in files
-        if all(query.get(wish) in (None, getattr(file, wish)) for wish in ("type", "format", "size", "fp"))
+        if all(query.get(name) in (None, getattr(file, name)) for name in ("type", "format", "size", "fp"))
     ]
-    return min(fits, key=lambda file: not file.primary, default=None)
+    return min(fitting, key=lambda file: not file.primary, default=None)
 
 
 def _hashes_of(path: Path) -> dict[str, str]:
-    """CivitAI's own names; AutoV3 is A1111's hash of a safetensors file's tensors."""
+    """By CivitAI's own names. AutoV3 is A1111's hash of the tensors of a safetensors file."""
     whole, tensors, crc, position = hashlib.sha256(), hashlib.sha256(), 0, 0
     with path.open("rb") as file:
         file.seek(0x100000)
@@ -590,20 +607,20 @@ def _hashes_of(path: Path) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve files until the standard input ends; one line of JSON says where, GET /_counters what was asked."""
+    """Serve files until standard input ends. Prints the URLs as one line of JSON; GET /_counters counts requests."""
     parser = argparse.ArgumentParser(prog="python -m sandbox.civitai", description=main.__doc__)
     parser.add_argument("files", nargs="+", metavar="VERSION=FILE")
     parser.add_argument("--key")
     parser.add_argument("--form", choices=("r2", "b2"), default="r2")
-    parser.add_argument("--rate", type=float, help="bytes a second of each connection")
-    parser.add_argument("--line-rate", type=float, help="bytes a second of all together")
+    parser.add_argument("--rate", type=float, help="bytes per second of each connection")
+    parser.add_argument("--total-rate", type=float, help="bytes per second of all connections together")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer of the storage")
-    parser.add_argument("--reset-every", type=int, help="RST whenever so many more bytes were sent")
-    parser.add_argument("--unhashed", action="store_true", help="give no hashes, and compute none")
+    parser.add_argument("--reset-every", type=int, help="RST each time this many more bytes were sent")
+    parser.add_argument("--unhashed", action="store_true", help="publish no hashes, and compute none")
     options = parser.parse_args(arguments)
-    with CivitAI(key=options.key, form=options.form) as civitai:
+    with SandboxCivitAI(key=options.key, form=options.form) as civitai:
         storage = civitai.storage
-        storage.rate, storage.line_rate = options.rate, options.line_rate
+        storage.rate, storage.total_rate = options.rate, options.total_rate
         storage.latency, storage.reset_every = options.latency, options.reset_every
         for pair in options.files:
             version_id, _, path = pair.partition("=")
@@ -612,6 +629,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         while sys.stdin.read(1):
             pass
 
+
+# -- the names until rename_sandbox.py has run
+CivitAI = SandboxCivitAI
+Fault = ServerFault
+Storage = SandboxStorage
+__all__ += ["CivitAI", "Fault", "Storage"]
+# -- until here
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""Pictures nobody takes for a model's work: a landscape drawn from a text, with the word SANDBOX on it.
+"""Draws pictures that nobody can mistake for a model's: a landscape made from a text, with the word SANDBOX on it.
 
-The same text and size give the same bytes, another text another picture. Pillow alone; the letters are our own, so that
-they are the same on every machine and legible from 64 pixels up.
+The same text and size give the same bytes; another text gives another picture. Only Pillow is needed. The letters are
+defined here, so that they are the same on every machine and legible from 64 pixels up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GLYPHS = {
 
 
 def picture(text: str, width: int, height: int) -> Image.Image:
-    """A landscape whose colours, hills and sun follow from `text`."""
+    """A landscape. `text` decides its colours, its hills and its sun."""
     chance = random.Random(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     hue = chance.random()
     zenith = _colour(hue, 0.62, 0.55 + 0.3 * chance.random())
@@ -41,62 +41,64 @@ def picture(text: str, width: int, height: int) -> Image.Image:
 
     image = ImageOps.colorize(Image.linear_gradient("L").resize((width, height)), zenith, horizon)
     draw = ImageDraw.Draw(image)
-    _sun(draw, chance, width, height, horizon)
+    _sun(draw, chance, image.size, horizon)
     layers = 5
     for layer in range(1, layers + 1):
-        _hills(draw, chance, width, height, layer / layers, _mix(horizon, land, layer / layers))
+        _hills(draw, chance, image.size, layer / layers, _mix(horizon, land, layer / layers))
     _sign(image)
     return image
 
 
 def black(width: int, height: int) -> Image.Image:
-    """What a model that computes NaN paints."""
+    """The picture of a model that computes NaN."""
     return Image.new("RGB", (width, height))
 
 
-def encode(image: Image.Image, infotext: str, file_format: str, at_least: int = 0) -> bytes:
-    """A file as A1111 encodes it, the infotext inside: PNG's `parameters`, or EXIF's UserComment.
+def encode(image: Image.Image, infotext: str, file_format: str, min_bytes: int = 0) -> bytes:
+    """A file as A1111 encodes it. The infotext is in PNG's `parameters`, or in EXIF's UserComment.
 
-    A PNG is brought to `at_least` bytes by a private chunk of incompressible ones, which readers skip.
+    A PNG is brought to `min_bytes` by a private chunk of incompressible bytes, which readers skip.
     """
     file = io.BytesIO()
     if file_format == "png":
         about = PngImagePlugin.PngInfo()
         about.add_text("parameters", infotext)
         image.save(file, "PNG", pnginfo=about, compress_level=4)
-        return _padded(file.getvalue(), at_least)
+        return _padded(file.getvalue(), min_bytes)
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + infotext.encode("utf-16-be", "replace")
     image.save(file, "WEBP" if file_format == "webp" else "JPEG", exif=exif, quality=80)
     return file.getvalue()
 
 
-def _sun(draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int, horizon: Colour) -> None:
+def _sun(draw: ImageDraw.ImageDraw, chance: random.Random, size: tuple[int, int], horizon: Colour) -> None:
+    width, height = size
     x, y = width * (0.2 + 0.6 * chance.random()), height * (0.15 + 0.3 * chance.random())
     radius = min(width, height) * (0.06 + 0.06 * chance.random())
-    for size, light in ((1.35, 0.35), (1.0, 0.9)):
-        r = radius * size
+    for factor, light in ((1.35, 0.35), (1.0, 0.9)):
+        r = radius * factor
         draw.ellipse((x - r, y - r, x + r, y + r), fill=_mix(horizon, (255, 250, 235), light))
 
 
 def _hills(
-    draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int, nearness: float, colour: Colour
+    draw: ImageDraw.ImageDraw, chance: random.Random, size: tuple[int, int], nearness: float, colour: Colour
 ) -> None:
-    """One ridge, sums of three waves; the nearer the lower in the picture."""
+    """One ridge, the sum of three waves. A nearer ridge is lower in the picture."""
+    width, height = size
     base = height * (0.45 + 0.4 * nearness)
     waves = [
         (height * 0.09 / number, 2 * math.pi * number * (0.6 + chance.random()) / width, chance.random() * 7)
         for number in (1, 2, 4)
     ]
     ridge = [
-        (x, base + sum(size * math.sin(x * pace + start) for size, pace, start in waves))
+        (x, base + sum(crest * math.sin(x * pace + start) for crest, pace, start in waves))
         for x in range(0, width + 4, max(1, width // 256))
     ]
     draw.polygon([(0, height), *ridge, (width, ridge[-1][1]), (width, height)], fill=colour)
 
 
 def _sign(image: Image.Image) -> None:
-    """The word on a dark band along the lower edge."""
+    """Write the word on a dark band along the lower edge."""
     rows = [" ".join(_GLYPHS[letter][row] for letter in WORD) for row in range(7)]
     columns = len(rows[0])
     scale = max(1, min(image.width * 55 // 100 // columns, image.height // 24))
@@ -110,13 +112,13 @@ def _sign(image: Image.Image) -> None:
     image.paste(band, (0, top))
 
 
-def _padded(png: bytes, at_least: int) -> bytes:
-    missing = at_least - len(png)
+def _padded(png: bytes, min_bytes: int) -> bytes:
+    missing = min_bytes - len(png)
     if missing <= 0:
         return png
     name, body = b"saNd", random.Random(zlib.crc32(png)).randbytes(max(0, missing - 12))
     chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    end = len(png) - 12  # IEND is the last chunk, and always these twelve bytes
+    end = len(png) - 12  # the last chunk is IEND, which always has twelve bytes
     return png[:end] + chunk + png[end:]
 
 

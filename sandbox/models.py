@@ -1,8 +1,8 @@
-"""Small models that are real safetensors files: true names and shapes, so that architectures can be told apart.
+"""Makes small models that are real safetensors files. Real tensor names and shapes show their architecture.
 
-A seed decides the bytes. `size_bytes` brings a file to an exact size by one more tensor of padding; without it the file
-is as small as its tensors allow. Two gigabytes take seconds: the bytes are one random block over and over, numbered, so
-that no two places of a file are alike.
+A seed decides the bytes. `size_bytes` brings a file to an exact size with one more tensor as padding; without it the
+file is as small as its tensors allow. Writing two gigabytes takes seconds: the content is one random block, repeated
+and numbered, so that no two places in a file are alike.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]
 """Name → (dtype, shape)."""
 
 PADDING = "sandbox.padding"
+TENSOR_HASH = "0" * 64
+"""As a value in the metadata: `write_safetensors` puts the file's `tensor_hash` in its place."""
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
-_BLOCK = 1_048_583  # a prime: pieces of a power of two, exchanged, never happen to be equal
+_BLOCK = 1_048_583  # a prime: then two pieces whose size is a power of two are never equal by chance
 
 SDXL_CHECKPOINT: Tensors = {
     "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": ("F16", (77, 768)),
@@ -44,7 +46,7 @@ SD15_CHECKPOINT: Tensors = {
 
 
 def _lora(layers: Mapping[str, tuple[int, int]], rank: int = 4) -> Tensors:
-    """kohya's three tensors a layer, from its (in, out) features."""
+    """kohya's three tensors per layer, from its (in, out) features."""
     tensors: dict[str, tuple[str, Sequence[int]]] = {}
     for layer, (features_in, features_out) in layers.items():
         tensors[f"{layer}.alpha"] = ("F16", ())
@@ -85,16 +87,16 @@ def sdxl_lora(
     path: Path, seed: int = 0, size_bytes: int | None = None, *, hashed: bool = False, **metadata: str
 ) -> Path:
     """60 kB at least. `hashed` writes `sshs_model_hash`, as newer kohya does; `metadata` adds and replaces."""
-    about = _kohya(path, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora") | metadata
-    return write_safetensors(path, SDXL_LORA, about, seed=seed, size_bytes=size_bytes, hashed=hashed)
+    about = _kohya(path, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", hashed) | metadata
+    return write_safetensors(path, SDXL_LORA, about, seed=seed, size_bytes=size_bytes)
 
 
 def sd15_lora(
     path: Path, seed: int = 0, size_bytes: int | None = None, *, hashed: bool = False, **metadata: str
 ) -> Path:
-    """25 kB at least."""
-    about = _kohya(path, "sd_v1-5", "stable-diffusion-v1/lora") | metadata
-    return write_safetensors(path, SD15_LORA, about, seed=seed, size_bytes=size_bytes, hashed=hashed)
+    """25 kB at least. Keywords as for `sdxl_lora`."""
+    about = _kohya(path, "sd_v1-5", "stable-diffusion-v1/lora", hashed) | metadata
+    return write_safetensors(path, SD15_LORA, about, seed=seed, size_bytes=size_bytes)
 
 
 def write_safetensors(
@@ -104,20 +106,15 @@ def write_safetensors(
     *,
     seed: int = 0,
     size_bytes: int | None = None,
-    hashed: bool = False,
 ) -> Path:
-    """Write a valid file of exactly `size_bytes`; without that, as small as the tensors allow."""
+    """Write a valid file of exactly `size_bytes`, or one as small as the tensors allow."""
     about = dict(metadata or {})
-    if hashed:
-        about["sshs_model_hash"] = "0" * 64  # the true one has this length
     header, length = _header(tensors, about, size_bytes)
-    if hashed:
+    if TENSOR_HASH in about.values():
         digest = hashlib.sha256()
         for piece in _pieces(seed, length):
             digest.update(piece)
-        header = header.replace(
-            b'"sshs_model_hash":"' + b"0" * 64, b'"sshs_model_hash":"' + digest.hexdigest().encode()
-        )
+        header = header.replace(TENSOR_HASH.encode(), digest.hexdigest().encode())
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -132,15 +129,15 @@ def sha256_of(path: Path) -> str:
 
 
 def tensor_hash(path: Path) -> str:
-    """SHA-256 of what stands behind the header: A1111 1.10.1 prints its first 12 digits for a LoRA without
+    """SHA-256 of the tensors, without the header. A1111 1.10.1 prints its first 12 digits for a LoRA without
     `sshs_model_hash`."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
     return _sha256(path, 8 + length)
 
 
-def _kohya(path: Path, base_model_version: str, architecture: str) -> dict[str, str]:
-    """What kohya's trainer writes into a LoRA; A1111 knows a LoRA by `ss_output_name` too."""
+def _kohya(path: Path, base_model_version: str, architecture: str, hashed: bool) -> dict[str, str]:
+    """The metadata that kohya's trainer writes into a LoRA. A1111 finds a LoRA by `ss_output_name` too."""
     return {
         "modelspec.architecture": architecture,
         "modelspec.sai_model_spec": "1.0.0",
@@ -149,25 +146,26 @@ def _kohya(path: Path, base_model_version: str, architecture: str) -> dict[str, 
         "ss_network_dim": "4",
         "ss_network_module": "networks.lora",
         "ss_output_name": path.stem,
+        **({"sshs_model_hash": TENSOR_HASH} if hashed else {}),
     }
 
 
 def _header(tensors: Tensors, metadata: Mapping[str, str], size_bytes: int | None) -> tuple[bytes, int]:
-    """The header as written, and the number of bytes behind it."""
+    """The header as it is written, and the number of bytes after it."""
     bare, length = _layout(tensors, metadata)
     if size_bytes is None:
         return bare.ljust(-(-len(bare) // 8) * 8), length
     longest, _ = _layout(tensors, metadata, padding=size_bytes)
-    room = -(-len(longest) // 8) * 8  # blanks at its end are allowed and make the length independent of the padding
+    room = -(-len(longest) // 8) * 8  # blanks at its end are allowed; they make its length independent of the padding
     padding = size_bytes - 8 - room - length
     if padding < 0:
-        raise ValueError(f"{size_bytes} bytes are too few: {8 + room + length} are needed")
+        raise ValueError(f"{size_bytes} bytes are too few: the file needs {8 + room + length}")
     header, length = _layout(tensors, metadata, padding=padding)
     return header.ljust(room), length
 
 
 def _layout(tensors: Tensors, metadata: Mapping[str, str], padding: int | None = None) -> tuple[bytes, int]:
-    """JSON, and the end of the last tensor."""
+    """The header's JSON, and the end of the last tensor."""
     offset = 0
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     extra: Tensors = {} if padding is None else {PADDING: ("U8", (padding,))}

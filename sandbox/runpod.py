@@ -1,8 +1,8 @@
-"""RunPod's queue in miniature: the routes a worker's SDK calls, and those a client calls.
+"""A small RunPod queue: the routes that a worker's SDK calls, and those that a client calls.
 
-A job is IN_QUEUE until a worker takes it, IN_PROGRESS until its answer comes, then COMPLETED or FAILED; or CANCELLED or
-TIMED_OUT before that. An answer that the platform would refuse (too large, not strict JSON) is lost: the job stays
-IN_PROGRESS, and `lost` says why.
+A job is IN_QUEUE until a worker takes it, then IN_PROGRESS until its answer comes, then COMPLETED or FAILED. Before
+that it may become CANCELLED or TIMED_OUT. RunPod refuses an answer that is too large or not strict JSON. Such an answer
+is lost here too: the job stays IN_PROGRESS, and `lost` has the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from sandbox.server import Exchange
@@ -29,12 +29,12 @@ TIMED_OUT = "TIMED_OUT"
 FINAL = (COMPLETED, FAILED, CANCELLED, TIMED_OUT)
 
 _MIB = 1 << 20
-_KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ")
+_INHERITED = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ")
 
 
 @dataclass
-class Job:
-    """A job with everything that was ever heard of it."""
+class QueuedJob:
+    """A job with everything that was ever received for it."""
 
     id: str
     body: dict[str, Any]  # what the client sent: input, and policy, webhook, s3Config
@@ -42,7 +42,7 @@ class Job:
     worker: str | None = None
     output: Any = None
     error: Any = None
-    progress: list[Any] = field(default_factory=list)  # in the order of arrival
+    progress: list[Any] = field(default_factory=list)  # every update, in order
     stream: list[Any] = field(default_factory=list)
     answer: dict[str, Any] | None = None  # the final body as it was posted
     answer_bytes: int = 0
@@ -52,60 +52,42 @@ class Job:
     ended: float | None = None
 
 
-class RunPod(FaultyServer):
-    """One endpoint and its queue.
+@dataclass(eq=False, repr=False, kw_only=True)
+class SandboxRunPod(FaultyServer):
+    """One endpoint and its queue. `fail(ServerFault(…), on="/job-done/")` spoils the next answers."""
 
-    `long_poll`: seconds a worker's question for jobs or stop signals is held open. `execution_timeout`: seconds, unless
-    the job's policy says otherwise (milliseconds there). `run_limit` and `sync_limit`: bytes of a body, by the kind
-    of the job. `worker_key` must be a worker's Authorization as it is; `client_key`, where set, a client's Bearer.
-    `fail(Fault(…), on="/job-done/")` bends the next answers.
+    port: InitVar[int] = 0
+    long_poll: float = 1.0  # seconds for which a worker's request for jobs or for stopped jobs is held open
+    execution_timeout: float = 600.0  # seconds, unless the job's policy has another value (in milliseconds)
+    run_limit: int = 10 * _MIB  # bytes of a body of an asynchronous job
+    sync_limit: int = 20 * _MIB  # the same of a synchronous job
+    worker_key: str = "sandbox-worker-key"  # the whole Authorization header of a worker
+    client_key: str | None = None  # a client's Bearer token; None: none is required
+    endpoint: str = "sandbox"
 
-    What it remembers: `jobs` by id, `pings` (their query), `late_progress` and `late_results` (id and body of what came
-    when the job was over), `lost` (id and reason of what was refused), `stopped_pods` (workers that asked for a new
-    container).
-    """
+    # What it remembers
+    jobs: dict[str, QueuedJob] = field(default_factory=dict, init=False)  # by id
+    pings: list[Mapping[str, str]] = field(default_factory=list, init=False)  # their queries
+    late_progress: list[tuple[str, Any]] = field(default_factory=list, init=False)  # id and body, after the job's end
+    late_results: list[tuple[str, Any]] = field(default_factory=list, init=False)  # the same of results
+    lost: list[tuple[str, str]] = field(default_factory=list, init=False)  # id and reason of each refused answer
+    stopped_pods: list[str] = field(default_factory=list, init=False)  # workers that asked for a new container
 
-    def __init__(
-        self,
-        *,
-        port: int = 0,
-        long_poll: float = 1.0,
-        execution_timeout: float = 600.0,
-        run_limit: int = 10 * _MIB,
-        sync_limit: int = 20 * _MIB,
-        worker_key: str = "sandbox-worker-key",
-        client_key: str | None = None,
-        endpoint: str = "sandbox",
-    ) -> None:
+    def __post_init__(self, port: int) -> None:
         super().__init__(port)
-        self.long_poll = long_poll
-        self.execution_timeout = execution_timeout
-        self.run_limit = run_limit
-        self.sync_limit = sync_limit
-        self.worker_key = worker_key
-        self.client_key = client_key
-        self.endpoint = endpoint
-
-        self.jobs: dict[str, Job] = {}
-        self.pings: list[Mapping[str, str]] = []
-        self.late_progress: list[tuple[str, Any]] = []
-        self.late_results: list[tuple[str, Any]] = []
-        self.lost: list[tuple[str, str]] = []
-        self.stopped_pods: list[str] = []
-
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
-        self._stops: dict[str, list[str]] = {}
+        self._waiting: list[QueuedJob] = []
+        self._stopped: dict[str, list[str]] = {}  # by worker: jobs that it must still be told to stop
         self._workers: set[str] = set()
 
-    # For tests, beside the HTTP routes
+    # For tests, besides the HTTP routes
 
     def worker_env(self, pod_id: str = "sandbox-pod", *, ping_interval: float = 1.0, **more: str) -> dict[str, str]:
         """The whole environment of a worker's process: `subprocess.Popen(…, env=runpod.worker_env())`."""
         base, query = f"{self.url}/v2/{self.endpoint}", "?gpu=NVIDIA+Sandbox"
         return {
-            **{name: os.environ[name] for name in _KEPT if name in os.environ},  # the SDK looks at many others
-            "HOME": tempfile.gettempdir(),  # ~/.runpod/config.toml would win over the key below
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},  # the SDK reads many others
+            "HOME": tempfile.gettempdir(),  # ~/.runpod/config.toml would replace the key below
             "PYTHONUNBUFFERED": "1",
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{query}",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{query}",
@@ -121,36 +103,36 @@ class RunPod(FaultyServer):
         }
 
     def submit(self, input: Any, sync: bool = False, policy: Mapping[str, Any] | None = None, **more: Any) -> str:
-        """Queue a job; its id. `more` are further keys beside `input`, which reach the worker too."""
+        """Queue a job; its id. `more` are keys besides `input`; the worker gets them too."""
         body = {"input": input, **more}
         if policy is not None:
             body["policy"] = dict(policy)
         return self._queue(body, sync=sync).id
 
     def status(self, job_id: str) -> dict[str, Any]:
-        """What /status answers."""
+        """The answer of /status."""
         with self._changed:
             self._expire()
             return self._status(self.jobs[job_id])
 
     def wait(
-        self, job_id: str, timeout: float = 30.0, until: Callable[[Job], bool] = lambda job: job.status in FINAL
+        self, job_id: str, timeout: float = 30.0, until: Callable[[QueuedJob], bool] = lambda job: job.status in FINAL
     ) -> dict[str, Any]:
-        """The job's status once it is over (or `until` holds); TimeoutError after `timeout` seconds."""
+        """Wait for the end of the job, or for `until`; the job's status. TimeoutError after `timeout` seconds."""
         if not self._wait(lambda: until(self.jobs[job_id]), timeout):
             raise TimeoutError(f"still {self.status(job_id)} after {timeout} s")
         return self.status(job_id)
 
     def wait_for_worker(self, timeout: float = 30.0) -> None:
-        """Until some worker has asked for a job."""
+        """Wait until a worker has asked for a job."""
         if not self._wait(lambda: bool(self._workers), timeout):
-            raise TimeoutError(f"no worker came within {timeout} s")
+            raise TimeoutError(f"no worker asked for a job within {timeout} s")
 
     def cancel(self, job_id: str) -> dict[str, Any]:
-        """As /cancel: a waiting job is gone, a running one's worker is told through its stop poll.
+        """The same as /cancel. A waiting job is removed. The worker of a running job hears of it in its next stop poll.
 
-        It is told once. A worker that has the job but has not begun it misses that; a test waits for a sign of life
-        (`wait(id, until=lambda job: bool(job.progress))`) before it cancels.
+        The worker hears of it only once, and misses it if it has received the job but not started it. Therefore a test
+        waits for the job's first progress (`wait(id, until=lambda job: bool(job.progress))`) before it cancels.
         """
         with self._changed:
             job = self.jobs[job_id]
@@ -188,9 +170,9 @@ class RunPod(FaultyServer):
         if route is None:
             exchange.send_json(404, {"error": "not found"})
             return
-        of_worker = verb.startswith("job-") or verb == "ping"
-        wanted = self.worker_key if of_worker else self.client_key and f"Bearer {self.client_key}"
-        if wanted and asked.headers.get("authorization") != wanted:
+        is_worker = verb.startswith("job-") or verb == "ping"
+        required = self.worker_key if is_worker else self.client_key and f"Bearer {self.client_key}"
+        if required and asked.headers.get("authorization") != required:
             exchange.send_json(401, {"error": "unauthorized"})
             return
         route(exchange, rest)
@@ -198,20 +180,20 @@ class RunPod(FaultyServer):
     # The worker's side
 
     def _take_one(self, exchange: Exchange, worker: str) -> None:
-        jobs = self._take(exchange, worker, 1)
+        jobs = self._next_jobs(exchange, worker, 1)
         if jobs:
             exchange.send_json(200, jobs[0])
         else:
             exchange.send(204)
 
     def _take_batch(self, exchange: Exchange, worker: str) -> None:
-        jobs = self._take(exchange, worker, int(exchange.asked.query["batch_size"]))
+        jobs = self._next_jobs(exchange, worker, int(exchange.asked.query["batch_size"]))
         if jobs:
             exchange.send_json(200, jobs)
         else:
             exchange.send(204)
 
-    def _take(self, exchange: Exchange, worker: str, most: int) -> list[dict[str, Any]]:
+    def _next_jobs(self, exchange: Exchange, worker: str, most: int) -> list[dict[str, Any]]:
         with self._changed:
             self._workers.add(worker)
             self._changed.notify_all()
@@ -226,8 +208,8 @@ class RunPod(FaultyServer):
 
     def _stop_poll(self, exchange: Exchange, worker: str) -> None:
         with self._changed:
-            self._wait(lambda: bool(self._stops.get(worker)), self.long_poll)
-            ids = [] if exchange.gone() else self._stops.pop(worker, [])
+            self._wait(lambda: bool(self._stopped.get(worker)), self.long_poll)
+            ids = [] if exchange.gone() else self._stopped.pop(worker, [])
         if ids:
             exchange.send_json(200, {"jobsToStop": ids})
         else:
@@ -240,15 +222,15 @@ class RunPod(FaultyServer):
         exchange.send_json(200, {})
 
     def _done(self, exchange: Exchange, rest: str) -> None:
-        job, body = self._posted(exchange, rest, None)
+        job, body = self._posted_answer(exchange, rest, None)
         if job is None:
             return
         with self._changed:
             self._expire()
-            progress = body.get("status") == IN_PROGRESS
+            is_progress = body.get("status") == IN_PROGRESS
             if job.status in FINAL:
-                (self.late_progress if progress else self.late_results).append((job.id, body))
-            elif progress:
+                (self.late_progress if is_progress else self.late_results).append((job.id, body))
+            elif is_progress:
                 job.progress.append(body.get("output"))
                 job.output = body.get("output")
             else:
@@ -256,7 +238,7 @@ class RunPod(FaultyServer):
             self._changed.notify_all()
         exchange.send_json(200, {})
 
-    def _conclude(self, job: Job, body: dict[str, Any], size: int) -> None:
+    def _conclude(self, job: QueuedJob, body: dict[str, Any], size: int) -> None:
         job.answer, job.answer_bytes = body, size
         error = body.get("error")
         job.stop_pod = body.get("stopPod") is True
@@ -264,13 +246,13 @@ class RunPod(FaultyServer):
             self.stopped_pods.append(job.worker)
         job.output = body.get("output", job.stream or None)
         if error and not isinstance(error, str):
-            job.output = None  # the live service takes it for a success without output
+            job.output = None  # the live service treats it as a success without output
         elif error:
             job.error = error
-        self._end(job, FAILED if job.error else COMPLETED, tell=False)
+        self._end(job, FAILED if job.error else COMPLETED, notify=False)
 
     def _stream(self, exchange: Exchange, rest: str) -> None:
-        job, body = self._posted(exchange, rest, _MIB)
+        job, body = self._posted_answer(exchange, rest, _MIB)
         if job is None:
             return
         with self._changed:
@@ -278,8 +260,10 @@ class RunPod(FaultyServer):
             self._changed.notify_all()
         exchange.send_json(200, {})
 
-    def _posted(self, exchange: Exchange, rest: str, limit: int | None) -> tuple[Job | None, dict[str, Any]]:
-        """The job and the body that was posted for it; None where it was refused (and that was said)."""
+    def _posted_answer(
+        self, exchange: Exchange, rest: str, limit: int | None
+    ) -> tuple[QueuedJob | None, dict[str, Any]]:
+        """The job and the body that was posted for it. None if the body was refused; the refusal has been sent then."""
         job_id = rest.rpartition("/")[2]
         job = self.jobs.get(job_id)
         if job is None:
@@ -291,7 +275,7 @@ class RunPod(FaultyServer):
             reason = _too_large(limit)
         else:
             try:
-                body = _strict(exchange.asked.body)
+                body = _strict_json(exchange.asked.body)
             except ValueError as error:
                 reason = f"not JSON: {error}"
         if not isinstance(body, dict):
@@ -305,25 +289,25 @@ class RunPod(FaultyServer):
     # The client's side
 
     def _run(self, exchange: Exchange, rest: str) -> None:
-        job = self._submitted(exchange, sync=False)
+        job = self._posted_job(exchange, sync=False)
         if job:
             exchange.send_json(200, {"id": job.id, "status": job.status})
 
     def _runsync(self, exchange: Exchange, rest: str) -> None:
-        job = self._submitted(exchange, sync=True)
+        job = self._posted_job(exchange, sync=True)
         if job:
             wait = min(300_000, int(exchange.asked.query.get("wait", 90_000))) / 1000
             self._wait(lambda: job.status in FINAL, wait)
             exchange.send_json(200, self.status(job.id))
 
-    def _submitted(self, exchange: Exchange, *, sync: bool) -> Job | None:
+    def _posted_job(self, exchange: Exchange, *, sync: bool) -> QueuedJob | None:
         reason, body = None, None
         limit = self._limit(sync)
         if len(exchange.asked.body) > limit:
             reason = _too_large(limit)
         else:
             try:
-                body = _strict(exchange.asked.body)
+                body = _strict_json(exchange.asked.body)
             except ValueError:
                 reason = "invalid JSON"
         if isinstance(body, dict) and "input" in body:
@@ -369,24 +353,24 @@ class RunPod(FaultyServer):
 
     # The queue
 
-    def _queue(self, body: dict[str, Any], *, sync: bool) -> Job:
-        job = Job(f"{'sync-' if sync else ''}{uuid.uuid4()}-u1", body)
+    def _queue(self, body: dict[str, Any], *, sync: bool) -> QueuedJob:
+        job = QueuedJob(f"{'sync-' if sync else ''}{uuid.uuid4()}-u1", body)
         with self._changed:
             self.jobs[job.id] = job
             self._waiting.append(job)
             self._changed.notify_all()
         return job
 
-    def _end(self, job: Job, status: str, *, tell: bool = True) -> None:
-        """The job is over; `tell` its worker, where it has one."""
+    def _end(self, job: QueuedJob, status: str, *, notify: bool = True) -> None:
+        """Mark the job as ended. `notify`: its worker, if it has one, hears of it in its next stop poll."""
         if job in self._waiting:
             self._waiting.remove(job)
-        elif tell and job.worker:
-            self._stops.setdefault(job.worker, []).append(job.id)
+        elif notify and job.worker:
+            self._stopped.setdefault(job.worker, []).append(job.id)
         job.status, job.ended = status, time.monotonic()
         self._changed.notify_all()
 
-    def _status(self, job: Job) -> dict[str, Any]:
+    def _status(self, job: QueuedJob) -> dict[str, Any]:
         now = time.monotonic()
         answer: dict[str, Any] = {"id": job.id, "status": job.status}
         answer["delayTime"] = int(((job.taken or job.ended or now) - job.submitted) * 1000)
@@ -402,7 +386,7 @@ class RunPod(FaultyServer):
     def _limit(self, sync: bool) -> int:
         return self.sync_limit if sync else self.run_limit
 
-    def _time_left(self, job: Job) -> float:
+    def _time_left(self, job: QueuedJob) -> float:
         policy = job.body.get("policy") or {}
         seconds = float(policy.get("executionTimeout", self.execution_timeout * 1000)) / 1000
         return (job.taken or 0.0) + seconds - time.monotonic()
@@ -412,15 +396,18 @@ class RunPod(FaultyServer):
             if job.status == IN_PROGRESS and self._time_left(job) <= 0:
                 self._end(job, TIMED_OUT)
 
-    def _wait(self, holds: Callable[[], bool], seconds: float) -> bool:
-        """Until it holds, the time is up or the server stops; jobs time out meanwhile."""
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until the condition is true, the time is up or the server stops; whether it is true.
+
+        Jobs whose time is up end meanwhile.
+        """
         end = time.monotonic() + seconds
         with self._changed:
             while True:
                 self._expire()
                 left = end - time.monotonic()
-                if holds() or left <= 0 or self._stopping:
-                    return holds()
+                if condition() or left <= 0 or self._stopping:
+                    return condition()
                 next_end = min(
                     (self._time_left(job) for job in self.jobs.values() if job.status == IN_PROGRESS), default=left
                 )
@@ -433,12 +420,18 @@ class RunPod(FaultyServer):
         super().stop()
 
 
-def _strict(body: bytes) -> Any:
+def _strict_json(body: bytes) -> Any:
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"JSON has no number {constant}")
 
     return json.loads(body.decode("utf-8"), parse_constant=refuse)
 
 
 def _too_large(limit: int) -> str:
     return f"exceeded max body size of {limit // _MIB or 1}MiB"
+
+
+# -- the names until rename_sandbox.py has run
+Job = QueuedJob
+RunPod = SandboxRunPod
+# -- until here

@@ -1,4 +1,4 @@
-"""A real HTTP/1.1 server in threads on loopback; what every server of the sandbox is made of."""
+"""A real HTTP/1.1 server on loopback, one thread per connection. Every server of the sandbox is built on it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request as it arrived. Header names are lower case."""
+class ReceivedRequest:
+    """One request as it was received. Header names are in lower case."""
 
     method: str
     path: str
@@ -34,20 +34,20 @@ class Asked:
 
 
 class Exchange:
-    """A request and the means to answer it, well or badly."""
+    """A request and every way to answer it, correct ones and broken ones."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, asked: Asked) -> None:
+    def __init__(self, handler: BaseHTTPRequestHandler, asked: ReceivedRequest) -> None:
         self._handler = handler
         self.asked = asked
 
     @property
     def client_address(self) -> tuple[str, int]:
-        """Where the request came from: one address for each connection."""
+        """The client's address and port. Each connection has its own."""
         host, port = self._handler.client_address
         return str(host), int(port)
 
     def send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        """Answer with a body and its true length (unless `headers` says another)."""
+        """Answer with a body. Content-Length is its true length unless `headers` has another one."""
         given = {name.lower(): value for name, value in (headers or {}).items()}
         given.setdefault("content-length", str(len(body)))
         self.begin(status, given)
@@ -59,7 +59,7 @@ class Exchange:
         self.send(status, body, {"content-type": "application/json", **(headers or {})})
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """The answer's head alone; whoever calls this writes the body."""
+        """Send the status line and the headers only. The caller writes the body."""
         self._handler.send_response(status)
         for name, value in headers.items():
             self._handler.send_header(name, value)
@@ -75,48 +75,48 @@ class Exchange:
         self._handler.wfile.flush()
 
     def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """So many bytes of a file as body, by the kernel's hand."""
+        """Send `count` bytes of a file as the body, with `sendfile`."""
         self._handler.wfile.flush()
         while count:
             sent = os.sendfile(self._handler.connection.fileno(), file.fileno(), offset, count)
             if not sent:
-                raise ConnectionError("the file is shorter than it was")
+                raise ConnectionError("the file became shorter while it was sent")
             offset += sent
             count -= sent
 
     @property
     def client(self) -> int:
-        """Which connection this is: the client's port."""
+        """The client's port, which identifies the connection."""
         return int(self._handler.client_address[1])
 
     def gone(self, seconds: float = 0.0) -> bool:
-        """Whether the client has left, waiting at most so long for it to do so."""
+        """Wait up to `seconds` for the client to close the connection; whether it did."""
         connection, end = self._handler.connection, time.monotonic() + seconds
         while True:
             left = max(0.0, end - time.monotonic())
-            readable, _, _ = select.select([connection], [], [], left)  # a stopping server shuts it down: readable
+            readable, _, _ = select.select([connection], [], [], left)  # readable too if the server stops
             if not readable:
                 return False
             if not connection.recv(1, socket.MSG_PEEK):
                 return True
             if not left:
                 return False
-            time.sleep(min(left, 0.05))  # the next request already: the client is there
+            time.sleep(min(left, 0.05))  # it has sent its next request already, so it is still there
 
     def hold(self, seconds: float | None = None) -> bool:
-        """Say nothing more: until the time is up (then True), the client has left or the server stops."""
+        """Send nothing for `seconds` (None: for ever). False if the client left or the server stopped before that."""
         self._handler.wfile.flush()
         return not self.gone(365 * 86_400.0 if seconds is None else seconds)
 
     def cut(self) -> None:
-        """End the connection politely (FIN), whatever was promised."""
+        """Close the connection with FIN, even if bytes of the body are missing."""
         self._handler.close_connection = True
 
     def reset(self) -> None:
-        """End the connection rudely (RST); what was written before arrives first."""
+        """Close the connection with RST, after the client has received what was written before."""
         self._handler.wfile.flush()
         unsent = bytearray(4)
-        for _ in range(200):  # at most a second: a client that does not read is reset all the same
+        for _ in range(200):  # at most a second: a client that does not read is reset anyway
             fcntl.ioctl(self._handler.connection, termios.TIOCOUTQ, unsent)
             if not any(unsent):
                 break
@@ -127,59 +127,18 @@ class Exchange:
 
 
 class Server:
-    """Answers with `answer`, remembers what it was asked in `asked`; what is in `before` sees a request first, and says
-    whether it has answered it. A context manager, or `start` and `stop`."""
+    """A context manager, or `start` and `stop`. A subclass answers requests in `answer`.
+
+    `asked` lists every request so far. The functions in `before` see each request first; one that returns True has
+    answered it.
+    """
 
     def __init__(self, port: int = 0) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[ReceivedRequest] = []
         self.before: list[Callable[[Exchange], bool]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-            wbufsize = 64 * 1024
-
-            def setup(self) -> None:
-                super().setup()
-                outer._connections.add(self.connection)
-
-            def finish(self) -> None:
-                outer._connections.discard(self.connection)
-                for file in (self.wfile, self.rfile):  # both, where the client has left: else its socket stays open
-                    with contextlib.suppress(OSError):
-                        file.close()
-
-            def handle_one_request(self) -> None:
-                try:
-                    super().handle_one_request()
-                except (ConnectionError, TimeoutError, ValueError):  # the client left, or the answer was reset
-                    self.close_connection = True
-
-            def handle_expect_100(self) -> bool:
-                super().handle_expect_100()
-                self.wfile.flush()  # the client waits for it
-                return True
-
-            def do_GET(self) -> None:
-                outer._serve(self)
-
-            do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        class HTTPServer(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                if not outer._stopping:
-                    super().handle_error(request, client_address)
-
         self._stopping = False
         self._connections: set[socket.socket] = set()
-        self._http = HTTPServer(("127.0.0.1", port), Handler)
+        self._http = _HTTPServer(port, self)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True, name=self.name)
 
     @property
@@ -206,7 +165,7 @@ class Server:
             self._http.shutdown()
             self._thread.join()
         self._http.server_close()
-        for connection in list(self._connections):  # a stopped server drops its clients, as a killed process does
+        for connection in list(self._connections):  # disconnect the clients, as a killed process does
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -220,7 +179,7 @@ class Server:
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         length = int(handler.headers.get("content-length") or 0)
         url = urlsplit(handler.path)
-        asked = Asked(
+        asked = ReceivedRequest(
             method=handler.command,
             path=url.path,
             query=dict(parse_qsl(url.query, keep_blank_values=True)),
@@ -229,6 +188,62 @@ class Server:
         )
         self.asked.append(asked)
         exchange = Exchange(handler, asked)
-        if any(act(exchange) for act in list(self.before)):
+        if any(answers(exchange) for answers in list(self.before)):
             return
         self.answer(exchange)
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port: int, owner: Server) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.owner = owner
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not self.owner._stopping:
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection. It hands its requests to the server."""
+
+    server: _HTTPServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 64 * 1024
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.owner._connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.owner._connections.discard(self.connection)
+        for file in (self.wfile, self.rfile):  # close both: if the client left, its socket would stay open
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError, ValueError):  # the client left, or the answer was reset
+            self.close_connection = True
+
+    def handle_expect_100(self) -> bool:
+        super().handle_expect_100()
+        self.wfile.flush()  # the client waits for this
+        return True
+
+    def do_GET(self) -> None:
+        self.server.owner._serve(self)
+
+    do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+# -- the names until rename_sandbox.py has run
+Asked = ReceivedRequest
+# -- until here

@@ -1,9 +1,9 @@
-"""The sandbox's WebUI: Automatic1111 1.9.3 or 1.10.1 as its callers see it (`--nowebui --api`), without a model.
+"""A WebUI for tests: Automatic1111 1.9.3 or 1.10.1 as its callers see it (`--nowebui --api`), without a model.
 
     python -m sandbox.webui --models-dir models --port 7860
 
-It refuses, forgets, leaks and breaks where A1111 does; what it answers is held against recorded answers by
-tests/test_sandbox_webui.py, which also lists what is not imitated.
+It refuses, forgets, leaks and breaks in the same cases as A1111. tests/sandbox/test_webui.py compares its answers with
+recorded ones, and lists what is not imitated.
 """
 
 from __future__ import annotations
@@ -20,37 +20,39 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sandbox.server import Exchange, Server
-from sandbox.webui_errors import NoMethod, NoRoute, Refusal, WebUIError
+from sandbox.webui_errors import ErrorAnswer, MethodNotAllowed, RouteNotFound, WebUIError
 from sandbox.webui_fields import json_object, read_fields, read_query_bool
-from sandbox.webui_files import Hashes
-from sandbox.webui_process import VERSIONS, Killed, Process, lowvram
-from sandbox.webui_txt2img import Answer, Extras, check, nans, out_of_memory, run
+from sandbox.webui_files import HashCache
+from sandbox.webui_knobs import WebUIKnobs
+from sandbox.webui_model import lowvram
+from sandbox.webui_process import VERSIONS, Killed, Process
+from sandbox.webui_txt2img import PictureSettings, Txt2ImgAnswer, check_fields, nans, out_of_memory, run
 
 JSON = {"content-type": "application/json"}
 
 
-class Fault(enum.Enum):
-    """A wrong end for a txt2img."""
+class WebUIFault(enum.Enum):
+    """How a txt2img fails."""
 
-    BAD_GATEWAY = "502 and a page of HTML, at once"
-    NOT_FOUND = "the router's 404, at once: no such route"
+    BAD_GATEWAY = "502 with a page of HTML, at once"
+    NOT_FOUND = "the router's 404, at once, as if the route did not exist"
     RESET = "the connection is reset before an answer, at once"
-    HANG = "no progress, no answer, deaf to /interrupt, the lock held; goes on after `release`"
-    OUT_OF_MEMORY = "500 OutOfMemoryError out of the generation"
-    NANS = "500 NansException out of the generation"
-    BLACK = "generated, and every picture black"
-    NO_IMAGES = "generated, 200, and `images` empty"
+    HANG = "no progress and no answer, /interrupt has no effect, the lock is held; goes on after `release`"
+    OUT_OF_MEMORY = "500 OutOfMemoryError during the generation"
+    NANS = "500 NansException during the generation"
+    BLACK = "generated, and every picture is black"
+    NO_IMAGES = "generated, 200, and `images` is empty"
     OTHER_CHECKPOINT = "generated, and `info` names another checkpoint"
-    CUT = "generated, the length promised, half of it sent"
+    CUT = "generated, Content-Length is correct, half of the body is sent"
 
 
 @dataclasses.dataclass(frozen=True)
-class Canned:
+class CannedAnswer:
     """Any other answer to a txt2img, at once. A `body` that is not bytes is sent as JSON."""
 
     status: int
@@ -58,84 +60,48 @@ class Canned:
     content_type: str = "application/json"
 
 
-class WebUI(Server):
-    """A1111 on loopback. `models_dir` holds `Stable-diffusion/`, `Lora/` and `VAE/`; links are followed.
+@dataclasses.dataclass(eq=False, repr=False)
+class SandboxWebUI(WebUIKnobs, Server):
+    """A1111 on loopback. Further keywords are those of WebUIKnobs.
 
-    Knobs, arguments of the constructor; all but the last two may be set at any time:
+    `models_dir` has the folders `Stable-diffusion/`, `Lora/` and `VAE/`; links in them are followed.
+    `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is loaded in the
+    background at the start; None is `--skip-load-model-at-start`.
 
-    step_seconds       time of a sampling step (0: a job takes no time)
-    switch_seconds     time of loading a checkpoint
-    hash_seconds       time of hashing a checkpoint the first time
-    image_bytes        each PNG is brought to this size by incompressible bytes
-    nan_check          False is `--disable-nan-check`: black pictures instead of NansException
-    styles             what /prompt-styles lists: [{"name", "prompt", "negative_prompt"}]
-    journal            a file that gets a line a generation: when it began and ended, on the monotonic clock
-    gzip               answers above 1000 bytes are compressed for who accepts that, as A1111 does
-    no_hashing         `--no-hashing`: no proof of anything
-    initial_checkpoint loaded in the background at start; None is `--skip-load-model-at-start`
-
-    Misbehaviour, to be set at any time:
-
-    fail_next          the next txt2img end so, one each: Fault or Canned
-    not_mounted_for    so many requests to /sdapi get the router's 404
-    nan_models         model names whose weights are NaN
-    misshapen_models   model names whose tensors do not fit (beside files where that can be seen)
-    release()          lets hanging jobs go on
-    crash(), restart() die with everything in flight; come back on the same port with nothing loaded and nothing set
-
-    `asked` is every request so far, of all lives; `process` is the present one.
+    `asked` lists every request so far, also those of earlier processes. `process` is the current one. `release` lets
+    hanging jobs go on. `crash` ends the process, with every job in flight; `restart` starts it on the same port, with
+    nothing loaded and no option set.
     """
 
-    def __init__(
-        self,
-        models_dir: Path,
-        *,
-        version: str = "1.10.1",
-        port: int = 0,
-        image_bytes: int | None = None,
-        no_hashing: bool = False,
-        initial_checkpoint: str | None = None,
-        gzip: bool = True,
-        step_seconds: float = 0.0,
-        switch_seconds: float = 0.0,
-        hash_seconds: float = 0.0,
-        nan_check: bool = True,
-        styles: Sequence[Mapping[str, str]] = (),
-        journal: Path | None = None,
-    ) -> None:
-        if version not in VERSIONS:
+    models_dir: Path
+    _: dataclasses.KW_ONLY
+    version: str = "1.10.1"
+    port: dataclasses.InitVar[int] = 0
+    no_hashing: dataclasses.InitVar[bool] = False
+    initial_checkpoint: str | None = None
+
+    fail_next: list[WebUIFault | CannedAnswer] = dataclasses.field(default_factory=list, init=False)  # one per txt2img
+    not_mounted_for: int = dataclasses.field(default=0, init=False)  # this many requests to /sdapi get the router's 404
+
+    def __post_init__(self, port: int, no_hashing: bool) -> None:
+        if self.version not in VERSIONS:
             raise ValueError(f"version is one of {', '.join(VERSIONS)}")
-        super().__init__(port)
-        self.models_dir = models_dir
-        self.version = version
-        self.image_bytes = image_bytes
-        self.gzip = gzip
-        self.journal = journal
-        self.step_seconds = step_seconds
-        self.switch_seconds = switch_seconds
-        self.hash_seconds = hash_seconds
-        self.nan_check = nan_check
-        self.styles = styles
-        self.fail_next: list[Fault | Canned] = []
-        self.not_mounted_for = 0
-        self.nan_models: set[str] = set()
-        self.misshapen_models: set[str] = set()
-        self.hashes = Hashes(enabled=not no_hashing)
-        self._initial = initial_checkpoint
-        self._answering = _Count()
+        Server.__init__(self, port)
+        self.hashes = HashCache(enabled=not no_hashing)
+        self._answering = _RequestCounter()
         self.process = self._new_process()
 
     def start(self) -> None:
         super().start()
-        if self._initial:
-            threading.Thread(target=_load_quietly, args=(self.process,), daemon=True).start()
+        if self.initial_checkpoint:
+            threading.Thread(target=_load_model, args=(self.process,), daemon=True).start()
 
     def stop(self) -> None:
-        super().stop()  # first the port, then who is in flight: nobody who saw it die can still reach it
+        super().stop()  # first the port, then the requests in flight: a client that saw one end must not reach the port
         self.process.kill()
 
     def drain(self) -> None:
-        """What uvicorn does on SIGTERM: accept nothing more, answer what is asked, then stop."""
+        """Do what uvicorn does on SIGTERM: accept no more requests, answer those in flight, then stop."""
         if self._thread.is_alive():
             self._http.shutdown()
         self._http.server_close()
@@ -143,14 +109,14 @@ class WebUI(Server):
         self.stop()
 
     def crash(self) -> None:
-        """Gone, as by SIGKILL: nobody in flight gets an answer, and the port refuses."""
+        """End as by SIGKILL: requests in flight get no answer, and the port refuses connections."""
         self.stop()
 
     def restart(self, *, forget_hashes: bool = False) -> None:
-        """A new life on the same port. The hashes of files are remembered, as A1111's cache.json remembers them."""
+        """Start a new process on the same port. It knows the hashes of files, as A1111 does from its cache.json."""
         port, asked, before = self._http.server_address[1], self.asked, self.before
         self.crash()
-        super().__init__(port)
+        Server.__init__(self, port)
         self.asked, self.before = asked, before
         if forget_hashes:
             self.hashes.forget()
@@ -158,7 +124,7 @@ class WebUI(Server):
         self.start()
 
     def release(self) -> None:
-        """Let every job that hangs now go on."""
+        """Let every job go on that hangs now."""
         self.process.release()
 
     def answer(self, exchange: Exchange) -> None:
@@ -170,160 +136,162 @@ class WebUI(Server):
                 exchange.reset()
 
     def _new_process(self) -> Process:
-        return Process(self.models_dir, self.version, self, self.hashes, self._initial)
+        return Process(self.models_dir, self.version, self, self.hashes, self.initial_checkpoint)
 
     def _answer(self, exchange: Exchange, process: Process, began: float) -> None:
         asked = exchange.asked
         try:
-            reply = self._route(asked.method, asked.path)(self, process, exchange)
-        except Refusal as refusal:
-            reply = _refused(refusal)
+            response = self._route(asked.method, asked.path)(self, process, exchange)
+        except ErrorAnswer as error:
+            response = _error_response(error)
         except (Killed, ConnectionError):
             raise
-        except Exception as error:  # ours, not A1111's: said on the console, since the answer looks like one of its own
+        except Exception as error:  # a bug of the sandbox: also on the console, since the answer looks like A1111's
             traceback.print_exc()
-            reply = _refused(WebUIError(type(error).__name__, f"the sandbox itself failed: {error}"))
-        headers = dict(reply.headers)
-        if reply.timed:
+            response = _error_response(WebUIError(type(error).__name__, f"the sandbox itself failed: {error}"))
+        headers = dict(response.headers)
+        if response.timed:
             headers["x-process-time"] = str(round(time.monotonic() - began, 4))
-        body = reply.body
+        body = response.body
         if self.gzip and len(body) >= 1000 and "gzip" in asked.headers.get("accept-encoding", ""):
             body = gzip.compress(body, compresslevel=9, mtime=0)
             headers |= {"content-encoding": "gzip", "vary": "Accept-Encoding"}
-        if reply.cut:
+        if response.cut:
             headers["content-length"] = str(len(body))
             body = body[: len(body) // 2]
             exchange.cut()
-        exchange.send(reply.status, body, headers)
+        exchange.send(response.status, body, headers)
         exchange.flush()
 
     def _route(self, method: str, path: str) -> _Route:
         if path.startswith("/sdapi/") and self.not_mounted_for > 0:
             self.not_mounted_for -= 1
-            raise NoRoute
+            raise RouteNotFound
         methods = _ROUTES.get(path)
         if methods is None and path.rstrip("/") in _ROUTES:
-            return _elsewhere
+            return _redirect_without_slash
         if methods is None:
-            raise NoRoute
+            raise RouteNotFound
         if method not in methods:
-            raise NoMethod(next(iter(methods)))
+            raise MethodNotAllowed(next(iter(methods)))
         return methods[method]
 
     # The endpoints
 
-    def _txt2img(self, process: Process, exchange: Exchange) -> _Reply:
+    def _txt2img(self, process: Process, exchange: Exchange) -> _Response:
         fault = self.fail_next.pop(0) if self.fail_next else None
-        if canned := _at_once(fault):
-            return canned
+        if immediate := _immediate_response(fault):
+            return immediate
         asked = exchange.asked
         fields = read_fields(json_object(asked.body, asked.headers.get("content-type")), process.tables["txt2img"])
-        found = check(process, fields)
-        extras = Extras(black=fault is Fault.BLACK, at_least=self.image_bytes or 0)
+        sampler = check_fields(process, fields)
+        settings = PictureSettings(black=fault is WebUIFault.BLACK, min_bytes=self.image_bytes or 0)
         with process.lock:
-            process.model()
-            with process.job(), self._noted():
-                if fault is Fault.HANG:
+            process.model.get()
+            with process.job(), self._journaled():
+                if fault is WebUIFault.HANG:
                     process.hang()
-                elif fault is Fault.OUT_OF_MEMORY:
+                elif fault is WebUIFault.OUT_OF_MEMORY:
                     raise out_of_memory()
-                elif fault is Fault.NANS:
+                elif fault is WebUIFault.NANS:
                     raise nans()
-                answer = run(process, fields, found, extras)
+                answer = run(process, fields, sampler, settings)
         _falsify(answer, fault)
-        return _Reply(200, answer.body(), JSON, cut=fault is Fault.CUT)
+        return _Response(200, answer.body(), JSON, cut=fault is WebUIFault.CUT)
 
     @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        """When a generation began and ended, for whoever measures the time between two."""
+    def _journaled(self) -> Iterator[None]:
+        """Write when a generation began and ended, to measure the time between two generations."""
         began = time.monotonic()
         yield
         if self.journal is not None:
             with self.journal.open("a") as journal:
                 journal.write(f"{began:.6f} {time.monotonic():.6f}\n")
 
-    def _progress(self, process: Process, exchange: Exchange) -> _Reply:
+    def _progress(self, process: Process, exchange: Exchange) -> _Response:
         skip = read_query_bool(exchange.asked.query, "skip_current_image")
         every = process.option("show_progress_every_n_steps")
-        return _json(process.progress.answer(preview=not skip, preview_every=every))
+        return _json(process.state.answer(preview=not skip, preview_every=every))
 
-    def _set_options(self, process: Process, exchange: Exchange) -> _Reply:
+    def _set_options(self, process: Process, exchange: Exchange) -> _Response:
         asked = exchange.asked
         process.set_options(json_object(asked.body, asked.headers.get("content-type")))
         return _json(None)
 
-    def _get_options(self, process: Process, exchange: Exchange) -> _Reply:
-        return _json(process.options())
+    def _get_options(self, process: Process, exchange: Exchange) -> _Response:
+        return _json(process.options.shown())
 
-    def _interrupt(self, process: Process, exchange: Exchange) -> _Reply:
-        process.progress.interrupt()
+    def _interrupt(self, process: Process, exchange: Exchange) -> _Response:
+        process.state.interrupt()
         return _json({})
 
-    def _skip(self, process: Process, exchange: Exchange) -> _Reply:
-        process.progress.skip()
+    def _skip(self, process: Process, exchange: Exchange) -> _Response:
+        process.state.skip()
         return _json(None)
 
-    def _sd_models(self, process: Process, exchange: Exchange) -> _Reply:
-        return _json([checkpoint.item() for checkpoint in process.checkpoints.listed])
+    def _sd_models(self, process: Process, exchange: Exchange) -> _Response:
+        return _json([checkpoint.as_listed() for checkpoint in process.files.checkpoints.listed])
 
-    def _sd_vae(self, process: Process, exchange: Exchange) -> _Reply:
-        return _json([{"model_name": name, "filename": str(path)} for name, path in process.vaes.listed.items()])
+    def _sd_vae(self, process: Process, exchange: Exchange) -> _Response:
+        return _json([{"model_name": name, "filename": str(path)} for name, path in process.files.vaes.listed.items()])
 
-    def _loras(self, process: Process, exchange: Exchange) -> _Reply:
-        return _json([lora.item() for lora in process.loras.files.values()])
+    def _loras(self, process: Process, exchange: Exchange) -> _Response:
+        return _json([lora.as_listed() for lora in process.files.loras.files.values()])
 
-    def _refresh_checkpoints(self, process: Process, exchange: Exchange) -> _Reply:
+    def _refresh_checkpoints(self, process: Process, exchange: Exchange) -> _Response:
         with process.lock:
-            process.checkpoints.refresh()
+            process.files.checkpoints.refresh()
         return _json(None)
 
-    def _refresh_vae(self, process: Process, exchange: Exchange) -> _Reply:
+    def _refresh_vae(self, process: Process, exchange: Exchange) -> _Response:
         with process.lock:
-            process.vaes.refresh()
+            process.files.vaes.refresh()
         return _json(None)
 
-    def _refresh_embeddings(self, process: Process, exchange: Exchange) -> _Reply:
+    def _refresh_embeddings(self, process: Process, exchange: Exchange) -> _Response:
         with process.lock:
             return _json(None)
 
-    def _refresh_loras(self, process: Process, exchange: Exchange) -> _Reply:
-        process.loras.refresh()
+    def _refresh_loras(self, process: Process, exchange: Exchange) -> _Response:
+        process.files.loras.refresh()
         return _json(None)
 
-    def _touch_checkpoint(self, process: Process, exchange: Exchange) -> _Reply:
-        """unload-checkpoint and reload-checkpoint: neither waits for the lock, neither heals anything."""
-        if process.model() is None or process.broken:
+    def _touch_checkpoint(self, process: Process, exchange: Exchange) -> _Response:
+        """unload-checkpoint and reload-checkpoint: neither waits for the lock, and neither repairs anything."""
+        if process.model.get() is None or process.model.is_broken:
             raise lowvram()
         return _json({})
 
-    def _prompt_styles(self, process: Process, exchange: Exchange) -> _Reply:
+    def _prompt_styles(self, process: Process, exchange: Exchange) -> _Response:
         keys = ("name", "prompt", "negative_prompt")
         return _json([{key: style.get(key, "") for key in keys} for style in self.styles])
 
-    def _memory(self, process: Process, exchange: Exchange) -> _Reply:
+    def _memory(self, process: Process, exchange: Exchange) -> _Response:
         total, used = 25276502016.0, 945483776
         return _json({"ram": {"free": total - used, "used": used, "total": total}, "cuda": {"error": "unavailable"}})
 
-    def _cmd_flags(self, process: Process, exchange: Exchange) -> _Reply:
-        folders = {"ckpt_dir": str(process.folder), "lora_dir": str(self.models_dir / "Lora")}
+    def _cmd_flags(self, process: Process, exchange: Exchange) -> _Response:
+        folders = {"ckpt_dir": str(process.files.checkpoint_folder), "lora_dir": str(self.models_dir / "Lora")}
         flags = {**process.tables["cmd-flags"], **folders, "no_hashing": not self.hashes.enabled}
-        return _json({**flags, "skip_load_model_at_start": self._initial is None, "port": self.url.rpartition(":")[2]})
+        return _json(
+            {**flags, "skip_load_model_at_start": self.initial_checkpoint is None, "port": self.url.rpartition(":")[2]}
+        )
 
-    def _server_stop(self, process: Process, exchange: Exchange) -> _Reply:
-        """Without a web UI nothing stops (1.9.3)."""
+    def _server_stop(self, process: Process, exchange: Exchange) -> _Response:
+        """Without its own web page, 1.9.3 does not stop."""
         return _json("Stopping.")
 
-    def _server_restart(self, process: Process, exchange: Exchange) -> _Reply:
-        return _Reply(501, b"", {})
+    def _server_restart(self, process: Process, exchange: Exchange) -> _Response:
+        return _Response(501, b"", {})
 
-    def _server_kill(self, process: Process, exchange: Exchange) -> _Reply:
+    def _server_kill(self, process: Process, exchange: Exchange) -> _Response:
         self.crash()
         raise Killed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reply:
-    """An answer, ready. `cut`: so much of the body is promised and not sent."""
+class _Response:
+    """An answer, ready to be sent. `timed`: with x-process-time. `cut`: only half of the body is sent."""
 
     status: int
     body: bytes
@@ -332,10 +300,10 @@ class _Reply:
     cut: bool = False
 
 
-_Route = Callable[[WebUI, Process, Exchange], _Reply]
+_Route = Callable[[SandboxWebUI, Process, Exchange], _Response]
 
 
-class _Count:
+class _RequestCounter:
     """How many requests are being answered."""
 
     def __init__(self) -> None:
@@ -357,42 +325,42 @@ class _Count:
 
 
 def _table(name: str) -> _Route:
-    def answer(server: WebUI, process: Process, exchange: Exchange) -> _Reply:
+    def answer(server: SandboxWebUI, process: Process, exchange: Exchange) -> _Response:
         return _json(process.tables[name])
 
     return answer
 
 
 def _constant(value: Any) -> _Route:
-    def answer(server: WebUI, process: Process, exchange: Exchange) -> _Reply:
+    def answer(server: SandboxWebUI, process: Process, exchange: Exchange) -> _Response:
         return _json(value)
 
     return answer
 
 
-def _elsewhere(server: WebUI, process: Process, exchange: Exchange) -> _Reply:
-    return _Reply(307, b"", {"location": server.url + exchange.asked.path.rstrip("/")})
+def _redirect_without_slash(server: SandboxWebUI, process: Process, exchange: Exchange) -> _Response:
+    return _Response(307, b"", {"location": server.url + exchange.asked.path.rstrip("/")})
 
 
-def _not_imitated(server: WebUI, process: Process, exchange: Exchange) -> _Reply:
-    return _Reply(501, b'{"detail":"A1111 has this, its double in the sandbox does not"}', JSON)
+def _not_imitated(server: SandboxWebUI, process: Process, exchange: Exchange) -> _Response:
+    return _Response(501, b'{"detail":"A1111 has this, the sandbox does not"}', JSON)
 
 
 _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
-    "txt2img": {"POST": WebUI._txt2img},
-    "progress": {"GET": WebUI._progress},
-    "options": {"GET": WebUI._get_options, "POST": WebUI._set_options},
-    "interrupt": {"POST": WebUI._interrupt},
-    "skip": {"POST": WebUI._skip},
-    "sd-models": {"GET": WebUI._sd_models},
-    "sd-vae": {"GET": WebUI._sd_vae},
-    "loras": {"GET": WebUI._loras},
-    "refresh-checkpoints": {"POST": WebUI._refresh_checkpoints},
-    "refresh-vae": {"POST": WebUI._refresh_vae},
-    "refresh-loras": {"POST": WebUI._refresh_loras},
-    "refresh-embeddings": {"POST": WebUI._refresh_embeddings},
-    "unload-checkpoint": {"POST": WebUI._touch_checkpoint},
-    "reload-checkpoint": {"POST": WebUI._touch_checkpoint},
+    "txt2img": {"POST": SandboxWebUI._txt2img},
+    "progress": {"GET": SandboxWebUI._progress},
+    "options": {"GET": SandboxWebUI._get_options, "POST": SandboxWebUI._set_options},
+    "interrupt": {"POST": SandboxWebUI._interrupt},
+    "skip": {"POST": SandboxWebUI._skip},
+    "sd-models": {"GET": SandboxWebUI._sd_models},
+    "sd-vae": {"GET": SandboxWebUI._sd_vae},
+    "loras": {"GET": SandboxWebUI._loras},
+    "refresh-checkpoints": {"POST": SandboxWebUI._refresh_checkpoints},
+    "refresh-vae": {"POST": SandboxWebUI._refresh_vae},
+    "refresh-loras": {"POST": SandboxWebUI._refresh_loras},
+    "refresh-embeddings": {"POST": SandboxWebUI._refresh_embeddings},
+    "unload-checkpoint": {"POST": SandboxWebUI._touch_checkpoint},
+    "reload-checkpoint": {"POST": SandboxWebUI._touch_checkpoint},
     "samplers": {"GET": _table("samplers")},
     "schedulers": {"GET": _table("schedulers")},
     "upscalers": {"GET": _table("upscalers")},
@@ -401,15 +369,15 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
     "script-info": {"GET": _table("script-info")},
     "realesrgan-models": {"GET": _table("realesrgan-models")},
     "face-restorers": {"GET": _table("face-restorers")},
-    "prompt-styles": {"GET": WebUI._prompt_styles},
+    "prompt-styles": {"GET": SandboxWebUI._prompt_styles},
     "hypernetworks": {"GET": _constant([])},
     "embeddings": {"GET": _constant({"loaded": {}, "skipped": {}})},
     "extensions": {"GET": _constant([])},
-    "memory": {"GET": WebUI._memory},
-    "cmd-flags": {"GET": WebUI._cmd_flags},
-    "server-stop": {"POST": WebUI._server_stop},
-    "server-restart": {"POST": WebUI._server_restart},
-    "server-kill": {"POST": WebUI._server_kill},
+    "memory": {"GET": SandboxWebUI._memory},
+    "cmd-flags": {"GET": SandboxWebUI._cmd_flags},
+    "server-stop": {"POST": SandboxWebUI._server_stop},
+    "server-restart": {"POST": SandboxWebUI._server_restart},
+    "server-kill": {"POST": SandboxWebUI._server_kill},
     "img2img": {"POST": _not_imitated},
     "extra-single-image": {"POST": _not_imitated},
     "extra-batch-images": {"POST": _not_imitated},
@@ -424,37 +392,37 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
 _ROUTES = {f"/sdapi/v1/{name}": methods for name, methods in _ENDPOINTS.items()}
 
 
-def _json(value: Any) -> _Reply:
-    return _Reply(200, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), JSON)
+def _json(value: Any) -> _Response:
+    return _Response(200, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), JSON)
 
 
-def _load_quietly(process: Process) -> None:
+def _load_model(process: Process) -> None:
     with contextlib.suppress(Killed):
-        process.model()
+        process.model.get()
 
 
-def _refused(refusal: Refusal) -> _Reply:
-    return _Reply(refusal.status, json.dumps(refusal.body).encode(), {**JSON, **refusal.headers}, timed=refusal.timed)
+def _error_response(error: ErrorAnswer) -> _Response:
+    return _Response(error.status, json.dumps(error.body).encode(), {**JSON, **error.headers}, timed=error.timed)
 
 
-def _at_once(fault: Fault | Canned | None) -> _Reply | None:
-    if isinstance(fault, Canned):
+def _immediate_response(fault: WebUIFault | CannedAnswer | None) -> _Response | None:
+    if isinstance(fault, CannedAnswer):
         body = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
-        return _Reply(fault.status, body, {"content-type": fault.content_type})
-    if fault is Fault.BAD_GATEWAY:
+        return _Response(fault.status, body, {"content-type": fault.content_type})
+    if fault is WebUIFault.BAD_GATEWAY:
         page = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
-        return _Reply(502, page, {"content-type": "text/html"})
-    if fault is Fault.NOT_FOUND:
-        raise NoRoute
-    if fault is Fault.RESET:
+        return _Response(502, page, {"content-type": "text/html"})
+    if fault is WebUIFault.NOT_FOUND:
+        raise RouteNotFound
+    if fault is WebUIFault.RESET:
         raise Killed
     return None
 
 
-def _falsify(answer: Answer, fault: Fault | Canned | None) -> None:
-    if fault is Fault.NO_IMAGES:
+def _falsify(answer: Txt2ImgAnswer, fault: WebUIFault | CannedAnswer | None) -> None:
+    if fault is WebUIFault.NO_IMAGES:
         answer.images.clear()
-    if fault is Fault.OTHER_CHECKPOINT:
+    if fault is WebUIFault.OTHER_CHECKPOINT:
         was, other = answer.info["sd_model_name"], {"sd_model_name": "another_model", "sd_model_hash": "0123456789"}
         answer.info |= other
         answer.info["infotexts"] = [
@@ -463,7 +431,9 @@ def _falsify(answer: Answer, fault: Fault | Canned | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sandbox.webui", description="A stand-in for the A1111 WebUI.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox.webui", description="A WebUI for tests, in place of A1111."
+    )
     parser.add_argument("--models-dir", type=Path, required=True, help="holds Stable-diffusion/, Lora/ and VAE/")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--version", choices=VERSIONS, default=VERSIONS[-1])
@@ -471,13 +441,13 @@ def main() -> int:
     parser.add_argument("--switch-seconds", type=float, default=0.0)
     parser.add_argument("--hash-seconds", type=float, default=0.0)
     parser.add_argument("--image-bytes", type=int)
-    parser.add_argument("--journal", type=Path, help="a line a generation: when it began and ended (monotonic)")
+    parser.add_argument("--journal", type=Path, help="gets a line per generation: its begin and end (monotonic clock)")
     parser.add_argument("--initial-checkpoint")
     parser.add_argument("--no-hashing", action="store_true")
     parser.add_argument("--no-gzip", dest="gzip", action="store_false")
     arguments = vars(parser.parse_args())
 
-    server = _OwnProcess(arguments.pop("models_dir"), **arguments)
+    server = _SeparateProcess(arguments.pop("models_dir"), **arguments)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -488,10 +458,16 @@ def main() -> int:
     return 0
 
 
-class _OwnProcess(WebUI):
+class _SeparateProcess(SandboxWebUI):
     def crash(self) -> None:
         os._exit(0)
 
+
+# -- the names until rename_sandbox.py has run
+Canned = CannedAnswer
+Fault = WebUIFault
+WebUI = SandboxWebUI
+# -- until here
 
 if __name__ == "__main__":
     sys.exit(main())

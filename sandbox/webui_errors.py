@@ -1,4 +1,4 @@
-"""The four shapes in which A1111 says no."""
+"""The error answers of A1111 and of the framework under it. There are four shapes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-class Refusal(Exception):
-    """An answer that is no success. `timed`: carries x-process-time, as all do but the shape of `WebUIError`."""
+class ErrorAnswer(Exception):
+    """An answer that is not a success. `timed`: it has x-process-time, as all have except `WebUIError`."""
 
     timed = True
 
@@ -18,34 +18,34 @@ class Refusal(Exception):
         self.headers = {"allow": allow} if allow else {}
 
 
-class NoRoute(Refusal):
-    """The router's 404: wrong flags, not mounted yet, a foreign process."""
+class RouteNotFound(ErrorAnswer):
+    """The router's 404: wrong flags, routes that are not mounted yet, another program on the port."""
 
     def __init__(self) -> None:
         super().__init__(404, {"detail": "Not Found"})
 
 
-class NoMethod(Refusal):
+class MethodNotAllowed(ErrorAnswer):
     def __init__(self, allow: str) -> None:
         super().__init__(405, {"detail": "Method Not Allowed"}, allow)
 
 
-class Invalid(Refusal):
+class InvalidFields(ErrorAnswer):
     """Pydantic's 422."""
 
     def __init__(self, problems: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(422, {"detail": list(problems)})
 
 
-class HTTPException(Refusal):
-    """Raised by A1111 on purpose: `detail` filled."""
+class HTTPException(ErrorAnswer):
+    """A1111 raises it on purpose: `detail` has the text."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(status, {"error": "HTTPException", "detail": detail, "body": "", "errors": ""})
 
 
-class WebUIError(Refusal):
-    """Any other exception: its class's name, and `errors` filled."""
+class WebUIError(ErrorAnswer):
+    """Any other exception: `error` has its class's name, `errors` has the text."""
 
     timed = False
 

@@ -1,4 +1,4 @@
-"""The model files the sandbox's WebUI sees, and what A1111 makes of them: names, titles, hashes, contents."""
+"""The model files that the sandbox's WebUI finds, as A1111 describes them: names, titles, hashes, headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sandbox.webui_errors import WebUIError
 
-# Shapes a checkpoint must have to be loaded (checked where the tensor is there); the rest is not looked at.
+# Shapes that a checkpoint must have to be loaded. Only tensors that exist are checked, and only these.
 _SHAPES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight": ((77, 768),),
     "conditioner.embedders.1.model.ln_final.weight": ((1280,),),
@@ -24,8 +24,8 @@ _SHAPES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class Contents:
-    """A safetensors file's header."""
+class SafetensorsHeader:
+    """The header of a safetensors file."""
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
@@ -33,7 +33,7 @@ class Contents:
 
     @property
     def architecture(self) -> str:
-        """As `guess_model_config_from_state_dict` tells them apart: what it does not know is SD 1."""
+        """As `guess_model_config_from_state_dict` decides: a model that it does not know is SD 1."""
         return "sdxl" if "conditioner.embedders.1.model.ln_final.weight" in self.shapes else "v1"
 
     @property
@@ -41,15 +41,15 @@ class Contents:
         return any(name.startswith("model.diffusion_model.") for name in self.shapes)
 
     def misshapen(self) -> str | None:
-        """The first tensor that does not fit its place in the model."""
-        for name, right in _SHAPES.items():
-            if name in self.shapes and self.shapes[name] not in right:
+        """The first tensor with a shape that does not fit the model; None if all fit."""
+        for name, possible in _SHAPES.items():
+            if name in self.shapes and self.shapes[name] not in possible:
                 return name
         return None
 
     @property
     def lora_architecture(self) -> str | None:
-        """What a LoRA was trained for, from its layers' names and widths; None where they do not say."""
+        """The architecture that a LoRA was trained for, by its layers' names and widths. None: they do not show it."""
         for name, shape in self.shapes.items():
             if name.startswith(("lora_te1_", "lora_te2_")):
                 return "sdxl"
@@ -60,8 +60,8 @@ class Contents:
         return None
 
 
-def open_safetensors(path: Path) -> Contents:
-    """Read the header as the safetensors library does; WebUIError SafetensorError with its words where that refuses."""
+def open_safetensors(path: Path) -> SafetensorsHeader:
+    """Read the header. If the safetensors library would refuse it: WebUIError `SafetensorError` with its text."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -82,32 +82,32 @@ def open_safetensors(path: Path) -> Contents:
         raise _unreadable("InvalidHeaderDeserialization") from None
     if 8 + length + end != size:
         raise _unreadable("MetadataIncompleteBuffer")
-    return Contents(shapes, metadata, 8 + length)
+    return SafetensorsHeader(shapes, metadata, 8 + length)
 
 
-def open_model(path: Path) -> Contents:
-    """`read_state_dict`: what is not safetensors is unpickled, which the sandbox never does."""
+def open_model(path: Path) -> SafetensorsHeader:
+    """`read_state_dict`. It unpickles every other format; the sandbox never does that and fails instead."""
     if path.suffix.lower() == ".safetensors":
         return open_safetensors(path)
     raise WebUIError("UnpicklingError", "invalid load key")
 
 
-class Hashes:
-    """SHA-256 by title, valid as long as the file is not newer (A1111's cache.json, which outlives the process)."""
+class HashCache:
+    """A1111's cache.json: SHA-256 by title, valid until the file is newer. It outlives the process."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._known: dict[str, tuple[float, str]] = {}
+        self._cached: dict[str, tuple[float, str]] = {}
 
-    def known(self, title: str, path: Path) -> str | None:
-        entry = self._known.get(title)
+    def cached(self, title: str, path: Path) -> str | None:
+        entry = self._cached.get(title)
         return entry[1] if entry and path.exists() and path.stat().st_mtime <= entry[0] else None
 
-    def of(self, title: str, path: Path, *, skip_header: bool = False) -> str | None:
-        """From the cache, else computed; None where hashing is switched off. `skip_header`: as for LoRAs."""
-        known = self.known(title, path)
-        if known or not self.enabled:
-            return known
+    def compute(self, title: str, path: Path, *, skip_header: bool = False) -> str | None:
+        """From the cache, otherwise from the file; None if hashing is switched off. `skip_header`: as for LoRAs."""
+        cached = self.cached(title, path)
+        if cached or not self.enabled:
+            return cached
         digest = hashlib.sha256()
         with path.open("rb") as file:
             if skip_header:
@@ -115,16 +115,16 @@ class Hashes:
                 file.seek(8 + length)
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        self._known[title] = (path.stat().st_mtime, digest.hexdigest())
+        self._cached[title] = (path.stat().st_mtime, digest.hexdigest())
         return digest.hexdigest()
 
     def forget(self) -> None:
-        self._known.clear()
+        self._cached.clear()
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A1111's CheckpointInfo. `name` is the path inside the folder."""
+    """A1111's `CheckpointInfo`. `name` is the path inside the folder."""
 
     path: Path
     name: str
@@ -148,7 +148,7 @@ class Checkpoint:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Everything that POST /options accepts for it."""
+        """Every name by which POST /options accepts it."""
         ids: tuple[str, ...] = (self.model_name, self.title, self.name, self.bare_name)
         if self.sha256 and self.short_hash:
             ids += (self.short_hash, self.sha256, f"{self.bare_name} [{self.short_hash}]")
@@ -156,11 +156,12 @@ class Checkpoint:
 
     @property
     def config(self) -> Path | None:
-        """The .yaml beside it."""
+        """The .yaml file next to it."""
         config = self.path.with_suffix(".yaml")
         return config if config.exists() else None
 
-    def item(self) -> dict[str, str | None]:
+    def as_listed(self) -> dict[str, str | None]:
+        """Its entry in /sd-models."""
         return {
             "title": self.title,
             "model_name": self.model_name,
@@ -171,40 +172,42 @@ class Checkpoint:
         }
 
 
-class Checkpoints:
-    """The list as it was when last refreshed."""
+class CheckpointList:
+    """The checkpoints that the last refresh found."""
 
-    def __init__(self, folder: Path, hashes: Hashes) -> None:
+    def __init__(self, folder: Path, hashes: HashCache) -> None:
         self._folder = folder
         self._hashes = hashes
         self.listed: list[Checkpoint] = []
         self.refresh()
 
     def refresh(self) -> None:
-        found = [path for path in _walk(self._folder, (".ckpt", ".safetensors")) if path.exists()]  # no broken links
+        found = [
+            path for path in _walk(self._folder, (".ckpt", ".safetensors")) if path.exists()
+        ]  # leaves out broken links
         self.listed = [
-            Checkpoint(path, name, self._hashes.known(f"checkpoint/{name}", path))
+            Checkpoint(path, name, self._hashes.cached(f"checkpoint/{name}", path))
             for path, name in sorted(
                 ((path, path.relative_to(self._folder).as_posix()) for path in found), key=lambda pair: pair[1].lower()
             )
         ]
 
-    def called(self, value: object) -> Checkpoint | None:
-        """Exact names alone: no other case, no part of a name, no path."""
-        return next((each for each in reversed(self.listed) if value in each.ids), None)
+    def find(self, name: object) -> Checkpoint | None:
+        """By an exact name only: the case matters; a part of a name or a path is not accepted."""
+        return next((each for each in reversed(self.listed) if name in each.ids), None)
 
-    def closest(self, value: str) -> Checkpoint | None:
-        """`get_closet_checkpoint_match`, which refiner and hires checkpoints go through."""
-        return self.called(value) or next((each for each in self.listed if value in each.title), None)
+    def find_closest(self, name: str) -> Checkpoint | None:
+        """`get_closet_checkpoint_match`, which A1111 uses for the refiner's and the hires checkpoint."""
+        return self.find(name) or next((each for each in self.listed if name in each.title), None)
 
     def hash(self, checkpoint: Checkpoint) -> str | None:
-        checkpoint.sha256 = self._hashes.of(f"checkpoint/{checkpoint.name}", checkpoint.path)
+        checkpoint.sha256 = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
         return checkpoint.sha256
 
 
 @dataclass(eq=False)
 class LoraFile:
-    """A1111's NetworkOnDisk."""
+    """A1111's `NetworkOnDisk`."""
 
     name: str
     path: Path
@@ -215,25 +218,26 @@ class LoraFile:
     def alias(self) -> str:
         return str(self.metadata.get("ss_output_name", self.name))
 
-    def item(self) -> dict[str, object]:
+    def as_listed(self) -> dict[str, object]:
+        """Its entry in /loras."""
         return {"name": self.name, "alias": self.alias, "path": str(self.path), "metadata": self.metadata}
 
 
 @dataclass(frozen=True)
 class ActiveLora:
-    """A LoRA in use for a prompt. `digest` is the 12 digits of "Lora hashes", empty where there are none."""
+    """A LoRA that a prompt uses. `digest` is its 12 digits in "Lora hashes"; empty if it has none."""
 
-    mentioned: str
+    name_in_tag: str
     digest: str
     te: float
     unet: float
-    contents: Contents = field(repr=False, compare=False)
+    header: SafetensorsHeader = field(repr=False, compare=False)
 
 
-class Loras:
-    """The LoRA folder, as extensions-builtin/Lora/networks.py keeps it."""
+class LoraList:
+    """The LoRA folder, as extensions-builtin/Lora/networks.py lists it."""
 
-    def __init__(self, folder: Path, hashes: Hashes) -> None:
+    def __init__(self, folder: Path, hashes: HashCache) -> None:
         self._folder = folder
         self._hashes = hashes
         self.files: dict[str, LoraFile] = {}
@@ -242,7 +246,7 @@ class Loras:
         self.refresh()
 
     def refresh(self) -> None:
-        """Of one name the folder walked later wins; an alias that two files have is nobody's."""
+        """Of two files with one name the later folder counts. An alias that two files have is not valid for either."""
         self.files.clear()
         self._aliases.clear()
         self._forbidden = {"none", "addams"}
@@ -255,39 +259,42 @@ class Loras:
             self._aliases[file.name] = file
             self._aliases[file.alias] = file
 
-    def activate(self, wanted: list[tuple[str, float, float]]) -> list[ActiveLora]:
-        """Load them; a name nobody has rescans the folder. What cannot be found or opened is left out in silence."""
-        if any(self._called(name) is None for name, _, _ in wanted):
+    def activate(self, tags: list[tuple[str, float, float]]) -> list[ActiveLora]:
+        """Load the LoRAs of these tags (name, te weight, unet weight).
+
+        An unknown name triggers a refresh. A LoRA that is not found or cannot be opened is left out without an error.
+        """
+        if any(self._find(name) is None for name, _, _ in tags):
             self.refresh()
         active = []
-        for name, te, unet in wanted:
-            file = self._called(name)
+        for name, te, unet in tags:
+            file = self._find(name)
             if file is None:
                 continue
             try:
-                contents = open_model(file.path)
+                header = open_model(file.path)
                 file.digest = self._hash(file, compute=True)
             except (WebUIError, OSError):
                 continue
-            active.append(ActiveLora(name, file.digest[:12], te, unet, contents))
+            active.append(ActiveLora(name, file.digest[:12], te, unet, header))
         return active
 
-    def _called(self, name: str) -> LoraFile | None:
+    def _find(self, name: str) -> LoraFile | None:
         return self.files.get(name) if name.lower() in self._forbidden else self._aliases.get(name)
 
     def _hash(self, file: LoraFile, *, compute: bool) -> str:
-        if stated := file.metadata.get("sshs_model_hash"):
-            return str(stated)
+        if own_hash := file.metadata.get("sshs_model_hash"):
+            return str(own_hash)
         title = f"lora/{file.name}"
         if not compute:
-            return self._hashes.known(title, file.path) or ""
-        return self._hashes.of(title, file.path, skip_header=file.path.suffix == ".safetensors") or ""
+            return self._hashes.cached(title, file.path) or ""
+        return self._hashes.compute(title, file.path, skip_header=file.path.suffix == ".safetensors") or ""
 
 
-class Vaes:
-    """The VAE folder, as it was when last refreshed: file name → path."""
+class VaeList:
+    """The VAEs that the last refresh found: file name → path."""
 
-    def __init__(self, folder: Path, hashes: Hashes) -> None:
+    def __init__(self, folder: Path, hashes: HashCache) -> None:
         self._folder = folder
         self._hashes = hashes
         self.listed: dict[str, Path] = {}
@@ -297,12 +304,23 @@ class Vaes:
         self.listed = {path.name: path for path in _walk(self._folder, (".ckpt", ".pt", ".safetensors"))}
 
     def hash(self, name: str) -> str | None:
-        digest = self._hashes.of(f"vae/{name}", self.listed[name]) if name in self.listed else None
+        digest = self._hashes.compute(f"vae/{name}", self.listed[name]) if name in self.listed else None
         return digest[:10] if digest else None
 
 
+class ModelFiles:
+    """`models_dir` with its three folders, as A1111 lists them."""
+
+    def __init__(self, models_dir: Path, hashes: HashCache) -> None:
+        self.checkpoint_folder = models_dir / "Stable-diffusion"
+        self.hashes = hashes
+        self.checkpoints = CheckpointList(self.checkpoint_folder, hashes)
+        self.loras = LoraList(models_dir / "Lora", hashes)
+        self.vaes = VaeList(models_dir / "VAE", hashes)
+
+
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Every such file, folders in order, links followed."""
+    """Every file with one of these suffixes, folder by folder. Links are followed."""
     for root, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names, key=str.lower):
             if name.lower().endswith(suffixes):
@@ -313,14 +331,14 @@ def _lora_metadata(path: Path) -> dict[str, object]:
     if path.suffix.lower() != ".safetensors":
         return {}
     try:
-        stated = open_safetensors(path).metadata
+        metadata = open_safetensors(path).metadata
     except (WebUIError, OSError):
         return {}
-    return {key: _decoded(value) for key, value in sorted(stated.items(), key=_as_shown) if key != "ssmd_cover_images"}
+    return {key: _decode(value) for key, value in sorted(metadata.items(), key=_rank) if key != "ssmd_cover_images"}
 
 
-def _decoded(value: str) -> object:
-    """A1111 shows what looks like a JSON object as one."""
+def _decode(value: str) -> object:
+    """A1111 decodes a value that looks like a JSON object."""
     if value.startswith("{"):
         try:
             decoded: object = json.loads(value)
@@ -330,10 +348,11 @@ def _decoded(value: str) -> object:
     return value
 
 
-def _as_shown(entry: tuple[str, str]) -> int:
+def _rank(entry: tuple[str, str]) -> int:
+    """A1111 lists these keys first."""
     order = ("ss_sd_model_name", "ss_resolution", "ss_clip_skip", "ss_num_train_images", "ss_tag_frequency")
     return order.index(entry[0]) if entry[0] in order else 999
 
 
-def _unreadable(why: str) -> WebUIError:
-    return WebUIError("SafetensorError", f"Error while deserializing header: {why}")
+def _unreadable(reason: str) -> WebUIError:
+    return WebUIError("SafetensorError", f"Error while deserializing header: {reason}")

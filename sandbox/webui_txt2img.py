@@ -1,4 +1,4 @@
-"""A job of the sandbox's WebUI, in the order of `text2imgapi`, `process_images` and `process_images_inner`."""
+"""A txt2img job. The steps and their order are those of `text2imgapi`, `process_images`, `process_images_inner`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from PIL import Image
 from sandbox import draw
 from sandbox.webui_errors import HTTPException, WebUIError
 from sandbox.webui_files import ActiveLora
-from sandbox.webui_process import Loaded, Process, lowvram
+from sandbox.webui_model import LoadedModel, lowvram
+from sandbox.webui_process import Process
 from sandbox.webui_samplers import TIMESTEPS, resolve, schedule_type
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 
-# `run` of the selectable scripts: what they call their arguments.
+# The selectable scripts, with the names of the arguments of their `run`.
 _SCRIPT_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "prompt matrix": ("put_at_start", "different_seeds", "prompt_type", "variations_delimiter", "margin_size"),
     "prompts from file or textbox": ("checkbox_iterate", "checkbox_iterate_batch", "prompt_position", "prompt_txt"),
@@ -33,35 +34,35 @@ _SCRIPT_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-_MOST_PIXELS = 64_000_000  # no card holds more, and no test should paint it
+_MOST_PIXELS = 64_000_000  # more fits on no GPU, and no test should have to draw it
 
 
 @dataclass
-class Answer:
-    """What txt2img sends: base64 pictures, the fields as they arrived, and `info` before it becomes a string."""
+class Txt2ImgAnswer:
+    """The answer of txt2img: pictures in base64, the fields as received, and `info` before it becomes a string."""
 
     images: list[str]
     parameters: Mapping[str, Any]
     info: dict[str, Any]
 
     def body(self) -> bytes:
-        """The JSON; ValueError where it cannot say it (NaN). Pictures go in as they are: base64 needs no escaping."""
+        """As JSON. The pictures are inserted unchanged: base64 needs no escaping."""
         images = ",".join(f'"{image}"' for image in self.images)
         parameters, info = _plain_json(self.parameters), _plain_json(json.dumps(self.info))
         return f'{{"images":[{images}],"parameters":{parameters},"info":{info}}}'.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
-class Extras:
-    """How a fault changes a job from inside."""
+class PictureSettings:
+    """What the sandbox changes in the pictures of a job."""
 
     black: bool = False
-    at_least: int = 0  # bytes of each PNG
+    min_bytes: int = 0  # of each PNG
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture depends on."""
+    """Everything that a picture depends on. The text of this object decides its pixels."""
 
     prompt: str
     negative_prompt: str
@@ -81,21 +82,21 @@ class Scene:
 
 
 @dataclass
-class Job:
-    """`StableDiffusionProcessingTxt2Img`: a request on its way."""
+class Txt2ImgJob:
+    """`StableDiffusionProcessingTxt2Img`: a request while it is processed."""
 
     process: Process
     fields: Mapping[str, Any]
     sampler: str
     scheduler: str | None
-    extras: Extras
+    settings: PictureSettings
     seed: int = 0
     subseed: int = 0
     prompt: str = ""
     negative_prompt: str = ""
     hr_prompt: str = ""
     hr_negative_prompt: str = ""
-    noted: dict[str, Any] = field(default_factory=dict)  # extra_generation_params
+    extra_params: dict[str, Any] = field(default_factory=dict)  # extra_generation_params
     hr_size: tuple[int, int] | None = None
 
     def __getitem__(self, name: str) -> Any:
@@ -106,49 +107,53 @@ class Job:
         return int(self["batch_size"] * self["n_iter"])
 
 
-def check(process: Process, fields: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What is refused before the job waits for its turn; the sampler and scheduler otherwise."""
+def check_fields(process: Process, fields: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The refusals that come before the job waits for the queue lock. Returns the sampler and scheduler."""
     scripts = [name.lower() for name in process.tables["scripts"]["txt2img"]]
     if fields["script_name"]:
         _script(fields["script_name"], [name for name in scripts if name in _SCRIPT_ARGUMENTS])
-    wanted = fields["sampler_name"] or fields["sampler_index"]
-    found = resolve(
-        process.version, wanted, fields["scheduler"], process.tables["samplers"], process.tables["schedulers"]
+    sampler = fields["sampler_name"] or fields["sampler_index"]
+    resolved = resolve(
+        process.version, sampler, fields["scheduler"], process.tables["samplers"], process.tables["schedulers"]
     )
     for name in fields["alwayson_scripts"]:
         if _script(name, scripts) in _SCRIPT_ARGUMENTS:
             raise HTTPException(422, "Cannot have a selectable script in the always on scripts params")
-    return found
+    return resolved
 
 
-def run(process: Process, fields: Mapping[str, Any], found: tuple[str, str | None], extras: Extras) -> Answer:
-    """Generate; the caller holds the lock and has begun the job."""
-    job = Job(process, fields, *found, extras)
+def run(
+    process: Process, fields: Mapping[str, Any], sampler: tuple[str, str | None], settings: PictureSettings
+) -> Txt2ImgAnswer:
+    """Generate. `sampler` comes from `check_fields`. The caller holds the queue lock and has begun the job."""
+    job = Txt2ImgJob(process, fields, *sampler, settings)
     if fields["script_name"]:
         _missing_arguments(fields["script_name"].lower(), fields["script_args"])
     overrides = dict(fields["override_settings"] or {})
-    before = {key: process.data[key] for key in overrides if key in process.data}  # the rest stays: the leak
+    before = {
+        key: process.data[key] for key in overrides if key in process.data
+    }  # every other override stays set: A1111's leak
     try:
-        if process.checkpoints.called(overrides.get("sd_model_checkpoint")) is None:
+        if process.files.checkpoints.find(overrides.get("sd_model_checkpoint")) is None:
             overrides.pop("sd_model_checkpoint", None)
-            process.reload_weights()
+            process.model.reload_weights()
         for key, value in overrides.items():
-            process.set_option(key, value)
+            process.options.set(key, value)
             if key == "sd_model_checkpoint":
-                process.reload_weights()
+                process.model.reload_weights()
             elif key == "sd_vae":
-                process.reload_vae()
+                process.model.reload_vae()
         return _generate(job)
     finally:
         if fields["override_settings_restore_afterwards"]:
-            process.data.update(before)  # the text alone: the weights stay
-            if "sd_vae" in before and process.loaded:
-                process.reload_vae()
+            process.data.update(before)  # only the values: the loaded weights stay
+            if "sd_vae" in before and process.model.loaded:
+                process.model.reload_vae()
 
 
-def _generate(job: Job) -> Answer:
-    process, progress = job.process, job.process.progress
-    model = process.loaded
+def _generate(job: Txt2ImgJob) -> Txt2ImgAnswer:
+    process, state = job.process, job.process.state
+    model = process.model.loaded
     if model is None:
         raise lowvram()
     if job["prompt"] is None:
@@ -157,37 +162,38 @@ def _generate(job: Job) -> Answer:
     infotexts: list[str] = []
     images: list[str] = []
     pictures: list[Scene] = []
-    progress.size = job["width"], job["height"]
-    if progress.job_count == -1:
-        progress.job_count = job["n_iter"] * (2 if job["enable_hr"] else 1)
+    state.size = job["width"], job["height"]
+    if state.job_count == -1:
+        state.job_count = job["n_iter"] * (2 if job["enable_hr"] else 1)
     for number in range(job["n_iter"]):
-        if not progress.next_batch():
+        if not state.next_batch():
             break
-        process.reload_weights()  # the option may say another by now: the race, since names and hashes stay `model`'s
+        # A1111's race: if the option has changed meanwhile, this loads another model; names and hashes stay `model`'s.
+        process.model.reload_weights()
         first = number * job["batch_size"]
         if not first < job.count:
             break
         if not job["disable_extra_networks"]:
             _activate(job, job.prompt, hires=False)
         if job["n_iter"] > 1:
-            progress.job = f"Batch {number + 1} out of {job['n_iter']}"
-        scenes = _sample(job, process.loaded or model, range(first, first + job["batch_size"]))
+            state.job = f"Batch {number + 1} out of {job['n_iter']}"
+        scenes = _sample(job, process.model.loaded or model, range(first, first + job["batch_size"]))
         for index, scene in enumerate(scenes, first):
             infotexts.append(_infotext(job, model, index))
             pictures.append(scene)
             images.append(_encoded(job, scene, infotexts[-1]))
-        progress.next_job()
+        state.next_job()
     if not infotexts:
         raise WebUIError("IndexError", "list index out of range")
     grid = bool(job["save_images"]) and len(images) > 1 and not job["do_not_save_grid"]
     if grid:
         infotexts.insert(0, _infotext(job, model, 0))
         images.insert(0, _grid(job, pictures, infotexts[0]))
-    return Answer(images if job["send_images"] else [], job.fields, _info(job, model, infotexts, int(grid)))
+    return Txt2ImgAnswer(images if job["send_images"] else [], job.fields, _info(job, model, infotexts, int(grid)))
 
 
-def _prepare(job: Job) -> None:
-    """Prompts, seeds, hires; and the failures that A1111 meets on this way, in its words."""
+def _prepare(job: Txt2ImgJob) -> None:
+    """Set prompts, seeds and hires; raise what A1111 raises on the way, with its texts."""
     process = job.process
     _refuse_nulls(job)
     job.seed = random.randrange(4294967294) if job["seed"] in (None, -1) else job["seed"]
@@ -211,35 +217,35 @@ def _prepare(job: Job) -> None:
         _refuse_impossible(job)
 
 
-def _prepare_hires(job: Job) -> None:
-    noted, tables = job.noted, job.process.tables
-    noted["Denoising strength"] = job["denoising_strength"]
+def _prepare_hires(job: Txt2ImgJob) -> None:
+    params, tables = job.extra_params, job.process.tables
+    params["Denoising strength"] = job["denoising_strength"]
     if job["hr_checkpoint_name"] and job["hr_checkpoint_name"] != "Use same checkpoint":
-        noted["Hires checkpoint"] = _known_checkpoint(job, job["hr_checkpoint_name"])
+        params["Hires checkpoint"] = _known_checkpoint(job, job["hr_checkpoint_name"])
     if job["hr_sampler_name"] is not None and job["hr_sampler_name"] != job.sampler:
-        noted["Hires sampler"] = job["hr_sampler_name"]
-    noted |= {"Hires prompt": None, "Hires negative prompt": None, "Hires schedule type": None}
+        params["Hires sampler"] = job["hr_sampler_name"]
+    params |= {"Hires prompt": None, "Hires negative prompt": None, "Hires schedule type": None}
     upscaler = job["hr_upscaler"]
     known = [each["name"] for table in ("latent-upscale-modes", "upscalers") for each in tables[table]]
     if upscaler is not None and upscaler not in known:
         raise WebUIError("Exception", f"could not find upscaler named {upscaler}")
     width, height, x, y = job["width"], job["height"], job["hr_resize_x"], job["hr_resize_y"]
     if x == 0 and y == 0:
-        noted["Hires upscale"] = job["hr_scale"]
+        params["Hires upscale"] = job["hr_scale"]
         job.hr_size = int(width * job["hr_scale"]), int(height * job["hr_scale"])
     else:
-        noted["Hires resize"] = f"{x}x{y}"
+        params["Hires resize"] = f"{x}x{y}"
         job.hr_size = x or y * width // height, y or x * height // width
     if job["hr_second_pass_steps"]:
-        noted["Hires steps"] = job["hr_second_pass_steps"]
+        params["Hires steps"] = job["hr_second_pass_steps"]
     if upscaler is not None:
-        noted["Hires upscaler"] = upscaler
+        params["Hires upscaler"] = upscaler
     names = [each["name"] for each in tables["samplers"]]
     if job["hr_sampler_name"] is not None and job["hr_sampler_name"] not in names:
         raise WebUIError("AssertionError", f"bad sampler name: {job['hr_sampler_name']}")
 
 
-def _refuse_nulls(job: Job) -> None:
+def _refuse_nulls(job: Txt2ImgJob) -> None:
     if job["steps"] is None:
         raise WebUIError("TypeError", "unsupported operand type(s) for //: 'NoneType' and 'NoneType'")
     for name in ("width", "height", "batch_size", "n_iter", "cfg_scale", "subseed_strength"):
@@ -247,7 +253,7 @@ def _refuse_nulls(job: Job) -> None:
             raise WebUIError("TypeError", "unsupported operand type(s) for //: 'NoneType' and 'int'")
 
 
-def _refuse_impossible(job: Job) -> None:
+def _refuse_impossible(job: Txt2ImgJob) -> None:
     clip_skip = job.process.option("CLIP_stop_at_last_layers")
     if not isinstance(clip_skip, (int, float)):
         raise WebUIError("TypeError", f"bad operand type for unary -: '{type(clip_skip).__name__}'")
@@ -271,28 +277,28 @@ def _refuse_impossible(job: Job) -> None:
         raise out_of_memory()
 
 
-def _activate(job: Job, prompt: str, *, hires: bool) -> None:
-    """`extra_networks.activate`: the tags of this prompt alone. One weight that is no number: none of them."""
-    wanted = []
+def _activate(job: Txt2ImgJob, prompt: str, *, hires: bool) -> None:
+    """`extra_networks.activate`: only the tags of this prompt. If one weight is not a number, no LoRA is used."""
+    tags = []
     try:
         for kind, arguments in _TAG.findall(prompt):
             if kind in ("lora", "lyco"):
-                wanted.append(_lora_tag(arguments.split(":")))
+                tags.append(_lora_tag(arguments.split(":")))
     except ValueError:
-        wanted = []
-    job.process.active_loras = active = job.process.loras.activate(wanted)
+        tags = []
+    job.process.active_loras = active = job.process.files.loras.activate(tags)
     if not job.process.option("lora_add_hashes_to_infotext"):
         return
-    hashes = {lora.mentioned.replace(",", ""): lora.digest for lora in active if lora.digest}
-    if hires and job.process.version != "1.9.3":  # 1.9.3 forgets the first pass's where the second has some
-        said = [entry.split(": ", 1) for entry in job.noted.get("Lora hashes", "").split(", ") if entry]
-        hashes = {**dict(said), **hashes}
+    hashes = {lora.name_in_tag.replace(",", ""): lora.digest for lora in active if lora.digest}
+    if hires and job.process.version != "1.9.3":  # 1.9.3 drops those of the first pass if the second pass has any
+        first_pass = [entry.split(": ", 1) for entry in job.extra_params.get("Lora hashes", "").split(", ") if entry]
+        hashes = {**dict(first_pass), **hashes}
     if hashes:
-        job.noted["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+        job.extra_params["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
 
 
 def _lora_tag(items: list[str]) -> tuple[str, float, float]:
-    """`<lora:name:te:unet>`, `te=` and `unet=` by name."""
+    """The items of `<lora:name:te:unet>`; `te=` and `unet=` may also be given by name."""
     named = dict(item.split("=", 1) for item in items if item.count("=") == 1)
     positional = [item for item in items if item.count("=") != 1]
     if not positional:
@@ -303,8 +309,8 @@ def _lora_tag(items: list[str]) -> tuple[str, float, float]:
     return positional[0], te, float(named.get("unet", unet))
 
 
-def _sample(job: Job, model: Loaded, indices: range) -> list[Scene]:
-    """One batch: its time, its progress, its pictures (half-done ones where it was cut short)."""
+def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
+    """One batch: takes its time and moves the progress. Its pictures, unfinished if it was interrupted or skipped."""
     process, tables = job.process, job.process.tables
     scheduled = schedule_type(job.sampler, job.scheduler, tables["samplers"], tables["schedulers"])
     scene = Scene(
@@ -315,21 +321,21 @@ def _sample(job: Job, model: Loaded, indices: range) -> list[Scene]:
         width=job["width"] // 8 * 8,
         height=job["height"] // 8 * 8,
         weights=model.weights,
-        loras=_applied(process.active_loras, model),
+        loras=_effective(process.active_loras, model),
         sampler=job.sampler,
         scheduler=scheduled,
         steps=job["steps"],
         cfg_scale=job["cfg_scale"],
         clip_skip=int(process.option("CLIP_stop_at_last_layers")),
-        vae=process.vae,
+        vae=process.model.vae,
         more=_further(job),
     )
     done = process.sample(job["steps"])
     if scheduled:
-        job.noted["Schedule type"] = scheduled
+        job.extra_params["Schedule type"] = scheduled
     if job["enable_hr"]:
-        process.progress.next_job()
-    if job["enable_hr"] and not process.progress.interrupted:
+        process.state.next_job()
+    if job["enable_hr"] and not process.state.interrupted:
         scene = _second_pass(job, model, scene)
     elif done < job["steps"]:
         scene = replace(scene, more=(*scene.more, "cut short", done))
@@ -346,7 +352,7 @@ def _sample(job: Job, model: Loaded, indices: range) -> list[Scene]:
     ]
 
 
-def _second_pass(job: Job, model: Loaded, scene: Scene) -> Scene:
+def _second_pass(job: Txt2ImgJob, model: LoadedModel, scene: Scene) -> Scene:
     tables = job.process.tables
     strength = job["denoising_strength"]
     if strength is None:
@@ -355,47 +361,47 @@ def _second_pass(job: Job, model: Loaded, scene: Scene) -> Scene:
         _activate(job, job.hr_prompt, hires=True)
     sampler = job["hr_sampler_name"] or job.sampler
     scheduled = schedule_type(sampler, job["hr_scheduler"] or job.scheduler, tables["samplers"], tables["schedulers"])
-    if scheduled and scheduled != job.noted.get("Schedule type"):
-        job.noted["Hires schedule type"] = scheduled
+    if scheduled and scheduled != job.extra_params.get("Schedule type"):
+        job.extra_params["Hires schedule type"] = scheduled
     steps = job["hr_second_pass_steps"] or job["steps"]
     job.process.sample(steps)
     width, height = job.hr_size or (scene.width, scene.height)
     passes = (job.hr_prompt, job.hr_negative_prompt, sampler, scheduled, steps, strength, job["hr_upscaler"])
-    loras = _applied(job.process.active_loras, model)
+    loras = _effective(job.process.active_loras, model)
     return replace(scene, width=width // 8 * 8, height=height // 8 * 8, more=(*scene.more, *passes, loras))
 
 
-def _applied(loras: Sequence[ActiveLora], model: Loaded) -> tuple[tuple[str, float, float], ...]:
-    """What changes the picture: a LoRA of another architecture is read, named, and does nothing."""
+def _effective(loras: Sequence[ActiveLora], model: LoadedModel) -> tuple[tuple[str, float, float], ...]:
+    """The LoRAs that change the picture. One of another architecture is loaded and named, and has no effect."""
     return tuple(
-        (lora.digest or lora.mentioned, lora.te, lora.unet)
+        (lora.digest or lora.name_in_tag, lora.te, lora.unet)
         for lora in loras
-        if lora.contents.lora_architecture in (None, model.architecture)
+        if lora.header.lora_architecture in (None, model.architecture)
     )
 
 
-def _further(job: Job) -> tuple[Any, ...]:
-    """The rest of what changes a picture. After a failed switch only plain short prompts are read right."""
+def _further(job: Txt2ImgJob) -> tuple[Any, ...]:
+    """What else changes a picture. After a failed switch A1111 reads only plain, short prompts correctly."""
     names = ("tiling", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "s_min_uncond", "refiner_switch_at")
     given = tuple(job[name] for name in (*names, "restore_faces", "seed_resize_from_w", "seed_resize_from_h"))
     plain = not re.search(r"[(\[]", job.prompt + job.negative_prompt) and len(re.findall(r"\w+|,", job.prompt)) <= 75
-    return (*given, job["subseed_strength"]) + (() if plain or job.process.hijacked else ("misread",))
+    return (*given, job["subseed_strength"]) + (() if plain or job.process.model.is_hijacked else ("misread",))
 
 
-def _encoded(job: Job, scene: Scene, infotext: str) -> str:
+def _encoded(job: Txt2ImgJob, scene: Scene, infotext: str) -> str:
     file_format = job.process.option("samples_format")
     if not isinstance(file_format, str):
         raise WebUIError("AttributeError", f"'{type(file_format).__name__}' object has no attribute 'lower'")
     if file_format.lower() not in ("png", "jpg", "jpeg", "webp"):
         raise HTTPException(500, "Invalid image format")
-    black = job.extras.black or scene.weights == "nan"
-    return encoded_scene(scene, infotext, file_format.lower(), job.extras.at_least, black)
+    black = job.settings.black or scene.weights == "nan"
+    return encoded_scene(scene, infotext, file_format.lower(), job.settings.min_bytes, black)
 
 
 @functools.lru_cache(maxsize=32)
-def encoded_scene(scene: Scene, infotext: str, file_format: str, at_least: int, black: bool) -> str:
-    """A picture as base64; drawn once."""
-    return base64.b64encode(draw.encode(_drawn(scene, black), infotext, file_format, at_least)).decode()
+def encoded_scene(scene: Scene, infotext: str, file_format: str, min_bytes: int, black: bool) -> str:
+    """A picture in base64. It is drawn only once."""
+    return base64.b64encode(draw.encode(_drawn(scene, black), infotext, file_format, min_bytes)).decode()
 
 
 def _drawn(scene: Scene, black: bool = False) -> Image.Image:
@@ -404,26 +410,26 @@ def _drawn(scene: Scene, black: bool = False) -> Image.Image:
     return draw.picture(repr(scene), scene.width, scene.height)
 
 
-def _grid(job: Job, scenes: Sequence[Scene], infotext: str) -> str:
+def _grid(job: Txt2ImgJob, scenes: Sequence[Scene], infotext: str) -> str:
     rows = round(math.sqrt(len(scenes)))
     columns = math.ceil(len(scenes) / rows)
     width, height = scenes[0].width, scenes[0].height
     grid = Image.new("RGB", (columns * width, rows * height))
     for index, scene in enumerate(scenes):
-        grid.paste(_drawn(scene, job.extras.black), (index % columns * width, index // columns * height))
+        grid.paste(_drawn(scene, job.settings.black), (index % columns * width, index // columns * height))
     return base64.b64encode(draw.encode(grid, infotext, "png")).decode()
 
 
-def _infotext(job: Job, model: Loaded, index: int) -> str:
+def _infotext(job: Txt2ImgJob, model: LoadedModel, index: int) -> str:
     """`create_infotext`."""
     process = job.process
     strength, clip_skip = job["subseed_strength"], int(process.option("CLIP_stop_at_last_layers"))
     delta = process.option("eta_noise_seed_delta")
     resized = job["seed_resize_from_w"], job["seed_resize_from_h"]
-    noted = dict(job.noted)
+    params = dict(job.extra_params)
     if job["enable_hr"]:
-        noted["Hires prompt"] = job.hr_prompt if job.hr_prompt != job.prompt else None
-        noted["Hires negative prompt"] = (
+        params["Hires prompt"] = job.hr_prompt if job.hr_prompt != job.prompt else None
+        params["Hires negative prompt"] = (
             job.hr_negative_prompt if job.hr_negative_prompt != job.negative_prompt else None
         )
     entries: dict[str, Any] = {
@@ -436,8 +442,8 @@ def _infotext(job: Job, model: Loaded, index: int) -> str:
         "Size": f"{job['width']}x{job['height']}",
         "Model hash": model.sha256[:10] if model.sha256 else None,
         "Model": model.checkpoint.bare_name,
-        "VAE hash": process.vaes.hash(process.vae) if process.vae else None,
-        "VAE": process.vae,
+        "VAE hash": process.files.vaes.hash(process.model.vae) if process.model.vae else None,
+        "VAE": process.model.vae,
         "Variation seed": job.subseed + index if strength else None,
         "Variation seed strength": strength or None,
         "Seed resize from": None if min(resized) <= 0 else f"{resized[0]}x{resized[1]}",
@@ -445,21 +451,21 @@ def _infotext(job: Job, model: Loaded, index: int) -> str:
         "Clip skip": clip_skip if clip_skip > 1 else None,
         "ENSD": delta if delta and _uses_ensd(job) else None,
         "Tiling": True if job["tiling"] else None,
-        **noted,
+        **params,
         "Version": process.version,
     }
-    said = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
+    settings = ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items() if value is not None)
     negative = f"\nNegative prompt: {job.negative_prompt}" if job.negative_prompt else ""
-    return f"{job.prompt}{negative}\n{said}".strip()
+    return f"{job.prompt}{negative}\n{settings}".strip()
 
 
-def _uses_ensd(job: Job) -> bool:
+def _uses_ensd(job: Txt2ImgJob) -> bool:
     options = next(each["options"] for each in job.process.tables["samplers"] if each["name"] == job.sampler)
     return job.sampler not in TIMESTEPS and "uses_ensd" in options
 
 
-def _info(job: Job, model: Loaded, infotexts: list[str], first_image: int) -> dict[str, Any]:
-    """`Processed.js`, key by key."""
+def _info(job: Txt2ImgJob, model: LoadedModel, infotexts: list[str], first_image: int) -> dict[str, Any]:
+    """`Processed.js`, with the same keys in the same order."""
     process = job.process
     prompts = range(job.count)
     return {
@@ -482,16 +488,16 @@ def _info(job: Job, model: Loaded, infotexts: list[str], first_image: int) -> di
         "face_restoration_model": process.option("face_restoration_model") if job["restore_faces"] else None,
         "sd_model_name": model.checkpoint.bare_name,
         "sd_model_hash": model.sha256[:10] if model.sha256 else None,
-        "sd_vae_name": process.vae,
-        "sd_vae_hash": process.vaes.hash(process.vae) if process.vae else None,
+        "sd_vae_name": process.model.vae,
+        "sd_vae_hash": process.files.vaes.hash(process.model.vae) if process.model.vae else None,
         "seed_resize_from_w": job["seed_resize_from_w"],
         "seed_resize_from_h": job["seed_resize_from_h"],
         "denoising_strength": job["denoising_strength"],
-        "extra_generation_params": job.noted,
+        "extra_generation_params": job.extra_params,
         "index_of_first_image": first_image,
         "infotexts": infotexts,
         "styles": job["styles"] or [],
-        "job_timestamp": process.progress.job_timestamp,
+        "job_timestamp": process.state.job_timestamp,
         "clip_skip": process.option("CLIP_stop_at_last_layers"),
         "is_using_inpainting_conditioning": False,
         "version": process.version,
@@ -499,7 +505,7 @@ def _info(job: Job, model: Loaded, infotexts: list[str], first_image: int) -> di
 
 
 def out_of_memory() -> WebUIError:
-    """The generic handler's answer to CUDA's; `errors` is torch's text."""
+    """A1111's answer if CUDA is out of memory; `errors` has torch's text."""
     return WebUIError(
         "OutOfMemoryError",
         "CUDA out of memory. Tried to allocate 4.50 GiB. GPU 0 has a total capacity of 23.64 GiB "
@@ -530,15 +536,15 @@ def _missing_arguments(script: str, arguments: Sequence[Any]) -> None:
         raise WebUIError("TypeError", message)
 
 
-def _known_checkpoint(job: Job, name: str) -> str:
-    found = job.process.checkpoints.closest(name)
+def _known_checkpoint(job: Txt2ImgJob, name: str) -> str:
+    found = job.process.files.checkpoints.find_closest(name)
     if found is None:
         raise WebUIError("Exception", f"Could not find checkpoint with name {name}")
     return f"{found.bare_name} [{found.short_hash}]" if found.short_hash else found.bare_name
 
 
 def _styled(prompt: str, styles: Sequence[str]) -> str:
-    """`apply_styles_to_prompt`: into `{prompt}`, else behind a comma."""
+    """`apply_styles_to_prompt`: a style takes the prompt at `{prompt}`; otherwise it follows after a comma."""
     for style in styles:
         if "{prompt}" in style:
             prompt = style.replace("{prompt}", prompt)
@@ -548,7 +554,7 @@ def _styled(prompt: str, styles: Sequence[str]) -> str:
 
 
 def _uncommented(prompt: str) -> str:
-    """`strip_comments`: what follows a # on its line is nobody's, LoRA tags among it."""
+    """`strip_comments`: removes everything after a # on its line, LoRA tags too."""
     return re.sub("#[^\n]*(\n|$)", "\n", re.sub("(^|\n)#[^\n]*(\n|$)", "\n", prompt))
 
 
@@ -558,7 +564,7 @@ def _quoted(value: Any) -> Any:
 
 
 def _plain_json(value: Any) -> str:
-    """As starlette writes JSON."""
+    """As starlette writes JSON. WebUIError `ValueError` if JSON cannot express the value (NaN)."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError as error:

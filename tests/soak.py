@@ -1,14 +1,14 @@
-"""A worker that never has a good day: `make soak`, or python -m tests.soak [--minutes 10] [--seed N] [--keep]
+"""A worker under constant faults: `make soak`, or python -m tests.soak [--minutes 10] [--seed N] [--keep]
 
-The real start.sh keeps the real handler.py and a WebUI (tests/soak_webui.py); RunPod's queue and CivitAI are the
-sandbox's. There are always eight jobs in the queue, two in flight. Each job draws its own misfortune from a seeded
-random: one of the ways in which a WebUI fails, one in which a download fails, or a caller who cancels. A worker that
-asks to be replaced is replaced as RunPod does it, every few times, so that one also lives on with what it has been
-through.
+The real start.sh runs the real handler.py and a WebUI (tests/soak_webui.py). RunPod's queue and CivitAI are the
+sandbox's. Eight jobs are always in the queue, and two in flight. A seeded random generator gives each job a fault: one
+of the ways in which a WebUI fails, one of those in which a download fails, or a caller who cancels. A worker that asks
+for a new container gets one as from RunPod, but only after it has asked a few times, so that a worker also runs on
+after its faults.
 
-In the end every job must have had the end that its own misfortune allows. The one thing that may cost another job is
-a WebUI that died beside it, and each death costs one job at most; a container that was stopped may cost those that ran.
-Nothing may be left over: no thread, file, part, lease, hold, process; memory must be flat. Exit status 0 only then.
+In the end every job must have an outcome that its own fault allows. There are two exceptions: a WebUI that dies may
+cost one more job that ran beside, and a container that is stopped may cost the jobs that ran in it. Nothing may be left
+over: no thread, file, partial file, lease, hold or process. Memory must not grow. Only then the exit status is 0.
 """
 
 from __future__ import annotations
@@ -33,48 +33,47 @@ from typing import Any
 
 import requests
 
-from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, CivitAI, Fault
+from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, SandboxCivitAI, ServerFault
 from sandbox.models import sdxl_checkpoint, sdxl_lora
-from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, RunPod
-from sandbox.runpod import Job as Queued
+from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, QueuedJob, SandboxRunPod
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = 1590699
-POOL = tuple(range(7_000_000, 7_000_006))  # LoRAs that are asked for again and again
-FIRST = 8_000_000  # and one of its own for each job whose download is to fail
+POOL = tuple(range(7_000_000, 7_000_006))  # LoRAs that many jobs use
+FIRST_OWN_LORA = 8_000_000  # each job with a failing download has a LoRA of its own
 LORA_BYTES = 300_000
 KEY = "the-soak-key"
 
-IN_THE_QUEUE = 8
+JOBS_IN_QUEUE = 8
 GENERATION_TIMEOUT = 6.0
 SHUTDOWN_GRACE = 8.0
-STEPS, MANY_STEPS = 10, 150  # 0.2 s, and 3 s: time to be cancelled in
-SLOW_BATCHES = 4  # of many steps: beyond GENERATION_TIMEOUT
+STEPS, MANY_STEPS = 10, 150  # 0.2 s, and 3 s: long enough to cancel the job
+SLOW_BATCHES = 4  # of MANY_STEPS: longer than GENERATION_TIMEOUT
 
-# What a job may end as that meets this in the WebUI, and how likely that is.
-WEBUI: Mapping[str, tuple[float, frozenset[str]]] = {
+# Faults of the WebUI: how likely each is, and the outcomes that it allows for its job.
+WEBUI_FAULTS: Mapping[str, tuple[float, frozenset[str]]] = {
     "die-during": (0.05, frozenset({"WEBUI_LOST"})),
-    "die-after": (0.05, frozenset({COMPLETED})),  # as soon as it has answered
-    "die-in-switch": (0.05, frozenset({"WEBUI_LOST"})),  # the next life dies once more, while it loads
-    "hang": (0.05, frozenset({"WEBUI_LOST"})),  # deaf to /interrupt
+    "die-after": (0.05, frozenset({COMPLETED})),  # just after its answer
+    "die-in-switch": (0.05, frozenset({"WEBUI_LOST"})),  # the next process dies too, while it loads
+    "hang": (0.05, frozenset({"WEBUI_LOST"})),  # ignores /interrupt
     "oom": (0.05, frozenset({"OUT_OF_MEMORY"})),
     "nan": (0.05, frozenset({"GENERATION_FAILED"})),
     "black": (0.05, frozenset({"GENERATION_FAILED"})),
     "502": (0.05, frozenset({"WEBUI_LOST"})),
     "html": (0.05, frozenset({"WEBUI_LOST"})),
     "half": (0.05, frozenset({"WEBUI_LOST"})),
-    "404": (0.05, frozenset({COMPLETED})),  # bare, once: says nothing about the job
+    "404": (0.05, frozenset({COMPLETED})),  # the router's, once: it shows nothing about the job
     "other-checkpoint": (0.05, frozenset({"CHECKPOINT_NOT_LOADED"})),
-    "silent": (0.02, frozenset({"WEBUI_LOST"})),  # stopped: answers nothing at all
-    "slow": (0.02, frozenset({"JOB_TIMEOUT"})),  # beyond GENERATION_TIMEOUT, and heeds /interrupt
-    "die-in-boot": (0.02, frozenset({"WEBUI_LOST"})),  # the next life ends before it listens
-    "switch-fails": (0.02, frozenset({"WEBUI_LOST"})),  # the next life cannot load the checkpoint
-    "poisoned": (0.02, frozenset({COMPLETED})),  # restarted, and the caller notices nothing but time
+    "silent": (0.02, frozenset({"WEBUI_LOST"})),  # its process is stopped: no answer to any request
+    "slow": (0.02, frozenset({"JOB_TIMEOUT"})),  # longer than GENERATION_TIMEOUT; /interrupt works
+    "die-in-boot": (0.02, frozenset({"WEBUI_LOST"})),  # the next process ends before it listens
+    "switch-fails": (0.02, frozenset({"WEBUI_LOST"})),  # the next process cannot load the checkpoint
+    "poisoned": (0.02, frozenset({COMPLETED})),  # it is restarted, and the job only takes longer
     "no-images": (0.02, frozenset({"GENERATION_FAILED"})),
     "reset": (0.02, frozenset({"WEBUI_LOST"})),
 }
-# And at CivitAI; None: the download comes through all the same.
-CIVITAI: Mapping[str, tuple[float, str | None]] = {
+# Faults of CivitAI, in the same way. None: the download succeeds anyway.
+CIVITAI_FAULTS: Mapping[str, tuple[float, str | None]] = {
     "404": (0.05, "MODEL_NOT_FOUND"),
     "500": (0.05, "DOWNLOAD_FAILED"),
     "cut": (0.05, None),
@@ -82,49 +81,49 @@ CIVITAI: Mapping[str, tuple[float, str | None]] = {
     "html": (0.05, "MODEL_REJECTED"),
     "wrong-bytes": (0.05, "MODEL_REJECTED"),
 }
-CANCELS = 0.05
-BAD_REQUESTS = 0.02
-LOST, SHUT_DOWN = "WEBUI_LOST", "JOB_CANCELLED"
-CROSSED = 1.5  # seconds: the SDK pauses for one between its questions for cancellations, and may not know of one yet
+CANCELLED_JOBS = 0.05
+INVALID_JOBS = 0.02
+WEBUI_LOST, JOB_CANCELLED = "WEBUI_LOST", "JOB_CANCELLED"
+CANCEL_SECONDS = 1.5  # the SDK polls for cancellations every second: before that it may not know of one
 
 
 @dataclass
-class Job:
-    """One job of the soak and its misfortune."""
+class SoakJob:
+    """One job of the soak, with its fault."""
 
     number: int
     webui: str = ""
     civitai: str = ""
-    cancel: str = ""  # in the queue, or at work
-    bad: bool = False
+    cancel: str = ""  # "in the queue" or "at work"
+    is_invalid: bool = False
     id: str = ""
     cancel_at: float | None = None
-    was_in_time: bool = False  # the queue took the cancellation: the job had not ended yet
+    was_in_time: bool = False  # the queue accepted the cancellation: the job had not ended yet
 
     @property
-    def misfortune(self) -> str:
+    def fault(self) -> str:
         if self.cancel:
             return f"cancelled {self.cancel}"
-        if self.bad:
-            return "a bad request"
-        if self.civitai and CIVITAI[self.civitai][1]:
-            return f"CivitAI: {self.civitai}"  # it never comes to the WebUI
+        if self.is_invalid:
+            return "an invalid request"
+        if self.civitai and CIVITAI_FAULTS[self.civitai][1]:
+            return f"CivitAI: {self.civitai}"  # the WebUI never gets this job
         return f"WebUI: {self.webui}" if self.webui else f"CivitAI: {self.civitai}" if self.civitai else "none"
 
     @property
     def allowed(self) -> frozenset[str]:
         if self.cancel:
             return frozenset({CANCELLED} if self.was_in_time else {CANCELLED, COMPLETED})
-        if self.bad:
+        if self.is_invalid:
             return frozenset({"INVALID_REQUEST"})
-        code = CIVITAI[self.civitai][1] if self.civitai else None
+        code = CIVITAI_FAULTS[self.civitai][1] if self.civitai else None
         if code:
             return frozenset({code})
-        return WEBUI[self.webui][1] if self.webui else frozenset({COMPLETED})
+        return WEBUI_FAULTS[self.webui][1] if self.webui else frozenset({COMPLETED})
 
     @property
     def own_lora(self) -> int:
-        return FIRST + self.number
+        return FIRST_OWN_LORA + self.number
 
     def input(self) -> dict[str, Any]:
         chance = random.Random(self.number)
@@ -132,7 +131,7 @@ class Job:
         loras = [self.own_lora] if self.civitai else chance.sample(POOL, chance.choice((0, 1, 1, 2)))
         return {
             "prompt": f"a lighthouse, soak {self.number} {self.webui}".strip(),
-            "steps": 0 if self.bad else steps,
+            "steps": 0 if self.is_invalid else steps,
             "n_iter": SLOW_BATCHES if self.webui == "slow" else 1,
             "width": 64,
             "height": 64,
@@ -141,45 +140,45 @@ class Job:
         }
 
 
-def draw(number: int, seed: int) -> Job:
-    """A job with its misfortune: the same one for the same seed, whatever happens meanwhile."""
+def draw_job(number: int, seed: int) -> SoakJob:
+    """A job with its fault. It depends only on the number and the seed."""
     chance = random.Random(f"{seed}:{number}")
 
     def one_of(faults: Mapping[str, tuple[float, object]]) -> str:
         weights = [weight for weight, _ in faults.values()]
         return chance.choices(["", *faults], [1.0 - sum(weights), *weights])[0]
 
-    if (roll := chance.random()) < CANCELS:
-        return Job(number, cancel=chance.choice(("in the queue", "at work", "at work")))
-    if roll < CANCELS + BAD_REQUESTS:
-        return Job(number, bad=True)
-    return Job(number, webui=one_of(WEBUI), civitai=one_of(CIVITAI))
+    if (roll := chance.random()) < CANCELLED_JOBS:
+        return SoakJob(number, cancel=chance.choice(("in the queue", "at work", "at work")))
+    if roll < CANCELLED_JOBS + INVALID_JOBS:
+        return SoakJob(number, is_invalid=True)
+    return SoakJob(number, webui=one_of(WEBUI_FAULTS), civitai=one_of(CIVITAI_FAULTS))
 
 
 @dataclass
-class Vitals:
-    """What is looked at in a worker's process."""
+class ResourceUsage:
+    """What a worker's process uses."""
 
-    resident: int
+    resident: int  # bytes
     threads: int
     files: int
 
     @classmethod
-    def of(cls, pid: int) -> Vitals:
+    def of(cls, pid: int) -> ResourceUsage:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         return cls(int(status["VmRSS"].split()[0]) * 1024, int(status["Threads"]), files)
 
 
 @dataclass
-class Life:
-    """One container: when it was started, and what its worker took at first and took last."""
+class SoakContainer:
+    """One container from its start to its end. `early` and `late` is what its worker used then."""
 
     process: subprocess.Popen[bytes]
     began: float
     jobs: int = 0
-    early: Vitals | None = None
-    late: Vitals | None = None
+    early: ResourceUsage | None = None  # after 10 jobs
+    late: ResourceUsage | None = None
     stopping: float | None = None
     ended: float | None = None
     status: int | None = None
@@ -192,21 +191,21 @@ class Soak:
     folder: Path
     seed: int
     replace_every: int
-    queue: RunPod
-    civitai: CivitAI
-    jobs: dict[str, Job] = field(default_factory=dict)
-    lives: list[Life] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    queue: SandboxRunPod
+    civitai: SandboxCivitAI
+    jobs: dict[str, SoakJob] = field(default_factory=dict)
+    containers: list[SoakContainer] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     counted: collections.Counter[str] = field(default_factory=collections.Counter)
-    _refreshes: int = 0
+    _refresh_requests: int = 0
     _ended: set[str] = field(default_factory=set)
-    _late: list[tuple[str, str, float, str]] = field(default_factory=list)  # what, of which job, when, its body
+    _late: list[tuple[str, str, float, str]] = field(default_factory=list)  # kind, job, time, body
 
     # The container
 
     @property
-    def life(self) -> Life:
-        return self.lives[-1]
+    def container(self) -> SoakContainer:
+        return self.containers[-1]
 
     @property
     def notes(self) -> Path:
@@ -217,12 +216,12 @@ class Soak:
         return self.folder / "volume" / "models"
 
     def start(self) -> None:
-        """A new container on the same volume."""
+        """Start a new container on the same volume."""
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
-        number = len(self.lives)
+        number = len(self.containers)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)  # a container's own disk is new
         (self.folder / "tmp").mkdir()
-        (self.notes / "next-life").unlink(missing_ok=True)
+        (self.notes / "next-fault").unlink(missing_ok=True)
         environment = self.queue.worker_env(
             pod_id=f"soak-{number}",
             TMPDIR=str(self.folder / "tmp"),
@@ -237,7 +236,7 @@ class Soak:
             WEBUI_STATE_FILE=str(self.folder / "tmp" / "webui.state"),
             WORKER_STATE_FILE=str(self.folder / "tmp" / "worker.state"),
             WEBUI_MODELS_DIR=str(self.folder / "tmp" / "webui-models"),
-            WEBUI_RESTARTS="1000",  # it is no test of giving up
+            WEBUI_RESTARTS="1000",  # this is not a test of giving up
             WEBUI_RESTART_WINDOW="5",
             WEBUI_RESTART_BACKOFF="0.05",
             MODELS_DIR=str(self.models),
@@ -260,36 +259,36 @@ class Soak:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.lives.append(Life(process, time.monotonic()))
+        self.containers.append(SoakContainer(process, time.monotonic()))
 
     def stop(self) -> None:
-        """As RunPod stops one: no more jobs for it, then TERM."""
-        life = self.life
-        self.queue.fail(Fault(204), times=None, on="/job-take")
-        self._tick_for(0.3)  # what a poll has just brought is taken on
-        life.stopping = time.monotonic()
-        life.process.send_signal(signal.SIGTERM)
+        """Stop the container as RunPod does: no more jobs for it, then SIGTERM."""
+        container = self.container
+        self.queue.fail(ServerFault(204), times=None, on="/job-take")
+        self._tick_for(0.3)  # the worker starts the jobs of its last poll
+        container.stopping = time.monotonic()
+        container.process.send_signal(signal.SIGTERM)
         try:
-            life.status = life.process.wait(SHUTDOWN_GRACE + 5.0)
+            container.status = container.process.wait(SHUTDOWN_GRACE + 5.0)
         except subprocess.TimeoutExpired:
-            self.wrong.append("the container did not end within its grace")
-            os.killpg(life.process.pid, signal.SIGKILL)
-            life.process.wait()
-        life.ended = time.monotonic()
+            self.problems.append("the container did not end within its grace")
+            os.killpg(container.process.pid, signal.SIGKILL)
+            container.process.wait()
+        container.ended = time.monotonic()
         self.queue.heal()
-        if life.status not in (143, None):
-            self.wrong.append(f"the container ended with {life.status}")
+        if container.status not in (143, None):
+            self.problems.append(f"the container ended with {container.status}")
         for pid in descendants(self.notes):
-            self.wrong.append(f"a process outlived its container: {command_of(pid)}")
+            self.problems.append(f"a process outlived its container: {command_of(pid)}")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def worker_pid(self) -> int | None:
-        """handler.py's: the child of start.sh that runs it."""
+        """The process of handler.py: the child of start.sh that runs it."""
         for pid in descendants(self.notes):
             with contextlib.suppress(OSError, IndexError):
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.life.process.pid and "handler.py" in command_of(pid):
+                if parent == self.container.process.pid and "handler.py" in command_of(pid):
                     return pid
         return None
 
@@ -300,37 +299,37 @@ class Soak:
 
     # The jobs
 
-    def submit(self, job: Job | None = None) -> Job:
-        job = job or draw(len(self.jobs), self.seed)
+    def submit(self, job: SoakJob | None = None) -> SoakJob:
+        job = job or draw_job(len(self.jobs), self.seed)
         if job.civitai:
             path = sdxl_lora(self.folder / "site" / f"{job.own_lora}.safetensors", job.own_lora, LORA_BYTES)
             self.civitai.add(job.own_lora, path, name=f"Soak {job.number}")
-            self._bend(job)
+            self._set_civitai_fault(job)
         job.id = self.queue.submit(job.input())
         self.jobs[job.id] = job
         if job.cancel == "in the queue":
             self._cancel(job)
         return job
 
-    def _bend(self, job: Job) -> None:
+    def _set_civitai_fault(self, job: SoakJob) -> None:
         """Make CivitAI fail for this job's own LoRA."""
-        site, key = f"/{job.own_lora}", self.civitai.versions[job.own_lora].files[0].key
+        path, key = f"/{job.own_lora}", self.civitai.versions[job.own_lora].files[0].key
         storage = self.civitai.storage
         if job.civitai == "404":
-            self.civitai.fail(NOT_FOUND, times=None, on=site)
+            self.civitai.fail(NOT_FOUND, times=None, on=path)
         elif job.civitai == "500":
-            self.civitai.fail(SERVER_ERROR, times=None, on=site)
+            self.civitai.fail(SERVER_ERROR, times=None, on=path)
         elif job.civitai == "cut":
-            storage.fail(Fault(cut_after=LORA_BYTES // 3), on=key)
+            storage.fail(ServerFault(cut_after=LORA_BYTES // 3), on=key)
         elif job.civitai == "stall":
-            storage.fail(Fault(stall_after=LORA_BYTES // 3), on=key)
+            storage.fail(ServerFault(stall_after=LORA_BYTES // 3), on=key)
         elif job.civitai == "html":
             storage.fail(HTML_PAGE, times=None, on=key)
         elif job.civitai == "wrong-bytes":
             other = sdxl_lora(self.folder / "site" / f"other-{job.own_lora}.safetensors", 1, LORA_BYTES)
             self.civitai.replace(job.own_lora, other)
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: SoakJob) -> None:
         url = f"{self.queue.url}/v2/{self.queue.endpoint}/cancel/{job.id}"
         answer = requests.post(url, timeout=10)
         answer.raise_for_status()
@@ -339,94 +338,97 @@ class Soak:
     # Time
 
     def tick(self) -> None:
-        """What a moment brings: cancellations that are due, replacements, looks at the worker."""
+        """Cancel the jobs that are due, and see which jobs have ended and what came too late."""
         now = time.monotonic()
-        for what, found in (("progress", self.queue.late_progress), ("a result", self.queue.late_results)):
-            seen = sum(kind == what for kind, _, _, _ in self._late)
-            self._late += [(what, job_id, now, str(body)[:120]) for job_id, body in found[seen:]]
+        for kind, found in (("progress", self.queue.late_progress), ("a result", self.queue.late_results)):
+            seen = sum(late[0] == kind for late in self._late)
+            self._late += [(kind, job_id, now, str(body)[:120]) for job_id, body in found[seen:]]
         for job in list(self.jobs.values()):
             queued = self.queue.jobs[job.id]
             if queued.status in FINAL:
-                self._conclude(job, queued)
+                self._count_ended(job, queued)
             elif job.cancel == "at work" and queued.progress:
                 job.cancel_at = job.cancel_at or now + random.Random(job.number).random()
                 if now >= job.cancel_at:
                     self._cancel(job)
-        if self.life.process.poll() is not None:
-            raise RuntimeError(f"start.sh ended with {self.life.process.returncode}")
+        if self.container.process.poll() is not None:
+            raise RuntimeError(f"start.sh ended with {self.container.process.returncode}")
 
-    def _conclude(self, job: Job, queued: Queued) -> None:
+    def _count_ended(self, job: SoakJob, queued: QueuedJob) -> None:
         if job.id in self._ended:
             return
         self._ended.add(job.id)
-        self.life.jobs += 1
-        self.counted["refreshes asked for"] += queued.stop_pod
-        self._refreshes += queued.stop_pod
-        if self.life.jobs == 10 or self.life.jobs % 5 == 0:
+        self.container.jobs += 1
+        self.counted["requests for a new container"] += queued.stop_pod
+        self._refresh_requests += queued.stop_pod
+        if self.container.jobs == 10 or self.container.jobs % 5 == 0:
             pid = self.worker_pid()
             with contextlib.suppress(OSError):
-                vitals = Vitals.of(pid) if pid else None
-                self.life.early = self.life.early or (vitals if self.life.jobs >= 10 else None)
-                self.life.late = vitals or self.life.late
+                usage = ResourceUsage.of(pid) if pid else None
+                self.container.early = self.container.early or (usage if self.container.jobs >= 10 else None)
+                self.container.late = usage or self.container.late
 
     def _tick_for(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        self.wait(lambda: time.monotonic() >= until, seconds + 60)
+        end = time.monotonic() + seconds
+        self.wait(lambda: time.monotonic() >= end, seconds + 60)
 
-    def wait(self, holds: Callable[[], bool], seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while not holds():
-            if time.monotonic() > until:
+    def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait for the condition, at most so many seconds, while the soak goes on; whether it became true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
                 return False
             self.tick()
             time.sleep(0.02)
         return True
 
     def soak(self, seconds: float) -> None:
-        """The queue is kept full until the time is up; then the jobs that are left are waited for."""
-        until = said = time.monotonic()
-        until += seconds
-        while time.monotonic() < until:
+        """Keep the queue full until the time is up, then wait for the jobs that are left."""
+        end = reported = time.monotonic()
+        end += seconds
+        while time.monotonic() < end:
             self.tick()
             waiting = sum(job.status == IN_QUEUE for job in self.queue.jobs.values())
-            for _ in range(IN_THE_QUEUE - waiting):
+            for _ in range(JOBS_IN_QUEUE - waiting):
                 self.submit()
-            if self._refreshes >= self.replace_every:
-                self._refreshes = 0
+            if self._refresh_requests >= self.replace_every:
+                self._refresh_requests = 0
                 self.counted["containers replaced"] += 1
                 self.stop()
                 self.start()
-            if time.monotonic() - said >= 30:
-                said = time.monotonic()
-                say(f"{until - said:5.0f} s to go, {len(self._ended)} jobs done, {len(self.lives)} containers")
+            if time.monotonic() - reported >= 30:
+                reported = time.monotonic()
+                say(f"{end - reported:5.0f} s to go, {len(self._ended)} jobs done, {len(self.containers)} containers")
             time.sleep(0.02)
         if not self.wait(self._all_done, 240):
             stuck = [job.id for job in self.jobs.values() if self.queue.jobs[job.id].status not in FINAL]
-            self.wrong.append(f"{len(stuck)} jobs never ended: {[self.jobs[id].misfortune for id in stuck]}")
+            self.problems.append(f"{len(stuck)} jobs never ended: {[self.jobs[id].fault for id in stuck]}")
 
     def _all_done(self) -> bool:
         return all(self.queue.jobs[id].status in FINAL for id in self.jobs)
 
     def plain_jobs(self, count: int, what: str, *, seconds: float = 60) -> None:
-        """Jobs that nothing may happen to."""
-        jobs = [self.submit(Job(len(self.jobs))) for _ in range(count)]
+        """Submit jobs without a fault. They must succeed."""
+        jobs = [self.submit(SoakJob(len(self.jobs))) for _ in range(count)]
         if not self.wait(lambda: all(self.queue.jobs[job.id].status in FINAL for job in jobs), seconds):
-            self.wrong.append(f"{what}: no end within {seconds:.0f} s")
+            self.problems.append(f"{what}: no end within {seconds:.0f} s")
         for job in jobs:
             if self.queue.jobs[job.id].status != COMPLETED:
-                self.wrong.append(f"{what}: {self.queue.jobs[job.id].error}")
+                self.problems.append(f"{what}: {self.queue.jobs[job.id].error}")
 
-    def idle_vitals(self) -> Vitals:
-        """Of a worker that has nothing to do: the least of some looks."""
-        looks = []
+    def idle_usage(self) -> ResourceUsage:
+        """What an idle worker uses: the smallest of ten measurements."""
+        measured = []
         for _ in range(10):
             self._tick_for(0.2)
             if pid := self.worker_pid():
-                looks.append(Vitals.of(pid))
-        return Vitals(*(min(getattr(look, name) for look in looks) for name in ("resident", "threads", "files")))
+                measured.append(ResourceUsage.of(pid))
+        return ResourceUsage(
+            *(min(getattr(usage, name) for usage in measured) for name in ("resident", "threads", "files"))
+        )
 
-    def trouble_while_idle(self) -> None:
-        """Nobody's job is lost where the WebUI dies or falls silent while there is none."""
+    def fail_while_idle(self) -> None:
+        """If the WebUI dies or stops answering while there is no job, the next job must succeed."""
         before = self.webui_pid()
         assert before
         os.kill(before, signal.SIGKILL)
@@ -435,97 +437,99 @@ class Soak:
         assert before
         os.kill(before, signal.SIGSTOP)
         if not self.wait(lambda: self.webui_pid() not in (before, None), 75):
-            self.wrong.append("a WebUI that fell silent while idle was not restarted")
+            self.problems.append("a WebUI that stopped answering while idle was not restarted")
             os.kill(before, signal.SIGCONT)
-        self.plain_jobs(1, "after a WebUI that fell silent while idle")
+        self.plain_jobs(1, "after a WebUI that stopped answering while idle")
 
     def stop_at_work(self) -> None:
-        """The last container is stopped while a job longer than its grace runs, and another one waits for that."""
-        ids = [self.submit(Job(len(self.jobs), webui="slow")).id for _ in range(2)]
+        """Stop the last container while a job runs that takes longer than its grace, and a second job waits for it."""
+        ids = [self.submit(SoakJob(len(self.jobs), webui="slow")).id for _ in range(2)]
         self.wait(lambda: all(self.queue.jobs[id].progress for id in ids), 30)
         self.stop()
         if not self._all_done():
-            self.wrong.append("a job that ran when the container was stopped got no answer")
+            self.problems.append("a job that ran when the container was stopped got no answer")
 
-    # Judgement
+    # The checks at the end
 
-    def judge(self) -> dict[str, collections.Counter[str]]:
-        """How the jobs of each misfortune ended; what must not be goes to `wrong`."""
+    def check_jobs(self) -> dict[str, collections.Counter[str]]:
+        """The outcomes of the jobs, by fault. Outcomes that are not allowed go to `problems`."""
         table: dict[str, collections.Counter[str]] = {}
         deaths = self._free_deaths()
         for job in sorted(self.jobs.values(), key=lambda job: self.queue.jobs[job.id].ended or 0.0):
             queued = self.queue.jobs[job.id]
-            outcome, complaint = outcome_of(job, queued, self.folder)
-            kind = outcome
+            outcome, problem = outcome_of(job, queued, self.folder)
+            shown = outcome
             if outcome not in job.allowed:
-                kind = self._collateral(queued, outcome, deaths)
-                if not kind:
-                    kind = f"**{outcome}**"
-                    self.wrong.append(f"job {job.number} ({job.misfortune}) ended {outcome}: {queued.error}")
-            if complaint:
-                self.wrong.append(f"job {job.number} ({job.misfortune}): {complaint}")
-            table.setdefault(job.misfortune, collections.Counter())[kind] += 1
-        self._judge_late()
-        for job_id, why in self.queue.lost:
-            self.wrong.append(f"a result was lost: job {self.jobs[job_id].number}: {why}")
+                shown = self._excuse(queued, outcome, deaths)
+                if not shown:
+                    shown = f"**{outcome}**"
+                    self.problems.append(f"job {job.number} ({job.fault}) ended {outcome}: {queued.error}")
+            if problem:
+                self.problems.append(f"job {job.number} ({job.fault}): {problem}")
+            table.setdefault(job.fault, collections.Counter())[shown] += 1
+        self._check_late()
+        for job_id, reason in self.queue.lost:
+            self.problems.append(f"a result was lost: job {self.jobs[job_id].number}: {reason}")
         return table
 
-    def _judge_late(self) -> None:
-        """What came for a job that was over: a cancelled one is so a moment before the worker can have heard of it."""
-        for what, job_id, at, body in self._late:
+    def _check_late(self) -> None:
+        """Check what came after the end of its job. The worker hears of a cancellation a moment after it."""
+        for kind, job_id, at, body in self._late:
             job, queued = self.jobs[job_id], self.queue.jobs[job_id]
             after = at - (queued.ended or at)
-            if queued.status == CANCELLED and after <= CROSSED:
-                self.counted["crossed with a cancellation"] += 1
+            if queued.status == CANCELLED and after <= CANCEL_SECONDS:
+                self.counted["sent before the cancellation was known"] += 1
             else:
-                self.wrong.append(
-                    f"job {job.number} ({job.misfortune}): {after:.2f} s after its end came {what}: {body}"
-                )
+                self.problems.append(f"job {job.number} ({job.fault}): {after:.2f} s after its end came {kind}: {body}")
 
     def _free_deaths(self) -> list[float]:
-        """When a WebUI died that no job of its own was lost with."""
+        """When a WebUI died without a job of its own fault being lost."""
         lines = [line.split() for line in (self.notes / "journal").read_text().splitlines()]
-        self.counted["lives of the WebUI"] = sum(what == "up" for _, what, _ in lines)
-        return [float(at) for at, what, _ in lines if what == "free-death"]
+        self.counted["processes of the WebUI"] = sum(event == "up" for _, event, _ in lines)
+        return [float(at) for at, event, _ in lines if event == "free-death"]
 
-    def _collateral(self, queued: Queued, outcome: str, deaths: list[float]) -> str:
-        """What else may have ended the job; nothing where nothing may."""
+    def _excuse(self, queued: QueuedJob, outcome: str, deaths: list[float]) -> str:
+        """The outcome with the other cause that explains it; empty if there is none."""
         taken, ended = queued.taken or 0.0, queued.ended or 0.0
-        if outcome == LOST:
+        if outcome == WEBUI_LOST:
             for at in deaths:
                 if taken <= at <= ended:
-                    deaths.remove(at)  # it may cost one job
-                    return f"{LOST} (died beside it)"
-        if outcome in (SHUT_DOWN, LOST):
-            for life in self.lives:
-                if life.stopping and taken <= life.stopping <= ended:
+                    deaths.remove(at)  # each death may cost one job
+                    return f"{WEBUI_LOST} (died during another job)"
+        if outcome in (JOB_CANCELLED, WEBUI_LOST):
+            for container in self.containers:
+                if container.stopping and taken <= container.stopping <= ended:
                     return f"{outcome} (container stopped)"
         return ""
 
-    def judge_vitals(self, first: Vitals, last: Vitals) -> list[tuple[str, str, str]]:
+    def check_usage(self, first: ResourceUsage, last: ResourceUsage) -> list[tuple[str, str, str]]:
+        """What the worker used at first and at the end, as a table. Growth goes to `problems`."""
         rows = []
         for what, before, after, most in (
-            ("threads of the idle worker", first.threads, last.threads, first.threads + 6),  # its pool may have grown
+            # The worker's thread pool may have grown.
+            ("threads of the idle worker", first.threads, last.threads, first.threads + 6),
             ("files open in the idle worker", first.files, last.files, first.files + 12),
         ):
-            rows.append((what, f"{before} at first, {after} in the end", f"at most {most}"))
+            rows.append((what, f"{before} at first, {after} at the end", f"at most {most}"))
             if after > most:
-                self.wrong.append(f"{what}: {before} at first, {after} in the end")
-        for life in self.lives:
-            if life.early and life.late and life.jobs >= 20:
-                ratio = life.late.resident / life.early.resident
-                figures = f"{life.early.resident / 1e6:.0f} MB after 10 jobs, {life.late.resident / 1e6:.0f} MB after "
-                rows.append(("memory of a worker", f"{figures}{life.jobs}", "at most 1.3 ×"))
+                self.problems.append(f"{what}: {before} at first, {after} at the end")
+        for container in self.containers:
+            if container.early and container.late and container.jobs >= 20:
+                ratio = container.late.resident / container.early.resident
+                early, late = (f"{usage.resident / 1e6:.0f} MB" for usage in (container.early, container.late))
+                figures = f"{early} after 10 jobs, {late} after {container.jobs}"
+                rows.append(("memory of a worker", figures, "at most 1.3 ×"))
                 if ratio > 1.3:
-                    self.wrong.append(f"memory grew {ratio:.2f} times: {figures}{life.jobs}")
+                    self.problems.append(f"memory grew {ratio:.2f} times: {figures}")
         return rows
 
-    def judge_leftovers(self) -> None:
-        """After the last container: the volume holds models and what is known of them, and parts that may be wanted."""
-        may_have_parts = {
+    def check_leftovers(self) -> None:
+        """After the last container the volume has only models, their sidecars and partial files that may be resumed."""
+        resumable = {
             job.own_lora
             for job in self.jobs.values()
-            if self.queue.jobs[job.id].status == CANCELLED or str(self.queue.jobs[job.id].error).startswith(SHUT_DOWN)
+            if self.queue.jobs[job.id].status == CANCELLED
+            or str(self.queue.jobs[job.id].error).startswith(JOB_CANCELLED)
         }
         for path in self.models.rglob("*"):
             if not path.is_file():
@@ -534,50 +538,50 @@ class Soak:
             hidden = next((part for part in name.parts if part.startswith(".")), "")
             if hidden == ".parts":
                 version = int("".join(c for c in name.name.partition(".")[0] if c.isdigit()) or 0)
-                if version not in may_have_parts:
-                    self.wrong.append(f"a part is left: {name}")
+                if version not in resumable:
+                    self.problems.append(f"a partial file is left: {name}")
             elif hidden not in ("", ".urls") or ".safetensors" not in path.name:
-                self.wrong.append(f"left on the volume: {name}")
+                self.problems.append(f"left on the volume: {name}")
         for link in (self.folder / "tmp" / "webui-models").rglob("*"):
             if link.is_symlink() and not link.exists():
-                self.wrong.append(f"a link to nothing: {link.name}")
+                self.problems.append(f"a link to nothing: {link.name}")
 
 
-def outcome_of(job: Job, queued: Queued, folder: Path) -> tuple[str, str]:
-    """COMPLETED, CANCELLED or the code, and what is wrong with the answer itself."""
+def outcome_of(job: SoakJob, queued: QueuedJob, folder: Path) -> tuple[str, str]:
+    """COMPLETED, CANCELLED or the error code, and what is wrong with the answer itself."""
     if queued.status not in FINAL:
         return queued.status, ""
     if queued.status == CANCELLED:
         return CANCELLED, ""
     text = json.dumps(queued.answer)
     leaks = [secret for secret in (KEY, "Traceback", str(folder), "X-Amz") if secret in text]
-    complaint = f"its answer shows {', '.join(leaks)}" if leaks else ""
+    problem = f"its answer shows {', '.join(leaks)}" if leaks else ""
     output = queued.output if isinstance(queued.output, dict) else {}
     if queued.status == COMPLETED:
-        return COMPLETED, complaint or wrong_picture(job, output)
+        return COMPLETED, problem or problem_of_success(job, output)
     code = str(output.get("code"))
     if not str(queued.error).startswith(f"{code}: ") or not isinstance(output.get("retryable"), bool):
-        complaint = complaint or f"its error has not the form of one: {queued.error}"
-    return code, complaint
+        problem = problem or f"its error has the wrong form: {queued.error}"
+    return code, problem
 
 
-def wrong_picture(job: Job, output: Mapping[str, Any]) -> str:
-    """What is wrong with a success, if anything: every answer must be this very job's."""
+def problem_of_success(job: SoakJob, output: Mapping[str, Any]) -> str:
+    """What is wrong with a success, if anything. The answer must be that of this job."""
     try:
         info, worker = json.loads(output["info"]), output["worker"]
         if f"soak {job.number}" not in info["prompt"] or info["all_seeds"] != [job.number]:
             return f"the picture of another job: {info['prompt']}"
         if len(output["images"]) != 1 or not all(lora["loaded"] for lora in worker["loras"]):
-            return "not the pictures or LoRAs that were asked for"
+            return "not the requested pictures or LoRAs"
         if worker["checkpoint"]["file"] != "jib_mix_illustrious_realistic_v2.safetensors":
             return "another checkpoint"
     except (KeyError, TypeError, ValueError) as error:
-        return f"no answer of txt2img: {error!r}"
+        return f"not an answer of txt2img: {error!r}"
     return ""
 
 
 def descendants(notes: Path) -> list[int]:
-    """Every living process of the containers of this soak: each has SOAK_FOLDER in its environment."""
+    """Every running process of this soak's containers. Each has SOAK_FOLDER in its environment."""
     mark, found = f"SOAK_FOLDER={notes}".encode(), []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -603,7 +607,7 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def stock(folder: Path, civitai: CivitAI) -> None:
+def stock(folder: Path, civitai: SandboxCivitAI) -> None:
     """The checkpoint, the LoRAs that never fail, and a launch.py."""
     site = folder / "site"
     civitai.add(
@@ -623,71 +627,72 @@ def stock(folder: Path, civitai: CivitAI) -> None:
 
 
 def run(folder: Path, minutes: float, seed: int, replace_every: int) -> list[str]:
-    """Soak a worker in `folder` and print what came of it; what was wrong."""
-    with CivitAI(key=KEY) as civitai, RunPod(long_poll=1.0) as queue:
+    """Soak a worker in `folder` and print the result. Returns the problems."""
+    with SandboxCivitAI(key=KEY) as civitai, SandboxRunPod(long_poll=1.0) as queue:
         stock(folder, civitai)
         soak = Soak(folder, seed, replace_every, queue, civitai)
         soak.start()
         try:
             soak.plain_jobs(8, "the first jobs")
-            first = soak.idle_vitals()
+            first = soak.idle_usage()
             soak.soak(minutes * 60)
             soak.plain_jobs(4, "the last jobs")
-            last = soak.idle_vitals()
-            soak.trouble_while_idle()
+            last = soak.idle_usage()
+            soak.fail_while_idle()
             soak.stop_at_work()
         finally:
             for pid in descendants(soak.notes):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        table = soak.judge()
-        vitals = soak.judge_vitals(first, last)
-        soak.judge_leftovers()
-    show(soak, table, vitals, minutes, seed)
-    return soak.wrong
+        table = soak.check_jobs()
+        usage = soak.check_usage(first, last)
+        soak.check_leftovers()
+    show(soak, table, usage, minutes)
+    return soak.problems
 
 
 def show(
     soak: Soak,
     table: Mapping[str, collections.Counter[str]],
-    vitals: list[tuple[str, str, str]],
+    usage: list[tuple[str, str, str]],
     minutes: float,
-    seed: int,
 ) -> None:
-    say(f"\n{len(soak.jobs)} jobs in {minutes:g} minutes, seed {seed}")
-    say("\n| misfortune | jobs | ended |\n| --- | --- | --- |")
-    for misfortune, ends in sorted(table.items()):
-        ended = ", ".join(f"{count} × {end}" for end, count in ends.most_common())
-        say(f"| {misfortune} | {sum(ends.values())} | {ended} |")
+    say(f"\n{len(soak.jobs)} jobs in {minutes:g} minutes, seed {soak.seed}")
+    say("\n| fault | jobs | ended |\n| --- | --- | --- |")
+    for fault, outcomes in sorted(table.items()):
+        ended = ", ".join(f"{count} × {outcome}" for outcome, count in outcomes.most_common())
+        say(f"| {fault} | {sum(outcomes.values())} | {ended} |")
     say("\n| what | found | allowed |\n| --- | --- | --- |")
-    for row in vitals:
+    for row in usage:
         say(f"| {' | '.join(row)} |")
     for what, count in sorted(soak.counted.items()):
         say(f"| {what} | {count} | |")
-    say(f"\n{len(soak.wrong)} things are wrong" + (":" if soak.wrong else ""))
-    for line in soak.wrong:
+    say(f"\n{len(soak.problems)} problems" + (":" if soak.problems else ""))
+    for line in soak.problems:
         say(f"- {line}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same misfortunes")
-    parser.add_argument("--replace-every", type=int, default=3, help="how often a worker asks until it is replaced")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same faults")
+    parser.add_argument(
+        "--replace-every", type=int, default=3, help="how often a worker must ask for a new container until it gets one"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder with the container's log")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(1_000_000)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     say(f"soaking for {options.minutes:g} minutes, seed {seed}, in {folder}")
-    wrong = ["it was not finished"]
+    problems = ["the soak did not finish"]
     try:
-        wrong = run(folder, options.minutes, seed, options.replace_every)
+        problems = run(folder, options.minutes, seed, options.replace_every)
     finally:
-        if wrong or options.keep:
+        if problems or options.keep:
             say(f"the log: {folder / 'container.log'}")
         else:
             shutil.rmtree(folder)
-    return 1 if wrong else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

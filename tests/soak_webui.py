@@ -1,8 +1,11 @@
-"""Stands where A1111's launch.py stands while `make soak` runs: the sandbox's WebUI, failing as a job's prompt says.
+"""Runs in place of A1111's launch.py during `make soak`: the sandbox's WebUI, which fails as the job's prompt says.
 
-The prompt of a job ends with `soak <number> <fault>`. A fault strikes once, however often the job is sent and however
-often this process was started again meanwhile: what has struck is a file in SOAK_FOLDER. So are what the next life of
-this process is to do, and the journal: `<monotonic seconds> <what> <job or ->`, a line an event.
+The prompt of a job ends with `soak <number> <fault>`. A fault happens only once, even if the job is sent again or this
+process is restarted meanwhile. Files in SOAK_FOLDER keep the state between processes:
+
+    struck-<number>   the fault of this job has happened
+    next-fault        the fault of the next process
+    journal           a line per event: `<monotonic seconds> <event> <job or ->`
 """
 
 from __future__ import annotations
@@ -21,48 +24,48 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.server import Exchange
-from sandbox.webui import Canned, Fault, WebUI
+from sandbox.webui import CannedAnswer, SandboxWebUI, WebUIFault
 
 STEP_SECONDS = 0.02
 SWITCH_SECONDS = 0.5
 IMAGE_BYTES = 300_000
 
-# Ends of a txt2img that the sandbox's WebUI knows itself.
-ENDS: Mapping[str, Fault | Canned] = {
-    "hang": Fault.HANG,
-    "oom": Fault.OUT_OF_MEMORY,
-    "nan": Fault.NANS,
-    "black": Fault.BLACK,
-    "no-images": Fault.NO_IMAGES,
-    "502": Fault.BAD_GATEWAY,
-    "html": Canned(200, b"<html><body>Bad things happen</body></html>", "text/html"),
-    "half": Fault.CUT,
-    "404": Fault.NOT_FOUND,
-    "reset": Fault.RESET,
-    "other-checkpoint": Fault.OTHER_CHECKPOINT,
+# Faults of a txt2img that the sandbox's WebUI itself has.
+TXT2IMG_FAULTS: Mapping[str, WebUIFault | CannedAnswer] = {
+    "hang": WebUIFault.HANG,
+    "oom": WebUIFault.OUT_OF_MEMORY,
+    "nan": WebUIFault.NANS,
+    "black": WebUIFault.BLACK,
+    "no-images": WebUIFault.NO_IMAGES,
+    "502": WebUIFault.BAD_GATEWAY,
+    "html": CannedAnswer(200, b"<html><body>Bad things happen</body></html>", "text/html"),
+    "half": WebUIFault.CUT,
+    "404": WebUIFault.NOT_FOUND,
+    "reset": WebUIFault.RESET,
+    "other-checkpoint": WebUIFault.OTHER_CHECKPOINT,
 }
-# What this process does in the middle of a generation.
-DEATHS = ("die-during", "die-in-switch", "die-in-boot", "switch-fails")
-# What the next life does instead of starting well.
-NEXT_LIVES = ("die-in-switch", "die-in-boot", "switch-fails")
+# Faults that end this process during a generation.
+PROCESS_FAULTS = ("die-during", "die-in-switch", "die-in-boot", "switch-fails")
+# Faults that continue in the next process.
+NEXT_PROCESS_FAULTS = ("die-in-switch", "die-in-boot", "switch-fails")
 
 
-class SoakedWebUI(WebUI):
-    """`folder` is SOAK_FOLDER, `life` one of NEXT_LIVES or empty."""
+class SoakedWebUI(SandboxWebUI):
+    """`folder` is SOAK_FOLDER. `fault` is the fault of this process, one of NEXT_PROCESS_FAULTS, or empty."""
 
-    def __init__(self, models: Path, folder: Path, life: str, port: int, checkpoint: str | None) -> None:
+    def __init__(self, models: Path, folder: Path, fault: str, port: int, checkpoint: str | None) -> None:
         super().__init__(
             models,
             port=port,
-            # A life that is to fail in its switch needs one.
-            initial_checkpoint=None if life else checkpoint,
+            # A process that must fail in its switch must not have loaded the checkpoint before.
+            initial_checkpoint=None if fault else checkpoint,
             step_seconds=STEP_SECONDS,
             switch_seconds=SWITCH_SECONDS,
             image_bytes=IMAGE_BYTES,
         )
         self._folder = folder
-        self._life = life
-        if life == "switch-fails":
+        self._fault = fault
+        if fault == "switch-fails":
             self.misshapen_models |= {path.stem for path in (models / "Stable-diffusion").iterdir()}
 
     def answer(self, exchange: Exchange) -> None:
@@ -70,84 +73,85 @@ class SoakedWebUI(WebUI):
         if asked.path == "/sdapi/v1/txt2img":
             self._generate(exchange)
             return
-        if self._life == "die-in-switch" and asked.method == "POST" and b"sd_model_checkpoint" in asked.body:
-            self._soon(SWITCH_SECONDS / 2, lambda: self._die("free-death", "-"))
+        if self._fault == "die-in-switch" and asked.method == "POST" and b"sd_model_checkpoint" in asked.body:
+            self._after(SWITCH_SECONDS / 2, lambda: self._kill_itself("free-death", "-"))
         super().answer(exchange)
 
     def _generate(self, exchange: Exchange) -> None:
-        number, fault = what_is_asked(exchange.asked.json())
+        number, fault = parse_prompt(exchange.asked.json())
         self._note("began", number)
-        if fault and not self._strikes(number):
+        if fault and not self._happens_now(number):
             fault = ""
-        if fault in ENDS:
-            self.fail_next.append(ENDS[fault])
-        elif fault in DEATHS:
-            if fault in NEXT_LIVES:
-                (self._folder / "next-life").write_text(fault)
-            self.fail_next.append(Fault.HANG)  # it never comes to an answer first, however late the timer is
-            self._soon(0.1, lambda: self._die("death", number))
+        if fault in TXT2IMG_FAULTS:
+            self.fail_next.append(TXT2IMG_FAULTS[fault])
+        elif fault in PROCESS_FAULTS:
+            if fault in NEXT_PROCESS_FAULTS:
+                (self._folder / "next-fault").write_text(fault)
+            self.fail_next.append(WebUIFault.HANG)  # so no answer comes before the timer, however late it is
+            self._after(0.1, lambda: self._kill_itself("death", number))
         elif fault == "silent":
-            self.fail_next.append(Fault.HANG)
-            self._soon(0.1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            self.fail_next.append(WebUIFault.HANG)
+            self._after(0.1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif fault == "poisoned":
-            self.process.broken = True
+            self.process.model.is_broken = True
         super().answer(exchange)
         self._note("answered", number)
         if fault == "die-after":
-            self._die("free-death", number)
+            self._kill_itself("free-death", number)
 
-    def _strikes(self, number: str) -> bool:
+    def _happens_now(self, number: str) -> bool:
+        """Whether the fault of this job has not happened before."""
         try:
             (self._folder / f"struck-{number}").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
-    def _soon(self, seconds: float, do: Callable[[], object]) -> None:
+    def _after(self, seconds: float, do: Callable[[], object]) -> None:
         timer = threading.Timer(seconds, do)
         timer.daemon = True
         timer.start()
 
-    def _die(self, what: str, number: str) -> None:
-        self._note(what, number)
+    def _kill_itself(self, event: str, number: str) -> None:
+        self._note(event, number)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _note(self, what: str, number: str) -> None:
-        note(self._folder, what, number)
+    def _note(self, event: str, number: str) -> None:
+        note(self._folder, event, number)
 
 
-def note(folder: Path, what: str, number: str = "-") -> None:
-    """A line of the journal."""
+def note(folder: Path, event: str, number: str = "-") -> None:
+    """Write a line of the journal."""
     with (folder / "journal").open("a") as journal:
-        journal.write(f"{time.monotonic():.3f} {what} {number}\n")
+        journal.write(f"{time.monotonic():.3f} {event} {number}\n")
 
 
-def what_is_asked(body: Mapping[str, Any]) -> tuple[str, str]:
-    """The number of the job and its fault, from the prompt; `-` and nothing for the worker's own warm-up."""
+def parse_prompt(body: Mapping[str, Any]) -> tuple[str, str]:
+    """The number of the job and its fault. For the worker's own warm-up: `-` and an empty fault."""
     found = re.search(r"soak (\d+) ?([a-z0-9-]*)", str(body.get("prompt")))
     return (found[1], found[2]) if found else ("-", "")
 
 
 def main() -> None:
-    """Serve as A1111 does with the arguments that start.sh gives; those that mean nothing here are not looked at."""
+    """Serve like A1111, with the arguments of start.sh. Arguments without a meaning here are ignored."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--ckpt-dir", type=Path, required=True)
     parser.add_argument("--ckpt", type=Path)
-    asked, _ = parser.parse_known_args()
+    arguments, _ = parser.parse_known_args()
     folder = Path(os.environ["SOAK_FOLDER"])
-    next_life = folder / "next-life"
-    life = next_life.read_text() if next_life.exists() else ""
-    next_life.unlink(missing_ok=True)
-    if life == "die-in-boot":
+    next_fault = folder / "next-fault"
+    fault = next_fault.read_text() if next_fault.exists() else ""
+    next_fault.unlink(missing_ok=True)
+    if fault == "die-in-boot":
         note(folder, "death")
         sys.exit(1)
-    checkpoint = asked.ckpt.name if asked.ckpt else None
-    webui = SoakedWebUI(asked.ckpt_dir.parent, folder, life, asked.port, checkpoint)
+    checkpoint = arguments.ckpt.name if arguments.ckpt else None
+    webui = SoakedWebUI(arguments.ckpt_dir.parent, folder, fault, arguments.port, checkpoint)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with webui:
         note(folder, "up")
-        sys.stdout.write(json.dumps({"listening": webui.url, "life": life or "a good one"}) + "\n")
+        sys.stdout.write(json.dumps({"listening": webui.url, "fault": fault or "none"}) + "\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from sandbox.runpod import RunPod
+from tests.support import world
 from tests.test_docs import API, ROOT, blocks
 from tests.test_runpod import Endpoint
-from tests.world import world
 
 RUNPOD = "https://api.runpod.ai/v2"
 KEY = "a-callers-key"

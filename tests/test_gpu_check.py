@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.gpu_check import Backend, cuda_of, difference, vram_row
 from sandbox import draw
-from tests.world import World, world
+from tests.support import World, world
 
 ROOT = Path(__file__).parent.parent
 NO_CUDA = {"ram": {"free": 1, "used": 1, "total": 2}, "cuda": {"error": "unavailable"}}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.buckets import KEY_ID, SECRET, FaultyProxy, S3Fault, S3Server, s3_server
 from tests.images import infotext_of
-from tests.world import DETAIL, World, world
+from tests.support import DETAIL, World, world
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from a1111_worker.request.parse import parse_request
 from handler import Worker
 from sandbox import civitai as c
 from sandbox.server import Exchange
-from tests.world import DETAIL, HAND, SMALL, World, world
+from tests.support import DETAIL, HAND, SMALL, World, world
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sandbox.runpod import RunPod
-from tests.world import DETAIL, SMALL, World, world
+from tests.support import DETAIL, SMALL, World, world
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""`python -m sandbox`: a command of its own, and a command pointed at it."""
+"""`python -m sandbox`: alone, and with a command that uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sandbox")
 
 
-def test_a_command_is_pointed_at_the_sandbox_and_off_runpod(folder: Path) -> None:
+def test_a_command_gets_the_settings_of_the_sandbox_and_none_of_runpod(folder: Path) -> None:
     process = sandbox(folder, "--", sys.executable, "-c", SHOW, RUNPOD_WEBHOOK_GET_JOB="x", RUNPOD_POD_ID="x")
 
     out, _ = process.communicate(timeout=60)
@@ -38,8 +38,8 @@ def test_a_command_is_pointed_at_the_sandbox_and_off_runpod(folder: Path) -> Non
     assert not [name for name in env if name.startswith("RUNPOD_WEBHOOK") or name == "RUNPOD_POD_ID"]
 
 
-def test_a_command_finds_the_webui_the_checkpoint_and_the_catalog(folder: Path) -> None:
-    ask = (
+def test_a_command_can_use_the_webui_the_checkpoint_and_the_catalog(folder: Path) -> None:
+    script = (
         "import json, os, requests\n"
         "from a1111_worker import catalog\n"
         "api = os.environ['CIVITAI_URL']\n"
@@ -52,7 +52,7 @@ def test_a_command_finds_the_webui_the_checkpoint_and_the_catalog(folder: Path) 
         "print(json.dumps(found))\n"
     )
 
-    out, _ = sandbox(folder, "--", sys.executable, "-c", ask).communicate(timeout=60)
+    out, _ = sandbox(folder, "--", sys.executable, "-c", script).communicate(timeout=60)
 
     assert json.loads(out) == [200] * 10 + [307, 200]
 
@@ -69,14 +69,14 @@ def test_files_are_made_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("kill -KILL $$", 137)])
-def test_a_commands_status_is_the_sandboxs(folder: Path, command: str, status: int) -> None:
+def test_the_sandbox_ends_with_the_status_of_the_command(folder: Path, command: str, status: int) -> None:
     process = sandbox(folder, "--", "sh", "-c", command)
     process.communicate(timeout=60)
 
     assert process.returncode == status
 
 
-def test_a_command_that_does_not_exist_is_said_in_a_line(folder: Path) -> None:
+def test_a_command_that_does_not_exist_is_one_line_of_error(folder: Path) -> None:
     process = sandbox(folder, "--", "/no/such/command")
     _, err = process.communicate(timeout=60)
 
@@ -96,19 +96,19 @@ def test_signals_reach_the_command(folder: Path, number: signal.Signals) -> None
     assert process.returncode == number
 
 
-def test_serving_says_what_to_try(folder: Path) -> None:
+def test_with_a_local_api_it_prints_a_curl_command(folder: Path) -> None:
     out, _ = sandbox(folder, "--", "true", "--rp_serve_api", "--rp_api_port", "8123").communicate(timeout=60)
 
     assert "http://127.0.0.1:8123/runsync" in out
 
 
-def test_alone_it_says_where_it_listens_and_ends_at_a_signal(folder: Path) -> None:
+def test_alone_it_prints_its_urls_and_ends_at_a_signal(folder: Path) -> None:
     process = sandbox(folder, "--port", "0")
     assert process.stdout
     lines: list[str] = []
     while not (lines and lines[-1].startswith("export RUNPOD_DEBUG_LEVEL")):
         lines.append(process.stdout.readline())
-        assert lines[-1], "it ended"
+        assert lines[-1], "the sandbox ended"
 
     process.terminate()
     process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The sandbox's queue, asked as a client and a worker ask it, and under the real SDK."""
+"""The sandbox's queue, used by a client and a worker written here, and by the real SDK."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import requests
 
-from sandbox.runpod import CANCELLED, COMPLETED, FAILED, IN_PROGRESS, IN_QUEUE, TIMED_OUT, RunPod
-from sandbox.storage import Fault
+from sandbox.runpod import CANCELLED, COMPLETED, FAILED, IN_PROGRESS, IN_QUEUE, TIMED_OUT, SandboxRunPod
+from sandbox.storage import ServerFault
 
 
-class Worker:
-    """The worker's side by hand: what the SDK sends, and no more."""
+class PlainWorker:
+    """A worker without the SDK. It sends only what the SDK sends."""
 
-    def __init__(self, runpod: RunPod, pod: str = "pod-1") -> None:
+    def __init__(self, runpod: SandboxRunPod, pod: str = "pod-1") -> None:
         env = runpod.worker_env(pod)
         self._session = requests.Session()
         self._session.headers["Authorization"] = env["RUNPOD_AI_API_KEY"]
@@ -57,16 +57,16 @@ class Worker:
 
 
 @pytest.fixture
-def runpod() -> Iterator[RunPod]:
-    with RunPod(long_poll=0.02, run_limit=1000, sync_limit=2000) as server:
+def runpod() -> Iterator[SandboxRunPod]:
+    with SandboxRunPod(long_poll=0.02, run_limit=1000, sync_limit=2000) as server:
         yield server
 
 
-# A worker by hand
+# A worker without the SDK
 
 
-def test_a_job_goes_from_run_to_a_worker_and_its_answer_to_status(runpod: RunPod) -> None:
-    client, worker = f"{runpod.url}/v2/sandbox", Worker(runpod)
+def test_a_job_goes_from_run_to_a_worker_and_its_answer_to_status(runpod: SandboxRunPod) -> None:
+    client, worker = f"{runpod.url}/v2/sandbox", PlainWorker(runpod)
 
     queued = requests.post(f"{client}/run", json={"input": {"a": 1}, "policy": {"executionTimeout": 9000}}).json()
     waiting = requests.get(f"{client}/status/{queued['id']}").json()
@@ -83,8 +83,8 @@ def test_a_job_goes_from_run_to_a_worker_and_its_answer_to_status(runpod: RunPod
     assert over["executionTime"] >= 0
 
 
-def test_runsync_answers_with_the_result_when_it_comes_in_time(runpod: RunPod) -> None:
-    worker, answers = Worker(runpod), []
+def test_runsync_answers_with_a_result_that_comes_in_time(runpod: SandboxRunPod) -> None:
+    worker, answers = PlainWorker(runpod), []
     client = threading.Thread(
         target=lambda: answers.append(requests.post(f"{runpod.url}/v2/sandbox/runsync", json={"input": {}}).json())
     )
@@ -99,15 +99,15 @@ def test_runsync_answers_with_the_result_when_it_comes_in_time(runpod: RunPod) -
     assert (answers[0]["status"], answers[0]["output"]) == (COMPLETED, "here")
 
 
-def test_runsync_answers_without_a_result_when_the_wait_is_over(runpod: RunPod) -> None:
+def test_runsync_answers_without_a_result_after_its_wait(runpod: SandboxRunPod) -> None:
     answer = requests.post(f"{runpod.url}/v2/sandbox/runsync?wait=10", json={"input": {}}).json()
 
     assert answer["status"] == IN_QUEUE
     assert "output" not in answer
 
 
-def test_a_batch_is_as_many_jobs_as_there_are_and_at_most_as_many_as_asked(runpod: RunPod) -> None:
-    ids, worker = [runpod.submit({"n": n}) for n in range(3)], Worker(runpod)
+def test_a_batch_has_the_waiting_jobs_up_to_the_requested_number(runpod: SandboxRunPod) -> None:
+    ids, worker = [runpod.submit({"n": n}) for n in range(3)], PlainWorker(runpod)
 
     first, second, third = worker.take_batch(2), worker.take_batch(2), worker.take_batch(2)
 
@@ -117,21 +117,21 @@ def test_a_batch_is_as_many_jobs_as_there_are_and_at_most_as_many_as_asked(runpo
 
 
 ANSWERS = [
-    # what the SDK posts → status, output, error
+    # what the SDK posts → status, output, error of the job
     ({"output": {"a": 1}}, COMPLETED, {"a": 1}, None),
     ({"output": None}, COMPLETED, None, None),
     ({}, COMPLETED, None, None),  # a handler that returned {}
     ({"error": "no"}, FAILED, None, "no"),
-    ({"error": "no", "output": {"code": "X"}}, FAILED, {"code": "X"}, "no"),  # the other keys of an error
+    ({"error": "no", "output": {"code": "X"}}, FAILED, {"code": "X"}, "no"),  # further keys of an error
     ({"error": {"not": "a string"}, "output": {"a": 1}}, COMPLETED, None, None),  # the live service drops both
 ]
 
 
 @pytest.mark.parametrize(("body", "status", "output", "error"), ANSWERS)
 def test_an_answer_decides_the_status(
-    runpod: RunPod, body: dict[str, Any], status: str, output: Any, error: str | None
+    runpod: SandboxRunPod, body: dict[str, Any], status: str, output: Any, error: str | None
 ) -> None:
-    job_id, worker = runpod.submit({}), Worker(runpod)
+    job_id, worker = runpod.submit({}), PlainWorker(runpod)
     worker.take()
 
     worker.done(job_id, body)
@@ -141,7 +141,7 @@ def test_an_answer_decides_the_status(
 
 
 REFUSED = [
-    # body, of a synchronous job?
+    # body, whether the job is synchronous
     (b'{"output": NaN}', False),
     (b'{"output": -Infinity}', False),
     (b'{"output": "\xff"}', False),  # not UTF-8
@@ -153,8 +153,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("body", "sync"), REFUSED)
-def test_an_answer_the_platform_refuses_is_lost_and_the_job_hangs(runpod: RunPod, body: bytes, sync: bool) -> None:
-    job_id, worker = runpod.submit({}, sync=sync), Worker(runpod)
+def test_an_answer_that_the_platform_refuses_is_lost_and_the_job_stays_in_progress(
+    runpod: SandboxRunPod, body: bytes, sync: bool
+) -> None:
+    job_id, worker = runpod.submit({}, sync=sync), PlainWorker(runpod)
     worker.take()
 
     refused = worker.done(job_id, body)
@@ -164,8 +166,8 @@ def test_an_answer_the_platform_refuses_is_lost_and_the_job_hangs(runpod: RunPod
     assert runpod.status(job_id)["status"] == IN_PROGRESS
 
 
-def test_a_synchronous_job_may_answer_more_than_another(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}, sync=True), Worker(runpod)
+def test_a_synchronous_job_may_have_a_larger_answer(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}, sync=True), PlainWorker(runpod)
     worker.take()
 
     worker.done(job_id, {"output": "x" * 1500})
@@ -183,15 +185,15 @@ def test_a_synchronous_job_may_answer_more_than_another(runpod: RunPod) -> None:
         ("runsync", b'{"input": "%s"}' % (b"x" * 2000)),
     ],
 )
-def test_a_request_that_cannot_be_a_job_is_400(runpod: RunPod, path: str, body: bytes) -> None:
+def test_a_request_that_is_no_valid_job_is_400(runpod: SandboxRunPod, path: str, body: bytes) -> None:
     answer = requests.post(f"{runpod.url}/v2/sandbox/{path}", data=body)
 
     assert answer.status_code == 400
     assert not runpod.jobs
 
 
-def test_progress_shows_in_order_and_after_the_answer_it_is_late(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}), Worker(runpod)
+def test_progress_is_shown_in_order_and_is_late_after_the_answer(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}), PlainWorker(runpod)
     worker.take()
 
     for percent in (10, 20):
@@ -208,8 +210,8 @@ def test_progress_shows_in_order_and_after_the_answer_it_is_late(runpod: RunPod)
     assert runpod.late_results == [(job_id, {"output": "again"})]
 
 
-def test_pieces_of_a_stream_are_the_output_of_an_answer_without_one(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}), Worker(runpod)
+def test_a_stream_is_the_output_of_an_answer_without_one(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}), PlainWorker(runpod)
     worker.take()
 
     worker.stream(job_id, {"output": "a"})
@@ -219,8 +221,8 @@ def test_pieces_of_a_stream_are_the_output_of_an_answer_without_one(runpod: RunP
     assert runpod.status(job_id)["output"] == ["a", "b"]
 
 
-def test_a_waiting_job_that_is_cancelled_reaches_no_worker(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}), Worker(runpod)
+def test_no_worker_gets_a_job_that_was_cancelled_while_it_waited(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}), PlainWorker(runpod)
 
     answer = requests.post(f"{runpod.url}/v2/sandbox/cancel/{job_id}").json()
 
@@ -229,8 +231,8 @@ def test_a_waiting_job_that_is_cancelled_reaches_no_worker(runpod: RunPod) -> No
     assert worker.stops().status_code == 204
 
 
-def test_a_running_job_that_is_cancelled_is_told_to_its_worker_alone_and_once(runpod: RunPod) -> None:
-    job_id, worker, other = runpod.submit({}), Worker(runpod), Worker(runpod, "pod-2")
+def test_only_the_worker_of_a_cancelled_job_hears_of_it_and_only_once(runpod: SandboxRunPod) -> None:
+    job_id, worker, other = runpod.submit({}), PlainWorker(runpod), PlainWorker(runpod, "pod-2")
     worker.take()
 
     runpod.cancel(job_id)
@@ -241,8 +243,8 @@ def test_a_running_job_that_is_cancelled_is_told_to_its_worker_alone_and_once(ru
     assert runpod.status(job_id)["status"] == CANCELLED
 
 
-def test_a_job_ends_when_its_policy_says_so_and_the_worker_is_told(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}, policy={"executionTimeout": 10}), Worker(runpod)
+def test_a_job_times_out_by_its_policy_and_its_worker_hears_of_it(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}, policy={"executionTimeout": 10}), PlainWorker(runpod)
     worker.take()
 
     over = runpod.wait(job_id, timeout=10)
@@ -251,7 +253,7 @@ def test_a_job_ends_when_its_policy_says_so_and_the_worker_is_told(runpod: RunPo
     assert worker.stops().json() == {"jobsToStop": [job_id]}
 
 
-def test_waiting_for_a_job_that_does_not_end_says_where_it_is(runpod: RunPod) -> None:
+def test_waiting_too_long_for_a_job_names_its_status(runpod: SandboxRunPod) -> None:
     job_id = runpod.submit({})
 
     with pytest.raises(TimeoutError, match=IN_QUEUE):
@@ -259,8 +261,8 @@ def test_waiting_for_a_job_that_does_not_end_says_where_it_is(runpod: RunPod) ->
 
 
 def test_a_long_poll_is_answered_as_soon_as_there_is_a_job() -> None:
-    with RunPod(long_poll=60) as runpod:
-        worker, taken = Worker(runpod), []
+    with SandboxRunPod(long_poll=60) as runpod:
+        worker, taken = PlainWorker(runpod), []
         polling = threading.Thread(target=lambda: taken.append(worker.take().json()))
         polling.start()
         runpod.wait_for_worker(10)
@@ -271,34 +273,34 @@ def test_a_long_poll_is_answered_as_soon_as_there_is_a_job() -> None:
         assert taken[0]["id"] == job_id
 
 
-def test_a_worker_that_hung_up_is_given_nothing() -> None:
-    with RunPod(long_poll=0.3) as runpod:
-        worker = Worker(runpod)
+def test_a_worker_that_closed_its_connection_gets_no_job() -> None:
+    with SandboxRunPod(long_poll=0.3) as runpod:
+        worker = PlainWorker(runpod)
         with pytest.raises(requests.Timeout):
             worker._session.get(worker._take, timeout=0.02)
 
         job_id = runpod.submit({})
 
-        assert Worker(runpod, "pod-2").take().json()["id"] == job_id
+        assert PlainWorker(runpod, "pod-2").take().json()["id"] == job_id
 
 
 @pytest.mark.parametrize(("path", "method"), [("job-take/p?gpu=x", "GET"), ("job-done/p/id?gpu=x", "POST")])
-def test_a_worker_without_the_key_is_401(runpod: RunPod, path: str, method: str) -> None:
+def test_a_worker_without_the_key_is_401(runpod: SandboxRunPod, path: str, method: str) -> None:
     answer = requests.request(method, f"{runpod.url}/v2/sandbox/{path}", headers={"Authorization": "Bearer x"})
 
     assert answer.status_code == 401
 
 
-def test_a_client_without_the_key_is_401_where_one_is_set() -> None:
-    with RunPod(client_key="c") as runpod:
+def test_a_client_without_the_key_is_401_if_one_is_set() -> None:
+    with SandboxRunPod(client_key="c") as runpod:
         url = f"{runpod.url}/v2/sandbox/health"
 
         assert requests.get(url).status_code == 401
         assert requests.get(url, headers={"Authorization": "Bearer c"}).status_code == 200
 
 
-def test_health_counts_jobs_and_workers(runpod: RunPod) -> None:
-    worker = Worker(runpod)
+def test_health_counts_jobs_and_workers(runpod: SandboxRunPod) -> None:
+    worker = PlainWorker(runpod)
     over = runpod.submit({})
     worker.take()
     worker.done(over, {"error": "no"})
@@ -312,15 +314,15 @@ def test_health_counts_jobs_and_workers(runpod: RunPod) -> None:
     assert (health["workers"]["running"], health["workers"]["idle"]) == (1, 0)
 
 
-def test_pings_are_remembered(runpod: RunPod) -> None:
-    Worker(runpod).ping(job_id="a,b", runpod_version="1")
+def test_pings_are_remembered(runpod: SandboxRunPod) -> None:
+    PlainWorker(runpod).ping(job_id="a,b", runpod_version="1")
 
     assert runpod.pings[0]["job_id"] == "a,b"
 
 
-def test_faults_are_met_by_the_requests_they_are_meant_for(runpod: RunPod) -> None:
-    job_id, worker = runpod.submit({}), Worker(runpod)
-    runpod.fail(Fault(500), times=2, on="/job-done/")
+def test_a_fault_happens_only_on_its_path(runpod: SandboxRunPod) -> None:
+    job_id, worker = runpod.submit({}), PlainWorker(runpod)
+    runpod.fail(ServerFault(500), times=2, on="/job-done/")
     worker.take()
 
     answers = [worker.done(job_id, {"output": 1}).status_code for _ in range(3)]
@@ -328,7 +330,7 @@ def test_faults_are_met_by_the_requests_they_are_meant_for(runpod: RunPod) -> No
     assert answers == [500, 500, 200]
 
 
-def test_a_workers_environment_holds_nothing_of_this_ones(runpod: RunPod, tmp_path: Path) -> None:
+def test_the_environment_of_a_worker_inherits_nothing_else(runpod: SandboxRunPod, tmp_path: Path) -> None:
     show = "import json, os; print(json.dumps(dict(os.environ)))"
 
     env = json.loads(
@@ -337,8 +339,8 @@ def test_a_workers_environment_holds_nothing_of_this_ones(runpod: RunPod, tmp_pa
         ).stdout
     )
 
-    foreign = {name for name in env if not name.startswith("RUNPOD_")}
-    assert foreign <= {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "HOME", "PYTHONUNBUFFERED", "EXTRA"}
+    others = {name for name in env if not name.startswith("RUNPOD_")}
+    assert others <= {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "HOME", "PYTHONUNBUFFERED", "EXTRA"}
     assert "?" in env["RUNPOD_WEBHOOK_GET_JOB"]
     assert "$ID" in env["RUNPOD_WEBHOOK_POST_OUTPUT"]
 
@@ -349,23 +351,23 @@ HANDLER = """
 import asyncio, runpod
 
 async def handler(job):
-    wish = job["input"]
-    if "progress" in wish:
-        runpod.serverless.progress_update(job, wish["progress"])
-    if "wait" in wish:
+    given = job["input"]
+    if "progress" in given:
+        runpod.serverless.progress_update(job, given["progress"])
+    if "wait" in given:
         try:
-            await asyncio.sleep(wish["wait"])
+            await asyncio.sleep(given["wait"])
         except asyncio.CancelledError:
             print("cancelled", flush=True)
             raise
-    return wish.get("answer", {"echo": wish})
+    return given.get("answer", {"echo": given})
 
 runpod.serverless.start({"handler": handler})
 """
 
 
 @contextmanager
-def sdk_worker(runpod: RunPod, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def sdk_worker(runpod: SandboxRunPod, folder: Path) -> Iterator[subprocess.Popen[str]]:
     (folder / "echo.py").write_text(HANDLER)
     process = subprocess.Popen(
         [sys.executable, "echo.py"],
@@ -384,7 +386,7 @@ def sdk_worker(runpod: RunPod, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_real_sdk_works_through_the_queue(tmp_path: Path) -> None:
-    with RunPod(long_poll=0.1) as runpod, sdk_worker(runpod, tmp_path) as process:
+    with SandboxRunPod(long_poll=0.1) as runpod, sdk_worker(runpod, tmp_path) as process:
         first = runpod.submit({"n": 1})
         second = runpod.submit({"answer": {"error": "no", "code": "X"}}, sync=True)
         over = [runpod.wait(job_id) for job_id in (first, second)]
@@ -411,7 +413,7 @@ def test_the_real_sdk_works_through_the_queue(tmp_path: Path) -> None:
 
 
 def test_the_real_sdk_finishes_its_job_after_sigterm(tmp_path: Path) -> None:
-    with RunPod(long_poll=0.1) as runpod, sdk_worker(runpod, tmp_path) as process:
+    with SandboxRunPod(long_poll=0.1) as runpod, sdk_worker(runpod, tmp_path) as process:
         job_id = runpod.submit({"progress": 1, "wait": 0.5})
         runpod.wait(job_id, until=lambda job: bool(job.progress))
 

@@ -1,4 +1,4 @@
-"""The sandbox's WebUI, held against recorded answers of A1111 1.9.3 and 1.10.1 and against its known behaviour."""
+"""The sandbox's WebUI, compared with recorded answers of A1111 1.9.3 and 1.10.1 and with its known behaviour."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,24 @@ import pytest
 import requests
 from PIL import Image
 
-from sandbox import draw, models
-from sandbox.webui import Canned, Fault, WebUI
+from sandbox import models
+from sandbox.webui import CannedAnswer, SandboxWebUI, WebUIFault
+from tests.support import DATA, ROOT, wait_until
 
-DATA = Path(__file__).parent.parent / "data"
-ROOT = Path(__file__).parent.parent.parent
 A, B = "deliberate_v6", "jib_mix_illustrious_realistic_v2"
 TINY = {"prompt": "a cat", "steps": 2, "width": 64, "height": 64, "seed": 1}
 
 # --- The recorded answers -----------------------------------------------------------------------------------------
 
-# Recorded, and not imitated: what it is about.
+# Recorded, but not imitated, with the reason.
 NOT_IMITATED = {
     "auth_loras_unprotected": "--api-auth, which start.sh never sets",
     "auth_none": "--api-auth",
     "auth_ok": "--api-auth",
     "auth_refresh_loras_unprotected": "--api-auth",
     "auth_wrong": "--api-auth",
-    "docs": "a page for people",
-    "err_infotext": "the field is refused before it comes to A1111",
+    "docs": "an HTML page",
+    "err_infotext": "the worker refuses the field before A1111 sees it",
     "extra_single_lanczos": "the worker does not upscale by itself",
     "extra_single_noimage": "the worker does not upscale by itself",
     "extra_single_unknown_upscaler": "the worker does not upscale by itself",
@@ -49,33 +47,33 @@ NOT_IMITATED = {
     "img2img_include_init": "the worker has no img2img",
     "img2img_noinit": "the worker has no img2img",
     "img2img_url": "the worker has no img2img",
-    "internal_pending_tasks": "UI mode alone; start.sh starts with --nowebui",
-    "internal_progress_jobA": "UI mode alone",
-    "internal_progress_jobB": "UI mode alone",
-    "internal_progress_nope": "UI mode alone",
+    "internal_pending_tasks": "only in UI mode; start.sh starts with --nowebui",
+    "internal_progress_jobA": "only in UI mode",
+    "internal_progress_jobB": "only in UI mode",
+    "internal_progress_nope": "only in UI mode",
     "interrogate_clip": "the worker asks for no captions",
-    "latency": "times of one machine",
-    "openapi": "1.9.3's and 1.10.1's tables of the sandbox are made from it",
+    "latency": "durations on one machine",
+    "openapi": "the sandbox's tables of 1.9.3 and 1.10.1 are made from it",
     "png_info_dataurl": "the worker reads no pictures",
     "png_info_of_result": "the worker reads no pictures",
 }
 
-# Recorded, and held by a test further down, because it takes more than one request.
-HELD_BY = {
+# Recorded, and checked by a test further down, because it takes more than one request.
+TESTED_BY = {
     "failed_switch_poison": "test_a_file_that_cannot_be_opened_leaves_the_old_model_misreading_prompts",
     "full_error_shapes": "test_recorded_error_shapes",
-    "full_progress_running": "test_progress_moves_from_above_zero_to_below_one",
-    "override_settings_leak": "test_overridden_options_leak_unless_they_were_set_before",
+    "full_progress_running": "test_progress_starts_above_zero_and_stays_below_one",
+    "override_settings_leak": "test_overridden_options_stay_set_unless_they_were_set_before",
     "permanent_breakage": "test_tensors_of_another_architecture_that_do_not_fit_break_it_for_good",
     "progress_running_skip_image": "test_progress_shows_a_preview_every_ten_steps_unless_skipped",
     "progress_running_with_image": "test_progress_shows_a_preview_every_ten_steps_unless_skipped",
     "race_options_during_niter": "test_options_posted_during_a_job_mix_two_models_under_one_name",
-    "server_kill": "test_killed_it_answers_nobody_and_comes_back_with_nothing_loaded",
-    "txt2img_interrupted": "test_an_interrupted_job_looks_like_success_with_fewer_images",
-    "watch_gen_after_override_norestore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_text",
-    "watch_gen_after_override_restore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_text",
-    "watch_override_tiny_to_big_norestore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_text",
-    "watch_override_tiny_to_big_restore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_text",
+    "server_kill": "test_a_killed_process_answers_no_request_and_restarts_with_nothing_loaded",
+    "txt2img_interrupted": "test_an_interrupted_job_is_a_success_with_fewer_images",
+    "watch_gen_after_override_norestore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_option",
+    "watch_gen_after_override_restore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_option",
+    "watch_override_tiny_to_big_norestore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_option",
+    "watch_override_tiny_to_big_restore": "test_an_override_of_the_checkpoint_switches_and_restores_only_the_option",
     "watch_switch_big_a_to_big_b_first_time_hash": "test_a_switch_shows_the_posted_name_then_the_title_then_the_hash",
     "watch_switch_big_a_to_big_b_hash_cached": "test_a_switch_shows_the_posted_name_then_the_title_then_the_hash",
     "watch_switch_big_b_to_big_a_hash_cached": "test_a_switch_shows_the_posted_name_then_the_title_then_the_hash",
@@ -83,7 +81,7 @@ HELD_BY = {
     "watch_switch_tiny_to_big_a_first_time_hash": "test_a_switch_shows_the_posted_name_then_the_title_then_the_hash",
 }
 
-# What was sent where the recording kept no body.
+# The requests of recordings that have no body: body and content type.
 RAW: dict[str, tuple[bytes | None, str | None]] = {
     "err_invalid_json": (b"{not json", "application/json"),
     "err_json_list": (b"[1]", "application/json"),
@@ -93,7 +91,7 @@ RAW: dict[str, tuple[bytes | None, str | None]] = {
     "err_nan_json": (json.dumps({**TINY, "cfg_scale": float("nan")}).encode(), "application/json"),
 }
 
-# 1.10.1's plain bodies: where they come from.
+# Recordings that are only a body (of 1.10.1): their paths.
 PATHS = {
     "full_cmd-flags": "cmd-flags",
     "full_embeddings": "embeddings",
@@ -109,8 +107,8 @@ PATHS = {
     "cmd_flags": "cmd-flags",
 }
 
-# Answers that name files, folders, memory or moments of the machine they were recorded on: their shape alone is held.
-SHAPE_ALONE = {
+# Answers with files, folders, memory or times of the machine on which they were recorded: only their shape is compared.
+ONLY_SHAPE = {
     "cmd_flags",
     "full_cmd-flags",
     "full_loras",
@@ -131,26 +129,26 @@ SHAPE_ALONE = {
 
 
 def recorded(version: str) -> list[Any]:
-    """What is replayed; `test_every_recording…` knows of the others."""
+    """The recordings that are replayed. `test_every_recording…` checks that the others have a reason."""
     files = sorted((DATA / f"webui-{version}").glob("*.json"))
     return [
-        pytest.param(path, id=path.stem) for path in files if path.stem not in (NOT_IMITATED.keys() | HELD_BY.keys())
+        pytest.param(path, id=path.stem) for path in files if path.stem not in (NOT_IMITATED.keys() | TESTED_BY.keys())
     ]
 
 
-def post(webui: WebUI, path: str, body: Any = None) -> requests.Response:
+def post(webui: SandboxWebUI, path: str, body: Any = None) -> requests.Response:
     return requests.post(f"{webui.url}/sdapi/v1/{path}", json=body, headers={"accept-encoding": "identity"}, timeout=30)
 
 
-def get(webui: WebUI, path: str) -> Any:
+def get(webui: SandboxWebUI, path: str) -> Any:
     return requests.get(f"{webui.url}/sdapi/v1/{path}", headers={"accept-encoding": "identity"}, timeout=30).json()
 
 
-def switch(webui: WebUI, name: Any) -> requests.Response:
+def switch(webui: SandboxWebUI, name: Any) -> requests.Response:
     return post(webui, "options", {"sd_model_checkpoint": name})
 
 
-def txt2img(webui: WebUI, **fields: Any) -> Any:
+def txt2img(webui: SandboxWebUI, **fields: Any) -> Any:
     """A tiny job; its answer with `info` decoded."""
     answer = post(webui, "txt2img", {**TINY, **fields})
     assert answer.status_code == 200, answer.text
@@ -159,8 +157,8 @@ def txt2img(webui: WebUI, **fields: Any) -> Any:
     return body
 
 
-def image(webui: WebUI, **fields: Any) -> str:
-    """The pixels of a tiny job's picture, as one word."""
+def image(webui: SandboxWebUI, **fields: Any) -> str:
+    """A hash of the pixels of a tiny job's picture."""
     return pixels(txt2img(webui, **fields)["images"][0])
 
 
@@ -168,17 +166,10 @@ def pixels(encoded: str) -> str:
     return hashlib.sha256(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB").tobytes()).hexdigest()
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    """Ask again until it is so (or the test's own limit strikes)."""
-    while not (found := condition()):
-        time.sleep(0.002)
-    return found
-
-
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the recordings were made with, in small."""
-    folder = tmp_path_factory.mktemp("shelf")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small versions of the files with which the recordings were made."""
+    folder = tmp_path_factory.mktemp("models")
     checkpoints, loras = folder / "Stable-diffusion", folder / "Lora"
     models.sd15_checkpoint(checkpoints / f"{A}.safetensors", 1)
     models.sd15_checkpoint(checkpoints / f"{B}.safetensors", 2)
@@ -191,65 +182,65 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def models_dir(shelf: Path, tmp_path: Path) -> Path:
-    """Those files as links in a folder of the test's own, as the worker's folder holds them."""
+def models_dir(model_files: Path, tmp_path: Path) -> Path:
+    """Links to these files in a folder of the test's own, as in the worker's folder."""
     for part in ("Stable-diffusion", "Lora", "VAE"):
         (tmp_path / part).mkdir()
-        for file in (shelf / part).glob("*.safetensors"):
+        for file in (model_files / part).glob("*.safetensors"):
             (tmp_path / part / file.name).symlink_to(file)
     return tmp_path
 
 
 @pytest.fixture(params=["1.9.3", "1.10.1"])
-def webui(request: pytest.FixtureRequest, models_dir: Path) -> Iterator[WebUI]:
-    with WebUI(models_dir, version=request.param) as server:
+def webui(request: pytest.FixtureRequest, models_dir: Path) -> Iterator[SandboxWebUI]:
+    with SandboxWebUI(models_dir, version=request.param) as server:
         yield server
 
 
 @pytest.mark.parametrize("path", recorded("1.9.3"))
-def test_answers_as_1_9_3_was_recorded(path: Path, models_dir: Path, shelf: Path) -> None:
-    hold_against(path, "1.9.3", models_dir, shelf)
+def test_answers_as_1_9_3_was_recorded(path: Path, models_dir: Path, model_files: Path) -> None:
+    compare_with_recording(path, "1.9.3", models_dir)
 
 
 @pytest.mark.parametrize("path", recorded("1.10.1"))
-def test_answers_as_1_10_1_was_recorded(path: Path, models_dir: Path, shelf: Path) -> None:
-    hold_against(path, "1.10.1", models_dir, shelf)
+def test_answers_as_1_10_1_was_recorded(path: Path, models_dir: Path, model_files: Path) -> None:
+    compare_with_recording(path, "1.10.1", models_dir)
 
 
 def test_every_recording_that_is_not_replayed_has_a_reason_or_a_test() -> None:
     names = {path.stem for folder in DATA.glob("webui-*") for path in folder.glob("*.json*")}
 
     assert set(NOT_IMITATED) <= names
-    assert set(HELD_BY) <= names
-    assert not set(NOT_IMITATED) & set(HELD_BY)
-    assert all(test in globals() for test in HELD_BY.values())
+    assert set(TESTED_BY) <= names
+    assert not set(NOT_IMITATED) & set(TESTED_BY)
+    assert all(test in globals() for test in TESTED_BY.values())
 
 
-def hold_against(path: Path, version: str, models_dir: Path, shelf: Path) -> None:
+def compare_with_recording(path: Path, version: str, models_dir: Path) -> None:
     name = path.stem
     case = json.loads(path.read_text())
     if "request" not in case:
         body = case if name in PATHS else None
         wire = {"method": "GET", "path": f"/sdapi/v1/{PATHS.get(name, 'txt2img')}", "body": None}
         case = {"request": wire, "response": {"status": 200, "body": body or case}}
-        if body is None:  # an answer of txt2img alone: what was asked is in `parameters`
+        if body is None:  # only an answer of txt2img: the request is in `parameters`
             defaults = json.loads((ROOT / "sandbox" / "data" / version / "txt2img.json").read_text())
             echoed = case["response"]["body"]["parameters"].items()
             given = {key: value for key, value in echoed if value != defaults[key]["default"]}
             case["request"] = {"method": "POST", "path": "/sdapi/v1/txt2img", "body": given}
-    if "method" not in case["request"]:  # the fields of a txt2img
+    if "method" not in case["request"]:  # the request has only the fields of a txt2img
         fields = {**TINY, **({"steps": 4} if name.startswith("lora_") else {}), **case["request"]}
         if name == "txt2img_save_images_grid":
             fields["prompt"] = "x"
         case["request"] = {"method": "POST", "path": "/sdapi/v1/txt2img", "body": fields}
-    with WebUI(models_dir, version=version) as webui:
-        hashes = set_the_stage(name, webui, models_dir, case)
-        answer = send(webui, name, json.loads(rehashed(json.dumps(case["request"]), hashes)))
+    with SandboxWebUI(models_dir, version=version) as webui:
+        hashes = prepare(name, webui, models_dir, case)
+        answer = send(webui, name, json.loads(with_our_hashes(json.dumps(case["request"]), hashes)))
         compare(name, case["response"], answer, case["request"]["body"])
 
 
-def set_the_stage(name: str, webui: WebUI, folder: Path, case: Any) -> dict[str, str]:
-    """Bring the server to where it was before the recorded request; recorded hash → ours."""
+def prepare(name: str, webui: SandboxWebUI, folder: Path, case: Any) -> dict[str, str]:
+    """Bring the server into its state before the recorded request. Returns recorded hash → our hash."""
     if name.startswith("progress_idle"):
         return {}
     checkpoints = folder / "Stable-diffusion"
@@ -270,16 +261,16 @@ def set_the_stage(name: str, webui: WebUI, folder: Path, case: Any) -> dict[str,
     if "wrongshape" in name:
         webui.misshapen_models.add("wrongshape")
     post(webui, "refresh-checkpoints")
-    wanted = json.dumps(case["response"])
+    response = json.dumps(case["response"])
     switch(webui, B)
     if name in ("options_post_null_while_jib", "err_gen_with_vae_unknown"):
         pass
-    elif A in wanted or B not in wanted:
+    elif A in response or B not in response:
         switch(webui, A)
     if name == "options_post_deleted":
         (checkpoints / "late_model_v1.safetensors").unlink()
     if name.startswith("lora_"):
-        set_the_loras(name, folder / "Lora")
+        prepare_loras(name, folder / "Lora")
         if "late" not in name:
             post(webui, "refresh-loras")
     if name == "lora_deleted":
@@ -308,7 +299,7 @@ def set_the_stage(name: str, webui: WebUI, folder: Path, case: Any) -> dict[str,
     }
 
 
-def set_the_loras(name: str, loras: Path) -> None:
+def prepare_loras(name: str, loras: Path) -> None:
     late = {"lora_late_norefresh": "late_lora", "lora_deleted": "late_lora", "lora_exploding": "exploding"}
     if name in late:
         models.sd15_lora(loras / f"{late[name]}.safetensors", 20)
@@ -326,7 +317,7 @@ def set_the_loras(name: str, loras: Path) -> None:
         (loras / "corrupt.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
 
 
-def send(webui: WebUI, name: str, request: Any) -> requests.Response:
+def send(webui: SandboxWebUI, name: str, request: Any) -> requests.Response:
     headers = {"accept-encoding": "identity"}
     if name in RAW:
         data, kind = RAW[name]
@@ -343,17 +334,17 @@ def compare(name: str, expected: Any, answer: requests.Response, sent: Any) -> N
         assert expected.get("headers", {}).get(header) in (answer.headers.get(header), None)
     if "headers" in expected:
         assert ("x-process-time" in expected["headers"]) == ("x-process-time" in answer.headers)
-    if "body" not in expected and "info" not in expected:  # a recording that kept the answer itself
+    if "body" not in expected and "info" not in expected:  # the recording is the answer itself
         expected = {"body": {key: expected[key] for key in ("images", "parameters", "info") if key in expected}}
     ours: Any = answer.json() if answer.text else ""
-    if "info" in expected:  # of a txt2img the recording kept `info` alone
-        assert decided(json.loads(ours["info"])) == decided(json.loads(expected["info"]))
+    if "info" in expected:  # the recording has only `info` of the answer of a txt2img
+        assert without_variable_parts(json.loads(ours["info"])) == without_variable_parts(json.loads(expected["info"]))
         return
     theirs: Any = expected["body"]
     if isinstance(theirs, dict) and "info" in theirs and answer.status_code == 200:
         assert list(ours) == ["images", "parameters", "info"]
         assert [each[:5] for each in ours["images"]] == [each[:5] for each in theirs["images"]]
-        if "..." in theirs["info"]:  # cut short when it was recorded
+        if "..." in theirs["info"]:  # the recording is cut short
             assert ours["info"].startswith(theirs["info"].partition("...")[0])
             return
         assert list(ours["parameters"].items()) == list(theirs["parameters"].items())
@@ -362,15 +353,15 @@ def compare(name: str, expected: Any, answer: requests.Response, sent: Any) -> N
         assert list(ours) == list(theirs)
         assert typed(ours) == typed(theirs)
         random_seed = (sent or TINY).get("seed", -1) == -1
-        assert decided(ours, random_seed) == decided(theirs, random_seed)
-    elif name in SHAPE_ALONE:
+        assert without_variable_parts(ours, random_seed) == without_variable_parts(theirs, random_seed)
+    elif name in ONLY_SHAPE:
         assert_same_shape(ours, theirs)
     else:
         assert ours == theirs
 
 
-def decided(info: Any, random_seed: bool = False) -> Any:
-    """`info` without what is another each time: moments, random seeds, hashes of other files."""
+def without_variable_parts(info: Any, random_seed: bool = False) -> Any:
+    """`info` without what differs each time: times, random seeds, hashes of other files."""
     text = re.sub(r"\b[0-9a-f]{12}\b", "LORA", json.dumps(info))
     text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{10}\b|(?<=hash\": \")\d{10}\b", "HASH", text)
     text = re.sub(r'("job_timestamp": )"\d+"', r"\1MOMENT", text)
@@ -380,14 +371,14 @@ def decided(info: Any, random_seed: bool = False) -> Any:
     return text
 
 
-def rehashed(text: str, hashes: dict[str, str]) -> str:
+def with_our_hashes(text: str, hashes: dict[str, str]) -> str:
     for theirs, ours in hashes.items():
         text = text.replace(theirs, ours)
     return text
 
 
 def typed(value: Any) -> Any:
-    """Types at every level: 7 and 7.0 are the same number and not the same JSON."""
+    """The types at every level: 7 and 7.0 are equal numbers, but not the same JSON."""
     if isinstance(value, dict):
         return {key: typed(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -396,7 +387,7 @@ def typed(value: Any) -> Any:
 
 
 def assert_same_shape(ours: Any, theirs: Any) -> None:
-    """The same keys in the same order, and types that can be the same; lists by their first element."""
+    """The same keys in the same order, and compatible types. Of a list only the first element is compared."""
     if isinstance(theirs, dict) and isinstance(ours, dict) and "ss_network_dim" not in theirs:
         assert list(ours) == list(theirs)
         for key in theirs:
@@ -410,7 +401,7 @@ def assert_same_shape(ours: Any, theirs: Any) -> None:
         assert type(ours) is type(theirs) or (isinstance(ours, numbers) and isinstance(theirs, numbers))
 
 
-# 1.10.1's list of error shapes, and what brings each about (those about img2img and tokenizers are not imitated).
+# 1.10.1's list of error shapes, and a request for each (those of img2img and tokenizers are not imitated).
 ERROR_SHAPES: dict[str, tuple[str, str, Any]] = {
     "route missing": ("1.10.1", "nope", {}),
     "A1111 1.9.x unknown/legacy sampler e.g. 'DPM++ 2M Karras'": (
@@ -432,7 +423,7 @@ def test_recorded_error_shapes(models_dir: Path) -> None:
     (models_dir / "Stable-diffusion" / "broken.safetensors").write_bytes(b"<html>")
 
     for name, (version, path, body) in ERROR_SHAPES.items():
-        with WebUI(models_dir, version=version) as webui:
+        with SandboxWebUI(models_dir, version=version) as webui:
             answer = post(webui, path, body)
 
         assert (answer.status_code, answer.json()) == (cases[name]["status"], cases[name]["body"]), name
@@ -441,7 +432,7 @@ def test_recorded_error_shapes(models_dir: Path) -> None:
 # --- Switching ----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_loaded_at_first_and_hashes_are_unknown(webui: WebUI) -> None:
+def test_nothing_is_loaded_at_first_and_hashes_are_unknown(webui: SandboxWebUI) -> None:
     options, listed = get(webui, "options"), get(webui, "sd-models")
 
     assert options["sd_model_checkpoint"] is None
@@ -452,8 +443,8 @@ def test_nothing_is_loaded_at_first_and_hashes_are_unknown(webui: WebUI) -> None
     ]
 
 
-def test_a_loaded_checkpoint_is_known_by_title_and_hash(webui: WebUI, shelf: Path) -> None:
-    sha256 = models.sha256_of(shelf / "Stable-diffusion" / f"{B}.safetensors")
+def test_a_loaded_checkpoint_shows_its_title_and_its_hash(webui: SandboxWebUI, model_files: Path) -> None:
+    sha256 = models.sha256_of(model_files / "Stable-diffusion" / f"{B}.safetensors")
 
     answer = switch(webui, B)
 
@@ -465,21 +456,21 @@ def test_a_loaded_checkpoint_is_known_by_title_and_hash(webui: WebUI, shelf: Pat
     assert txt2img(webui)["info"]["sd_model_hash"] == sha256[:10]
 
 
-def test_the_first_checkpoint_of_the_list_is_loaded_by_the_first_job(webui: WebUI) -> None:
+def test_the_first_job_loads_the_first_checkpoint_of_the_list(webui: SandboxWebUI) -> None:
     answer = txt2img(webui)
 
     assert answer["info"]["sd_model_name"] == A
 
 
-def test_the_initial_checkpoint_loads_without_being_asked_for(models_dir: Path) -> None:
-    with WebUI(models_dir, initial_checkpoint=B) as webui:
-        until(lambda: get(webui, "options")["sd_checkpoint_hash"])
+def test_the_initial_checkpoint_is_loaded_at_the_start(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, initial_checkpoint=B) as webui:
+        wait_until(lambda: get(webui, "options")["sd_checkpoint_hash"], "the initial checkpoint")
 
         assert get(webui, "options")["sd_model_checkpoint"].startswith(B)
 
 
-def test_without_a_checkpoint_it_comes_up_and_generates_once_one_is_there(tmp_path: Path) -> None:
-    with WebUI(tmp_path) as webui:
+def test_it_starts_without_a_checkpoint_and_generates_after_one_is_added(tmp_path: Path) -> None:
+    with SandboxWebUI(tmp_path) as webui:
         refused, unload = post(webui, "txt2img", TINY), post(webui, "unload-checkpoint")
         models.sd15_checkpoint(tmp_path / "Stable-diffusion" / "new.safetensors")
         post(webui, "refresh-checkpoints")
@@ -492,7 +483,7 @@ def test_without_a_checkpoint_it_comes_up_and_generates_once_one_is_there(tmp_pa
 
 
 def test_a_switch_shows_the_posted_name_then_the_title_then_the_hash(models_dir: Path) -> None:
-    with WebUI(models_dir, switch_seconds=0.4, hash_seconds=0.2) as webui:
+    with SandboxWebUI(models_dir, switch_seconds=0.4, hash_seconds=0.2) as webui:
         switch(webui, A)
 
         first = watched_switch(webui, B)
@@ -501,29 +492,29 @@ def test_a_switch_shows_the_posted_name_then_the_title_then_the_hash(models_dir:
 
         a, b = (item["sha256"] for item in get(webui, "sd-models"))
         old, new = f"{A}.safetensors [{a[:10]}]", f"{B}.safetensors [{b[:10]}]"
-        story = [(old, a), (B, a), (new, a), (new, b)]
-        assert [moment for moment in story if moment in first] == first  # in this order, and nothing else
+        order = [(old, a), (B, a), (new, a), (new, b)]
+        assert [state for state in order if state in first] == first  # in this order, and nothing else
         assert {(B, a), (new, a), (new, b)} <= set(first)
-        assert [moment for moment in story if moment in again] == again
+        assert [state for state in order if state in again] == again
         assert {(new, a), (new, b)} <= set(again)
 
 
-def watched_switch(webui: WebUI, name: str) -> list[tuple[str, str]]:
-    """What /options shows of a switch while it lasts; /progress shows nothing."""
+def watched_switch(webui: SandboxWebUI, name: str) -> list[tuple[str, str]]:
+    """The states that /options shows during a switch. /progress shows nothing."""
     seen: list[tuple[str, str]] = []
     thread = threading.Thread(target=switch, args=(webui, name))
     thread.start()
     while True:
         last = not thread.is_alive()
         options, progress = get(webui, "options"), get(webui, "progress")
-        moment = options["sd_model_checkpoint"], options["sd_checkpoint_hash"]
-        seen += [moment] if moment not in seen[-1:] else []
+        state = options["sd_model_checkpoint"], options["sd_checkpoint_hash"]
+        seen += [state] if state not in seen[-1:] else []
         assert (progress["progress"], progress["state"]["job"], progress["state"]["job_count"]) == (0, "", 0)
         if last:
             return seen
 
 
-def test_the_alias_of_the_loaded_model_stays_as_it_was_posted(webui: WebUI) -> None:
+def test_another_name_of_the_loaded_model_is_kept_as_posted(webui: SandboxWebUI) -> None:
     switch(webui, B)
 
     switch(webui, B)
@@ -531,8 +522,8 @@ def test_the_alias_of_the_loaded_model_stays_as_it_was_posted(webui: WebUI) -> N
     assert get(webui, "options")["sd_model_checkpoint"] == B
 
 
-def test_hash_forms_are_understood_once_the_hash_is_known(webui: WebUI, shelf: Path) -> None:
-    sha256 = models.sha256_of(shelf / "Stable-diffusion" / f"{B}.safetensors")
+def test_names_with_a_hash_are_accepted_after_the_hash_is_known(webui: SandboxWebUI, model_files: Path) -> None:
+    sha256 = models.sha256_of(model_files / "Stable-diffusion" / f"{B}.safetensors")
     forms = [sha256, sha256[:10], f"{B}.safetensors [{sha256[:10]}]", f"{B} [{sha256[:10]}]"]
 
     before = [switch(webui, form).status_code for form in forms]
@@ -543,14 +534,14 @@ def test_hash_forms_are_understood_once_the_hash_is_known(webui: WebUI, shelf: P
     assert after == [(200, 200)] * 4
 
 
-def test_a_switch_waits_for_the_job_but_its_name_shows_at_once(models_dir: Path) -> None:
-    with WebUI(models_dir, step_seconds=0.01) as webui:
+def test_a_switch_waits_for_the_job_but_shows_its_name_at_once(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, step_seconds=0.01) as webui:
         switch(webui, A)
         job = sampling(webui, steps=5000)
         thread = threading.Thread(target=switch, args=(webui, B))
         thread.start()
 
-        until(lambda: get(webui, "options")["sd_model_checkpoint"] == B)
+        wait_until(lambda: get(webui, "options")["sd_model_checkpoint"] == B, "the new name in /options")
 
         assert thread.is_alive()
         assert get(webui, "progress")["state"]["job"] == "scripts_txt2img"
@@ -561,7 +552,7 @@ def test_a_switch_waits_for_the_job_but_its_name_shows_at_once(models_dir: Path)
 
 
 def test_options_posted_during_a_job_mix_two_models_under_one_name(models_dir: Path) -> None:
-    with WebUI(models_dir) as webui:
+    with SandboxWebUI(models_dir) as webui:
         switch(webui, A)
         pure = [pixels(each) for each in txt2img(webui, steps=40, n_iter=2)["images"]]
         webui.step_seconds = 0.01
@@ -577,7 +568,7 @@ def test_options_posted_during_a_job_mix_two_models_under_one_name(models_dir: P
         assert all(f"Model: {A}," in text for text in mixed["info"]["infotexts"])
 
 
-def test_a_new_checkpoint_needs_a_refresh(webui: WebUI, models_dir: Path) -> None:
+def test_a_new_checkpoint_needs_a_refresh(webui: SandboxWebUI, models_dir: Path) -> None:
     models.sd15_checkpoint(models_dir / "Stable-diffusion" / "later.safetensors", 7)
 
     before = switch(webui, "later").status_code
@@ -587,8 +578,8 @@ def test_a_new_checkpoint_needs_a_refresh(webui: WebUI, models_dir: Path) -> Non
     assert (before, after) == (500, 200)
 
 
-def test_without_hashing_there_is_no_proof(models_dir: Path) -> None:
-    with WebUI(models_dir, no_hashing=True) as webui:
+def test_without_hashing_no_checkpoint_can_be_verified(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, no_hashing=True) as webui:
         models.sd15_lora(models_dir / "Lora" / "hashed.safetensors", 8, hashed=True)
         switch(webui, B)
 
@@ -616,7 +607,7 @@ def break_file(folder: Path, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["truncated", "html", "deleted"])
 def test_a_file_that_cannot_be_opened_leaves_the_old_model_misreading_prompts(
-    how: str, webui: WebUI, models_dir: Path
+    how: str, webui: SandboxWebUI, models_dir: Path
 ) -> None:
     break_file(models_dir, how)
     post(webui, "refresh-checkpoints")
@@ -639,7 +630,7 @@ def test_a_file_that_cannot_be_opened_leaves_the_old_model_misreading_prompts(
     assert image(webui, prompt=prompts["emphasis"]) == right["emphasis"]
 
 
-def test_tensors_that_do_not_fit_break_it_the_second_time_in_a_row(webui: WebUI, models_dir: Path) -> None:
+def test_two_loads_in_a_row_with_tensors_that_do_not_fit_break_it(webui: SandboxWebUI, models_dir: Path) -> None:
     tensors = {**models.SD15_CHECKPOINT, "model.diffusion_model.input_blocks.0.0.weight": ("F16", (64, 4, 3, 3))}
     models.write_safetensors(models_dir / "Stable-diffusion" / "misfit.safetensors", tensors)
     post(webui, "refresh-checkpoints")
@@ -655,7 +646,9 @@ def test_tensors_that_do_not_fit_break_it_the_second_time_in_a_row(webui: WebUI,
     assert post(webui, "txt2img", TINY).status_code == 500
 
 
-def test_tensors_of_another_architecture_that_do_not_fit_break_it_for_good(webui: WebUI, models_dir: Path) -> None:
+def test_tensors_of_another_architecture_that_do_not_fit_break_it_for_good(
+    webui: SandboxWebUI, models_dir: Path
+) -> None:
     tensors = {**models.SDXL_CHECKPOINT, "conditioner.embedders.1.model.ln_final.weight": ("F16", (64,))}
     models.write_safetensors(models_dir / "Stable-diffusion" / "misfit.safetensors", tensors)
     post(webui, "refresh-checkpoints")
@@ -676,8 +669,8 @@ def test_tensors_of_another_architecture_that_do_not_fit_break_it_for_good(webui
     assert txt2img(webui)["info"]["sd_model_name"] == A
 
 
-def test_a_lora_in_the_checkpoints_folder_paints_with_the_old_weights_under_its_own_name(
-    webui: WebUI, models_dir: Path
+def test_a_lora_in_the_checkpoint_folder_generates_with_the_old_weights_under_its_own_name(
+    webui: SandboxWebUI, models_dir: Path
 ) -> None:
     models.sd15_lora(models_dir / "Stable-diffusion" / "a_lora.safetensors", 31)
     post(webui, "refresh-checkpoints")
@@ -692,7 +685,7 @@ def test_a_lora_in_the_checkpoints_folder_paints_with_the_old_weights_under_its_
     assert pixels(answer["images"][0]) == before
 
 
-def test_a_lora_loaded_over_another_architecture_gives_nan(webui: WebUI, models_dir: Path) -> None:
+def test_a_lora_loaded_over_another_architecture_gives_nan(webui: SandboxWebUI, models_dir: Path) -> None:
     models.sdxl_checkpoint(models_dir / "Stable-diffusion" / "xl.safetensors", 32)
     models.sd15_lora(models_dir / "Stable-diffusion" / "a_lora.safetensors", 31)
     post(webui, "refresh-checkpoints")
@@ -711,28 +704,31 @@ def test_a_lora_loaded_over_another_architecture_gives_nan(webui: WebUI, models_
 
 
 @pytest.mark.parametrize("restore", [True, False])
-def test_an_override_of_the_checkpoint_switches_and_restores_only_the_text(restore: bool, webui: WebUI) -> None:
+def test_an_override_of_the_checkpoint_switches_and_restores_only_the_option(
+    restore: bool, webui: SandboxWebUI
+) -> None:
     switch(webui, A)
-    webui.switch_seconds = 0.4
+    webui.switch_seconds = 1.5
     override = {"override_settings": {"sd_model_checkpoint": B}, "override_settings_restore_afterwards": restore}
 
     job = started(webui, **override)
     loading = get(webui, "progress")
+    webui.switch_seconds = 0.0
     info = job()["info"]
 
-    options, owed = get(webui, "options"), A if restore else B
+    options, expected = get(webui, "options"), A if restore else B
     assert (loading["progress"], loading["state"]["job"], loading["state"]["job_count"]) == (
         0.01,
         "scripts_txt2img",
         -1,
     )
     assert info["sd_model_name"] == B
-    assert options["sd_model_checkpoint"].startswith(owed)
+    assert options["sd_model_checkpoint"].startswith(expected)
     assert options["sd_checkpoint_hash"].startswith(info["sd_model_hash"])
-    assert txt2img(webui)["info"]["sd_model_name"] == owed
+    assert txt2img(webui)["info"]["sd_model_name"] == expected
 
 
-def test_an_override_with_a_file_that_cannot_be_opened_is_a_500(webui: WebUI, models_dir: Path) -> None:
+def test_an_override_with_a_file_that_cannot_be_opened_is_a_500(webui: SandboxWebUI, models_dir: Path) -> None:
     break_file(models_dir, "html")
     post(webui, "refresh-checkpoints")
 
@@ -741,7 +737,7 @@ def test_an_override_with_a_file_that_cannot_be_opened_is_a_500(webui: WebUI, mo
     assert (answer.status_code, answer.json()["error"]) == (500, "SafetensorError")
 
 
-def test_overridden_options_leak_unless_they_were_set_before(webui: WebUI) -> None:
+def test_overridden_options_stay_set_unless_they_were_set_before(webui: SandboxWebUI) -> None:
     overrides = {"CLIP_stop_at_last_layers": 2, "sd_vae": "tiny_vae.safetensors", "samples_format": "jpg"}
     recorded = json.loads((DATA / "webui-1.9.3" / "override_settings_leak.json").read_text())
 
@@ -761,33 +757,35 @@ def test_overridden_options_leak_unless_they_were_set_before(webui: WebUI) -> No
     assert clean["info"]["sd_vae_name"] is None
 
 
-def test_a_vae_set_before_anything_is_loaded_loads_the_first_checkpoint(webui: WebUI) -> None:
+def test_a_vae_set_before_anything_is_loaded_loads_the_first_checkpoint(webui: SandboxWebUI) -> None:
     post(webui, "options", {"sd_vae": "Automatic"})
 
     assert get(webui, "options")["sd_model_checkpoint"].startswith(A)
 
 
-def test_an_option_of_the_wrong_type_is_taken_and_breaks_every_job_until_it_is_set_right(webui: WebUI) -> None:
-    taken = post(webui, "options", {"CLIP_stop_at_last_layers": "two"}).status_code
+def test_an_option_of_the_wrong_type_is_accepted_and_breaks_every_job_until_it_is_corrected(
+    webui: SandboxWebUI,
+) -> None:
+    accepted = post(webui, "options", {"CLIP_stop_at_last_layers": "two"}).status_code
     broken = [post(webui, "txt2img", TINY).json()["error"] for _ in range(2)]
     post(webui, "options", {"CLIP_stop_at_last_layers": 1})
 
-    assert (taken, broken) == (200, ["TypeError", "TypeError"])
+    assert (accepted, broken) == (200, ["TypeError", "TypeError"])
     assert txt2img(webui)["info"]["clip_skip"] == 1
 
 
 # --- Samplers -----------------------------------------------------------------------------------------------------
 
-# 1.9.3 takes exact names alone; 1.10.1 never refuses: (asked for, sampler, schedule type).
+# 1.9.3 accepts only exact names; 1.10.1 never refuses: (sampler and scheduler of the request, those that it uses).
 SAMPLERS_OF_1_10_1 = [
     (("DPM++ 2M Karras", None), ("DPM++ 2M", "Karras")),
     (("Euler a", None), ("Euler a", None)),
     (("Euler", "Karras"), ("Euler", "Karras")),
-    # "Uniform" is looked for first, and "Euler SGM" is no sampler
+    # it looks for "Uniform" first, and "Euler SGM" is no sampler
     (("Euler SGM Uniform", None), ("DPM++ 2M", "Uniform")),
-    # the scheduler named beside it wins
+    # a scheduler in its own field takes precedence
     (("DPM++ 2M Karras", "Exponential"), ("DPM++ 2M", "Exponential")),
-    # silently another sampler
+    # another sampler, without an error
     (("euler a", None), ("DPM++ 2M", "Karras")),
     (("k_euler_a", None), ("DPM++ 2M", "Karras")),
     (("Nope", None), ("DPM++ 2M", "Karras")),
@@ -796,19 +794,19 @@ SAMPLERS_OF_1_10_1 = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "taken"), SAMPLERS_OF_1_10_1)
-def test_1_10_1_takes_what_it_understands_of_a_sampler(
-    asked: tuple[str, str | None], taken: tuple[str, str | None], models_dir: Path
+@pytest.mark.parametrize(("requested", "used"), SAMPLERS_OF_1_10_1)
+def test_1_10_1_uses_what_it_understands_of_a_sampler_name(
+    requested: tuple[str, str | None], used: tuple[str, str | None], models_dir: Path
 ) -> None:
-    with WebUI(models_dir) as webui:
-        info = txt2img(webui, sampler_name=asked[0], scheduler=asked[1])["info"]
+    with SandboxWebUI(models_dir) as webui:
+        info = txt2img(webui, sampler_name=requested[0], scheduler=requested[1])["info"]
 
-        assert (info["sampler_name"], info["extra_generation_params"].get("Schedule type")) == taken
+        assert (info["sampler_name"], info["extra_generation_params"].get("Schedule type")) == used
 
 
 # --- LoRAs --------------------------------------------------------------------------------------------------------
 
-# (tag, is it applied). The folder: detail_tweaker; style_a_v3, whose alias is styleA; inside sub/: nested.
+# (tag, whether it is applied). The folder has detail_tweaker, style_a_v3 with the alias styleA, and sub/nested.
 TAGS = [
     ("<lora:detail_tweaker:1>", True),
     ("<lora:detail_tweaker>", True),
@@ -831,7 +829,7 @@ TAGS = [
 
 
 @pytest.mark.parametrize(("tag", "applied"), TAGS)
-def test_lora_tags_that_count(tag: str, applied: bool, webui: WebUI, models_dir: Path) -> None:
+def test_only_correct_lora_tags_are_applied(tag: str, applied: bool, webui: SandboxWebUI, models_dir: Path) -> None:
     models.sd15_lora(models_dir / "Lora" / "sub" / "nested.safetensors", 40)
     switch(webui, A)
     plain = image(webui, prompt="a cat ")
@@ -842,20 +840,20 @@ def test_lora_tags_that_count(tag: str, applied: bool, webui: WebUI, models_dir:
     assert (pixels(answer["images"][0]) != plain) is (applied or "#" in tag)
 
 
-def test_lora_hashes_are_of_the_tensors_or_what_the_file_says_of_itself(webui: WebUI, models_dir: Path) -> None:
+def test_a_lora_hash_is_that_of_the_tensors_or_the_one_in_the_file(webui: SandboxWebUI, models_dir: Path) -> None:
     named = models.sd15_lora(models_dir / "Lora" / "named.safetensors", 41, sshs_model_hash="ab" * 32)
     plain = models.tensor_hash(models_dir / "Lora" / "style_a_v3.safetensors")
 
     info = txt2img(webui, prompt="a cat <lora:styleA:1> <lora:named:2>")["info"]
 
-    said = f"styleA: {plain[:12]}, named: abababababab"
+    listed = f"styleA: {plain[:12]}, named: abababababab"
     assert named.exists()
-    assert info["extra_generation_params"]["Lora hashes"] == said
-    assert f'Lora hashes: "{said}"' in info["infotexts"][0]
+    assert info["extra_generation_params"]["Lora hashes"] == listed
+    assert f'Lora hashes: "{listed}"' in info["infotexts"][0]
     assert info["prompt"] == "a cat <lora:styleA:1> <lora:named:2>"
 
 
-def test_a_lora_of_another_architecture_is_named_and_does_nothing(webui: WebUI, models_dir: Path) -> None:
+def test_a_lora_of_another_architecture_is_listed_and_has_no_effect(webui: SandboxWebUI, models_dir: Path) -> None:
     models.sdxl_lora(models_dir / "Lora" / "xl.safetensors", 42)
 
     plain, answer = image(webui), txt2img(webui, prompt="a cat<lora:xl:1>")
@@ -864,19 +862,19 @@ def test_a_lora_of_another_architecture_is_named_and_does_nothing(webui: WebUI, 
     assert pixels(answer["images"][0]) == plain
 
 
-def test_one_weight_that_is_no_number_switches_all_loras_off(webui: WebUI) -> None:
+def test_one_weight_that_is_not_a_number_disables_all_loras(webui: SandboxWebUI) -> None:
     info = txt2img(webui, prompt="a cat <lora:styleA:1> <lora:detail_tweaker:abc>")["info"]
 
     assert info["extra_generation_params"].keys().isdisjoint({"Lora hashes"})
 
 
-def test_loras_of_a_negative_prompt_are_not_read(webui: WebUI) -> None:
+def test_loras_of_a_negative_prompt_are_not_read(webui: SandboxWebUI) -> None:
     info = txt2img(webui, negative_prompt="<lora:styleA:1>")["info"]
 
     assert "Lora hashes" not in info["extra_generation_params"]
 
 
-def test_loras_of_a_style_are_read(webui: WebUI) -> None:
+def test_loras_of_a_style_are_read(webui: SandboxWebUI) -> None:
     webui.styles = [{"name": "mine", "prompt": "{prompt}, oil <lora:styleA:1>", "negative_prompt": "blur"}]
 
     info = txt2img(webui, styles=["mine"])["info"]
@@ -887,19 +885,21 @@ def test_loras_of_a_style_are_read(webui: WebUI) -> None:
     assert "styleA" in info["extra_generation_params"]["Lora hashes"]
 
 
-def test_1_9_3_forgets_the_first_pass_loras_where_the_hires_prompt_has_others(webui: WebUI) -> None:
+def test_1_9_3_drops_the_loras_of_the_first_pass_if_the_hires_prompt_has_others(webui: SandboxWebUI) -> None:
     hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent"}
 
     answer = txt2img(webui, prompt="a <lora:styleA:1>", hr_prompt="a <lora:detail_tweaker:1>", **hires)
 
-    said = answer["info"]["extra_generation_params"]["Lora hashes"]
+    listed = answer["info"]["extra_generation_params"]["Lora hashes"]
     assert (
-        re.findall(r"(\w+):", said) == ["detail_tweaker"] if webui.version == "1.9.3" else ["styleA", "detail_tweaker"]
+        re.findall(r"(\w+):", listed) == ["detail_tweaker"]
+        if webui.version == "1.9.3"
+        else ["styleA", "detail_tweaker"]
     )
     assert Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).size == (128, 128)
 
 
-def test_a_lora_is_listed_once_a_prompt_missed_it_or_the_folder_was_refreshed(webui: WebUI, models_dir: Path) -> None:
+def test_a_new_lora_is_listed_after_a_prompt_names_it_or_after_a_refresh(webui: SandboxWebUI, models_dir: Path) -> None:
     def names() -> set[str]:
         return {lora["name"] for lora in get(webui, "loras")}
 
@@ -918,12 +918,12 @@ def test_a_lora_is_listed_once_a_prompt_missed_it_or_the_folder_was_refreshed(we
 # --- Progress, interrupt, concurrency -----------------------------------------------------------------------------
 
 
-def started(webui: WebUI, **fields: Any) -> Callable[[], Any]:
-    """Begin a job in the background; call the result for its answer."""
+def started(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
+    """Start a job in the background. Call the result for its answer."""
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(txt2img(webui, **fields)))
     thread.start()
-    until(lambda: get(webui, "progress")["state"]["job"] or answers)
+    wait_until(lambda: get(webui, "progress")["state"]["job"] or answers, "the job in /progress")
 
     def answer() -> Any:
         thread.join()
@@ -932,17 +932,17 @@ def started(webui: WebUI, **fields: Any) -> Callable[[], Any]:
     return answer
 
 
-def sampling(webui: WebUI, **fields: Any) -> Callable[[], Any]:
-    """The same, and it is on its way: an interrupt from now on finds a picture begun."""
+def sampling(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
+    """The same, after its first step: an interrupt from now on leaves an unfinished picture."""
     answer = started(webui, **fields)
-    until(lambda: get(webui, "progress")["state"]["sampling_step"])
+    wait_until(lambda: get(webui, "progress")["state"]["sampling_step"], "the first step")
     return answer
 
 
-def test_progress_moves_from_above_zero_to_below_one(models_dir: Path) -> None:
+def test_progress_starts_above_zero_and_stays_below_one(models_dir: Path) -> None:
     lines = (DATA / "webui-1.10.1" / "full_progress_running.jsonl").read_text().splitlines()
     theirs = [json.loads(line) for line in lines]
-    with WebUI(models_dir, step_seconds=0.02) as webui:
+    with SandboxWebUI(models_dir, step_seconds=0.02) as webui:
         job = started(webui, steps=3, n_iter=2)
         ours = [get(webui, "progress")]
         while ours[-1]["state"]["job"]:
@@ -955,12 +955,12 @@ def test_progress_moves_from_above_zero_to_below_one(models_dir: Path) -> None:
     assert running[0] >= 0.01
     assert running[-1] < 1
     for each in (*theirs, *ours):
-        assert each["progress"] == pytest.approx(done(**each["state"]))
+        assert each["progress"] == pytest.approx(expected_progress(**each["state"]))
     theirs[-1]["state"]["job_timestamp"] = ours[-1]["state"]["job_timestamp"]
     assert ours[-1]["state"] | {"sampling_steps": 3} == theirs[-1]["state"]
 
 
-def done(job_count: int, job_no: int, sampling_step: int, sampling_steps: int, **_: Any) -> float:
+def expected_progress(job_count: int, job_no: int, sampling_step: int, sampling_steps: int, **_: Any) -> float:
     """A1111's own arithmetic (`progressapi`)."""
     if job_count == 0:
         return 0.0
@@ -973,10 +973,10 @@ def test_progress_shows_a_preview_every_ten_steps_unless_skipped(models_dir: Pat
         json.loads((DATA / "webui-1.9.3" / f"progress_running_{how}.json").read_text())["response"]["body"]
         for how in ("with_image", "skip_image")
     ]
-    with WebUI(models_dir, step_seconds=0.01) as webui:
+    with SandboxWebUI(models_dir, step_seconds=0.01) as webui:
         job = started(webui, steps=60, n_iter=2)
         before = get(webui, "progress")
-        shown = until(lambda: (now := get(webui, "progress"))["current_image"] and now)
+        shown = wait_until(lambda: (now := get(webui, "progress"))["current_image"] and now, "a preview")
         skipped = get(webui, "progress?skip_current_image=true")
         post(webui, "interrupt")
         job()
@@ -988,9 +988,9 @@ def test_progress_shows_a_preview_every_ten_steps_unless_skipped(models_dir: Pat
         assert Image.open(io.BytesIO(base64.b64decode(shown["current_image"]))).size == (16, 16)
 
 
-def test_an_interrupted_job_looks_like_success_with_fewer_images(models_dir: Path) -> None:
+def test_an_interrupted_job_is_a_success_with_fewer_images(models_dir: Path) -> None:
     theirs = json.loads((DATA / "webui-1.9.3" / "txt2img_interrupted.json").read_text())["response"]["body"]
-    with WebUI(models_dir, version="1.9.3", step_seconds=0.05) as webui:
+    with SandboxWebUI(models_dir, version="1.9.3", step_seconds=0.05) as webui:
         webui.step_seconds = 0.0
         whole = image(webui, steps=60, seed=30)
         webui.step_seconds = 0.05
@@ -1010,14 +1010,14 @@ def test_an_interrupted_job_looks_like_success_with_fewer_images(models_dir: Pat
         assert get(webui, "progress")["state"]["interrupted"] is False
 
 
-def test_an_interrupt_does_not_touch_the_job_that_waits(models_dir: Path) -> None:
-    with WebUI(models_dir, step_seconds=0.02) as webui:
+def test_an_interrupt_does_not_affect_a_waiting_job(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, step_seconds=0.02) as webui:
         switch(webui, A)
         first = sampling(webui, steps=500)
         answers: list[Any] = []
         second = threading.Thread(target=lambda: answers.append(txt2img(webui, steps=3, n_iter=2)))
         second.start()
-        until(lambda: webui.process.lock.waiting)
+        wait_until(lambda: webui.process.lock.waiting, "a job that waits for the lock")
 
         post(webui, "interrupt")
         first()
@@ -1026,19 +1026,19 @@ def test_an_interrupt_does_not_touch_the_job_that_waits(models_dir: Path) -> Non
         assert len(answers[0]["images"]) == 2
 
 
-def test_skip_goes_on_with_the_next_batch(models_dir: Path) -> None:
-    with WebUI(models_dir, step_seconds=0.03) as webui:
+def test_skip_continues_with_the_next_batch(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, step_seconds=0.03) as webui:
         job = sampling(webui, steps=400, n_iter=2)
         post(webui, "skip")
-        until(lambda: get(webui, "progress")["state"]["job"] == "Batch 2 out of 2")
-        until(lambda: get(webui, "progress")["state"]["sampling_step"])
+        wait_until(lambda: get(webui, "progress")["state"]["job"] == "Batch 2 out of 2", "the second batch")
+        wait_until(lambda: get(webui, "progress")["state"]["sampling_step"], "its first step")
         post(webui, "skip")
 
         assert len(job()["images"]) == 2
 
 
-def test_jobs_come_one_after_the_other_in_their_order(models_dir: Path) -> None:
-    with WebUI(models_dir, step_seconds=0.01) as webui:
+def test_jobs_run_one_after_the_other_in_order(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, step_seconds=0.01) as webui:
         done: list[int] = []
 
         def work(number: int) -> None:
@@ -1051,7 +1051,7 @@ def test_jobs_come_one_after_the_other_in_their_order(models_dir: Path) -> None:
         for thread in threads:
             thread.start()
             started.append(thread)
-            until(lambda: webui.process.lock.waiting == len(started))
+            wait_until(lambda: webui.process.lock.waiting == len(started), f"{len(started)} waiting jobs")
         post(webui, "interrupt")
         running()
         for thread in threads:
@@ -1063,11 +1063,17 @@ def test_jobs_come_one_after_the_other_in_their_order(models_dir: Path) -> None:
 # --- Misbehaviour -------------------------------------------------------------------------------------------------
 
 
-def test_the_next_jobs_fail_as_they_are_told_to(webui: WebUI) -> None:
+def test_the_next_jobs_fail_as_requested(webui: SandboxWebUI) -> None:
     whole = txt2img(webui)
     webui.fail_next = [
-        *(Fault.BAD_GATEWAY, Fault.NOT_FOUND, Fault.OUT_OF_MEMORY, Fault.NANS, Canned(418, {"detail": "tea"})),
-        *(Fault.NO_IMAGES, Fault.BLACK, Fault.OTHER_CHECKPOINT),
+        *(
+            WebUIFault.BAD_GATEWAY,
+            WebUIFault.NOT_FOUND,
+            WebUIFault.OUT_OF_MEMORY,
+            WebUIFault.NANS,
+            CannedAnswer(418, {"detail": "tea"}),
+        ),
+        *(WebUIFault.NO_IMAGES, WebUIFault.BLACK, WebUIFault.OTHER_CHECKPOINT),
     ]
 
     failed = [post(webui, "txt2img", TINY) for _ in range(5)]
@@ -1086,8 +1092,8 @@ def test_the_next_jobs_fail_as_they_are_told_to(webui: WebUI) -> None:
     assert get(webui, "progress")["progress"] == 0
 
 
-def test_a_connection_is_reset_or_cut_in_the_middle(webui: WebUI) -> None:
-    webui.fail_next = [Fault.RESET, Fault.CUT]
+def test_an_answer_can_be_reset_or_cut(webui: SandboxWebUI) -> None:
+    webui.fail_next = [WebUIFault.RESET, WebUIFault.CUT]
 
     with pytest.raises(requests.ConnectionError):
         post(webui, "txt2img", TINY)
@@ -1098,9 +1104,9 @@ def test_a_connection_is_reset_or_cut_in_the_middle(webui: WebUI) -> None:
     assert len([asked for asked in webui.asked if asked.path == "/sdapi/v1/txt2img"]) == 3
 
 
-def test_a_hanging_job_is_deaf_until_it_is_released(webui: WebUI) -> None:
+def test_a_hanging_job_ignores_interrupts_until_it_is_released(webui: SandboxWebUI) -> None:
     whole = txt2img(webui, n_iter=2)["images"]
-    webui.fail_next = [Fault.HANG]
+    webui.fail_next = [WebUIFault.HANG]
     job = started(webui, n_iter=2)
 
     post(webui, "interrupt")
@@ -1112,7 +1118,7 @@ def test_a_hanging_job_is_deaf_until_it_is_released(webui: WebUI) -> None:
     assert job()["images"] == whole
 
 
-def test_it_can_be_not_mounted_for_a_while(webui: WebUI) -> None:
+def test_its_routes_can_be_missing_for_a_while(webui: SandboxWebUI) -> None:
     webui.not_mounted_for = 2
 
     statuses = [requests.get(f"{webui.url}/sdapi/v1/samplers", timeout=5).status_code for _ in range(3)]
@@ -1120,8 +1126,8 @@ def test_it_can_be_not_mounted_for_a_while(webui: WebUI) -> None:
     assert statuses == [404, 404, 200]
 
 
-def test_killed_it_answers_nobody_and_comes_back_with_nothing_loaded(models_dir: Path) -> None:
-    with WebUI(models_dir, step_seconds=10) as webui:
+def test_a_killed_process_answers_no_request_and_restarts_with_nothing_loaded(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, step_seconds=10) as webui:
         url = webui.url
         switch(webui, B), post(webui, "options", {"CLIP_stop_at_last_layers": 2})
         failures: list[Exception] = []
@@ -1135,7 +1141,7 @@ def test_killed_it_answers_nobody_and_comes_back_with_nothing_loaded(models_dir:
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        until(lambda: webui.process.lock.waiting)
+        wait_until(lambda: webui.process.lock.waiting, "a job that waits for the lock")
 
         with pytest.raises(requests.ConnectionError):
             post(webui, "server-kill")
@@ -1153,7 +1159,7 @@ def test_killed_it_answers_nobody_and_comes_back_with_nothing_loaded(models_dir:
         assert get(webui, "sd-models")[1]["sha256"]  # cache.json remembers
 
 
-def test_on_its_own_it_answers_what_is_asked_before_it_ends(models_dir: Path) -> None:
+def test_as_a_separate_process_it_answers_the_running_job_before_it_ends(models_dir: Path) -> None:
     command = [sys.executable, "-m", "sandbox.webui", "--models-dir", str(models_dir), "--step-seconds", "0.1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -1164,7 +1170,7 @@ def test_on_its_own_it_answers_what_is_asked_before_it_ends(models_dir: Path) ->
             target=lambda: answers.append(requests.post(f"{url}/sdapi/v1/txt2img", json=body, timeout=9))
         )
         job.start()
-        until(lambda: requests.get(f"{url}/sdapi/v1/progress", timeout=5).json()["progress"])
+        wait_until(lambda: requests.get(f"{url}/sdapi/v1/progress", timeout=5).json()["progress"], "the job")
 
         process.send_signal(signal.SIGTERM)
         job.join()
@@ -1175,7 +1181,7 @@ def test_on_its_own_it_answers_what_is_asked_before_it_ends(models_dir: Path) ->
 
 # --- HTTP ---------------------------------------------------------------------------------------------------------
 
-# (method, path, status, allow): HEAD and OPTIONS are no exception, a slash too many is a redirect.
+# (method, path, status, Allow): HEAD and OPTIONS are refused too; a slash too many is a redirect.
 ROUTER = [
     ("GET", "/", 404, None),
     ("GET", "/internal/ping", 404, None),
@@ -1188,14 +1194,14 @@ ROUTER = [
 
 @pytest.mark.parametrize(("method", "path", "status", "allow"), ROUTER)
 def test_the_router_answers_as_starlette_does(
-    method: str, path: str, status: int, allow: str | None, webui: WebUI
+    method: str, path: str, status: int, allow: str | None, webui: SandboxWebUI
 ) -> None:
     answer = requests.request(method, webui.url + path, allow_redirects=False, timeout=5)
 
     assert (answer.status_code, answer.headers.get("allow")) == (status, allow)
 
 
-# What pydantic 1 makes of a value: (field, value, what stands in `parameters` or the message of the 422).
+# How pydantic 1 reads a value: (field, value, the value in `parameters` or the message of the 422).
 COERCED = [
     ("steps", "3", 3),
     ("steps", 2.9, 2),
@@ -1216,19 +1222,21 @@ COERCED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "taken"), COERCED)
-def test_fields_are_coerced_or_refused_as_pydantic_1_does(name: str, value: Any, taken: Any, webui: WebUI) -> None:
+@pytest.mark.parametrize(("name", "value", "expected"), COERCED)
+def test_fields_are_coerced_or_refused_as_pydantic_1_does(
+    name: str, value: Any, expected: Any, webui: SandboxWebUI
+) -> None:
     answer = post(webui, "txt2img", {**TINY, name: value})
 
     if answer.status_code == 422:
         (problem,) = answer.json()["detail"]
-        assert (problem["loc"], problem["msg"]) == (["body", name], taken)
+        assert (problem["loc"], problem["msg"]) == (["body", name], expected)
     else:
         echoed = answer.json()["parameters"][name]
-        assert (echoed, type(echoed)) == (taken, type(taken))
+        assert (echoed, type(echoed)) == (expected, type(expected))
 
 
-def test_large_answers_are_compressed_for_who_accepts_it(webui: WebUI) -> None:
+def test_large_answers_are_compressed_for_clients_that_accept_it(webui: SandboxWebUI) -> None:
     plain = requests.get(f"{webui.url}/sdapi/v1/options", headers={"accept-encoding": "identity"}, timeout=5)
 
     packed = requests.get(f"{webui.url}/sdapi/v1/options", timeout=5)
@@ -1240,30 +1248,10 @@ def test_large_answers_are_compressed_for_who_accepts_it(webui: WebUI) -> None:
 
 # --- Pictures -----------------------------------------------------------------------------------------------------
 
-SANDBOX = """\
- ####  ###  #   # ####  ####   ###  #   #
-#     #   # ##  # #   # #   # #   #  # #
-#     #   # # # # #   # #   # #   #   #
- ###  ##### #  ## #   # ####  #   #   #
-    # #   # #   # #   # #   # #   #   #
-    # #   # #   # #   # #   # #   #  # #
-####  #   # #   # ####  ####   ###  #   #"""
-
-
-@pytest.mark.parametrize("size", [(64, 64), (64, 512), (512, 64), (512, 512), (1024, 768), (2048, 2048)])
-def test_every_picture_says_sandbox(size: tuple[int, int]) -> None:
-    picture = draw.picture("a lighthouse", *size).convert("L")
-
-    band = picture.crop((0, picture.height - picture.height * 2 // 5, *size)).point(lambda value: 255 * (value > 240))
-    word = picture.crop((0, 0, 1, 1)) if band.getbbox() is None else band.crop(band.getbbox())
-    letters = word.resize((41, 7), Image.Resampling.NEAREST)
-    rows = ["".join("#" if letters.getpixel((x, y)) else " " for x in range(41)).rstrip() for y in range(7)]
-    assert "\n".join(rows) == SANDBOX
-
 
 def test_the_same_job_gives_the_same_bytes_and_another_job_another_picture(models_dir: Path) -> None:
     def bytes_of(folder: Path) -> list[str]:
-        with WebUI(folder) as webui:
+        with SandboxWebUI(folder) as webui:
             switch(webui, A)
             return list(txt2img(webui, n_iter=2)["images"])
 
@@ -1273,7 +1261,7 @@ def test_the_same_job_gives_the_same_bytes_and_another_job_another_picture(model
     assert first[0] != first[1]
 
 
-# Each changes the picture.
+# Each of these changes the picture.
 CHANGES: list[dict[str, Any]] = [
     {},
     {"prompt": "a dog"},
@@ -1293,7 +1281,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def test_a_picture_depends_on_all_that_matters(webui: WebUI) -> None:
+def test_a_picture_depends_on_every_setting_that_matters(webui: SandboxWebUI) -> None:
     post(webui, "options", {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"})
     switch(webui, A)
 
@@ -1302,8 +1290,8 @@ def test_a_picture_depends_on_all_that_matters(webui: WebUI) -> None:
     assert len(set(pictures)) == len(CHANGES)
 
 
-def test_a_picture_carries_its_infotext_and_can_be_made_large(models_dir: Path) -> None:
-    with WebUI(models_dir, image_bytes=300_000) as webui:
+def test_a_picture_has_its_infotext_and_can_be_made_large(models_dir: Path) -> None:
+    with SandboxWebUI(models_dir, image_bytes=300_000) as webui:
         answer = txt2img(webui, prompt="猫 café")
 
     png = base64.b64decode(answer["images"][0])

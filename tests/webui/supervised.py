@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sandbox.server import Exchange
-from tests.world import World, world
+from tests.support import World, world
 
 
 class FakeStartSh:

@@ -16,7 +16,7 @@ from a1111_worker.webui.checkpoint import CheckpointSwitch
 from sandbox.models import sdxl_checkpoint
 from sandbox.server import Exchange
 from sandbox.webui import WebUI
-from tests.world import QUICK
+from tests.support import QUICK
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.webui import Canned, Fault
+from tests.support import QUICK, world
 from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
-from tests.world import QUICK, world
 
 LOWVRAM = Canned(
     500,

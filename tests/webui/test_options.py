@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
+from tests.support import world
 from tests.webui.supervised import supervised, wait_for, when_asked
-from tests.world import world
 
 
 def test_an_option_that_a_script_set_is_reset_after_its_job(tmp_path: Path) -> None:

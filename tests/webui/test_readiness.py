@@ -11,8 +11,8 @@ import pytest
 from a1111_worker.errors import WebUINotReady
 from a1111_worker.webui.supervisor import Supervisor
 from sandbox.server import Exchange
+from tests.support import QUICK, world
 from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
-from tests.world import QUICK, world
 
 
 def test_a_webui_that_dies_idle_costs_no_job(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from a1111_worker.errors import WebUILost
 from a1111_worker.webui.client import WebUI
 from sandbox.server import Exchange, Server
-from tests.world import World, world
+from tests.support import World, world
 
 
 class OneAnswer(Server):

@@ -15,7 +15,7 @@ from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
 from sandbox.server import Exchange, Server
-from tests.world import QUICK
+from tests.support import QUICK
 
 STATE = {"job_no": 0, "job_count": 1, "sampling_step": 3, "sampling_steps": 20}
 

@@ -1,25 +1,40 @@
-"""A whole worker on loopback: the real handler and model manager against the sandbox's WebUI and CivitAI."""
+"""What the tests share: paths, waiting for a condition, and a whole worker on loopback.
+
+The worker is the real handler and model manager. The WebUI and CivitAI are the sandbox's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from a1111_worker.config import Config
-from a1111_worker.models import civitai as civitai_client
+from a1111_worker.models.civitai import CivitAITimings
 from a1111_worker.transfer.ranges import Tuning
 from a1111_worker.webui.timings import WebUITimings
 from handler import Worker
 from model_manager import ModelManager, open_manager
-from sandbox.civitai import CivitAI
+from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
-from sandbox.webui import WebUI
+from sandbox.webui import SandboxWebUI
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository's root."""
+
+DATA = ROOT / "tests" / "data"
+"""The recorded answers of real servers."""
 
 CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
+"""CivitAI's version ids of the models that a World serves."""
+
+SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
+"""The input of a job with a small picture."""
+
 QUICK = WebUITimings(
     unowned_grace=0.05,
     progress_interval=0.02,
@@ -29,22 +44,34 @@ QUICK = WebUITimings(
     recovery_pause=0.01,
     silence=5.0,
 )
-
-
-CIVITAI_QUICK = civitai_client.CivitAITimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
+CIVITAI_QUICK = CivitAITimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
 TUNING_QUICK = Tuning(stall_seconds=0.2, patience_seconds=0.5, pause=0.01, pause_most=0.02, retry_after_most=0.05)
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T | None], what: str, *, seconds: float = 60.0) -> T:
+    """Ask again every few milliseconds until the condition is true; what it returned then.
+
+    Fails after `seconds`. `what` names the condition in the message: "waited 60 s for `what`".
+    """
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.003)
+    return result
 
 
 class World:
-    """The servers, the files they serve, and a worker that was booted against them."""
+    """The servers, the files that they serve, and a worker that uses them."""
 
     def __init__(self, folder: Path, *, version: str = "1.10.1", **settings: str) -> None:
         self.folder = folder
         self.webui_models = folder / "webui-models"
         for name in ("Stable-diffusion", "Lora", "VAE"):
             (self.webui_models / name).mkdir(parents=True, exist_ok=True)
-        self.webui = WebUI(self.webui_models, version=version)
-        self.civitai = CivitAI(key="the-key")
+        self.webui = SandboxWebUI(self.webui_models, version=version)
+        self.civitai = SandboxCivitAI(key="the-key")
         self.civitai.add(
             CHECKPOINT,
             sdxl_checkpoint(folder / "checkpoint.safetensors", 1, 3_000_000),
@@ -83,28 +110,28 @@ class World:
         return Config.from_env({**environ, **self.settings, **changes})
 
     def boot(self, **changes: str) -> Worker:
-        """A worker ready for jobs, with every wait shrunk."""
+        """A worker that is ready for jobs. All its waits are short."""
         config = self.config(**changes)
         self.worker = Worker(config, models=quick_manager(config), timings=QUICK)
         self.worker.boot()
         return self.worker
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a whole job, and a check that every answer must pass: strict JSON, nothing of ours in it."""
+        """The answer to a whole job, after `check_answer` has checked it."""
         answer = self.loop.run_until_complete(asyncio.wait_for(self.worker.handle(job), timeout=60))
         check_answer(answer, self)
         return answer
 
     def ask(self, job_id: str = "job-1", **given: Any) -> dict[str, Any]:
-        """The answer to a job with a small picture, and what else is given."""
+        """The answer to a job with a small picture and the given input."""
         return self.run({"id": job_id, "input": {"prompt": "a lighthouse", **SMALL, **given}})
 
     def generations(self) -> list[dict[str, Any]]:
-        """The bodies of txt2img so far."""
+        """The bodies of all requests to txt2img so far."""
         return [asked.json() for asked in self.webui.asked if asked.path.endswith("/txt2img")]
 
     def requests_since(self, before: int) -> list[str]:
-        """The paths the WebUI was asked for since `before` of its requests, looks left out."""
+        """The paths of the WebUI's requests after the first `before`. Requests for progress are left out."""
         return [asked.path for asked in self.webui.asked[before:] if not asked.path.endswith("/progress")]
 
     def switches(self) -> int:
@@ -112,7 +139,7 @@ class World:
         return sum(asked.method == "POST" and b"sd_model_checkpoint" in asked.body for asked in self.webui.asked)
 
     def leftovers(self) -> list[str]:
-        """Files in the cache that are neither a model nor known of one."""
+        """Files in the cache that are neither a model nor belong to one."""
         models = [path.name for path in self.models_dir.rglob("*.safetensors") if not path.name.startswith(".")]
         return [
             str(path.relative_to(self.models_dir))
@@ -121,36 +148,34 @@ class World:
         ]
 
 
-SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
-
-
 def quick_manager(config: Config) -> ModelManager:
     return open_manager(config, timings=CIVITAI_QUICK, tuning=TUNING_QUICK)
 
 
 @contextlib.contextmanager
 def world(folder: Path, *, version: str = "1.10.1", boot: bool = True, **settings: str) -> Iterator[World]:
-    """Everything up, and down again at the end."""
-    it = World(folder, version=version, **settings)
-    with it.webui, it.civitai:
+    """A World with its servers running until the block ends, and with a booted worker unless `boot` is False."""
+    made = World(folder, version=version, **settings)
+    with made.webui, made.civitai:
         try:
             if boot:
-                it.boot()
-            yield it
+                made.boot()
+            yield made
         finally:
-            if hasattr(it, "worker"):
-                it.worker.close()
-            it.loop.close()
+            if hasattr(made, "worker"):
+                made.worker.close()
+            made.loop.close()
 
 
-def check_answer(answer: Mapping[str, Any], it: World) -> None:
+def check_answer(answer: Mapping[str, Any], source: World) -> None:
+    """What holds for every answer: strict JSON, a well-formed error, and no secrets or paths of the worker in it."""
     json.dumps(answer, allow_nan=False, ensure_ascii=False).encode()
     if "error" in answer:
         assert isinstance(answer["error"], str) and answer["error"].startswith(answer["code"])
         assert isinstance(answer["retryable"], bool)
-    urls = answer.get("worker", {}).get("delivery", {}).get("urls", ())  # signed, and the only place for that
+    urls = answer.get("worker", {}).get("delivery", {}).get("urls", ())  # signatures may stand only in these
     text = json.dumps(answer, ensure_ascii=False)
     for url in urls:
         text = text.replace(json.dumps(url, ensure_ascii=False), "")
-    for secret in ("the-key", "Traceback", str(it.folder), "Authorization", "X-Amz"):
+    for secret in ("the-key", "Traceback", str(source.folder), "Authorization", "X-Amz"):
         assert secret not in text
