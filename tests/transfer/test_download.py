@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from a1111_worker.context import Deadline
+from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import (
     DownloadFailed,
     JobCancelled,
@@ -38,7 +38,7 @@ from a1111_worker.errors import (
     VolumeFull,
 )
 from a1111_worker.transfer.connection import Body, Busy, Changed, Gone, Hiccup, LinkRefused, Unranged, judge
-from a1111_worker.transfer.download import Downloader, Fetched
+from a1111_worker.transfer.download import Downloader, Fetched, OnBytes, Source
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, ranges_file
 from a1111_worker.transfer.ranges import (
@@ -95,37 +95,28 @@ QUICK = Tuning(
 EXACT = dataclasses.replace(QUICK, steal_least=SIZE)
 
 
-class Source:
-    """A storage's links to one of its files, counted."""
+class Links:
+    """Signs links to one file of a storage, and counts them."""
 
     def __init__(self, storage: Storage, key: str) -> None:
-        self._sign: Callable[[], str] = lambda: storage.sign(key)
-        self.asked: list[bool] = []
+        self._storage = storage
+        self._key = key
+        self.count = 0
 
-    def link(self, *, renew: bool) -> str:
-        self.asked.append(renew)
-        return self._sign()
-
-
-class Fixed:
-    """Always the same URL."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def link(self, *, renew: bool) -> str:
-        return self.url
+    def __call__(self) -> str:
+        self.count += 1
+        return self._storage.sign(self._key)
 
 
 @dataclasses.dataclass
-class World:
-    """A storage with one file in it, and somewhere to put it."""
+class DownloadSetup:
+    """A storage with one file in it, and a folder to download it to."""
 
     storage: Storage
     folder: Path
     content: bytes = dataclasses.field(repr=False)
     key: str
-    source: Source
+    links: Links
 
     @property
     def part(self) -> Path:
@@ -135,20 +126,32 @@ class World:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    def fetch(self, tuning: Tuning = QUICK, **options: Any) -> Fetched:
-        options.setdefault("deadline", Deadline(60))
-        options.setdefault("source", self.source)
-        return Downloader(EgressPolicy([self.storage.url]), tuning).fetch(part=self.part, **options)
+    def fetch(
+        self,
+        tuning: Tuning = QUICK,
+        *,
+        deadline: Deadline | None = None,
+        on_bytes: OnBytes | None = None,
+        policy: EgressPolicy | None = None,
+        **source: Any,
+    ) -> Fetched:
+        """Download the file. `source` overrides the fields of its Source."""
+        source = {"label": "a model", "link": self.links, **source}
+        downloader = Downloader(policy or EgressPolicy([self.storage.url]), tuning)
+        return downloader.fetch(Source(**source), self.part, JobContext(deadline or Deadline(60)), on_bytes)
 
-    def is_right(self, fetched: Fetched) -> bool:
-        return (
-            self.part.read_bytes() == self.content
-            and fetched.size == len(self.content)
-            and fetched.sha256 in (None, self.sha256)
-        )
+    def assert_whole(self, fetched: Fetched) -> None:
+        """The part holds the file and nothing else, and what is reported of it is true."""
+        part = self.part.read_bytes()
+        if part != self.content:
+            pairs = enumerate(zip(part, self.content, strict=False))
+            wrong = next((at for at, (here, there) in pairs if here != there), "its end")
+            pytest.fail(f"the part has {len(part):,} of {len(self.content):,} bytes, and differs from {wrong}")
+        assert fetched.size == len(self.content)
+        assert fetched.sha256 == self.sha256
 
 
-def make_world(tmp_path: Path, storage: Storage, size: int = SIZE) -> World:
+def download_setup(tmp_path: Path, storage: Storage, size: int = SIZE) -> DownloadSetup:
     block = random.Random(size).randbytes(min(size, 8 * MiB))
     content = (block * (size // len(block) + 1))[:size] if size else b""
     file = tmp_path / "model.safetensors"
@@ -156,13 +159,13 @@ def make_world(tmp_path: Path, storage: Storage, size: int = SIZE) -> World:
     key = storage.put(file)
     folder = tmp_path / "cache"
     folder.mkdir()
-    return World(storage, folder, content, key, Source(storage, key))
+    return DownloadSetup(storage, folder, content, key, Links(storage, key))
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def download(tmp_path: Path) -> Iterator[DownloadSetup]:
     with Storage() as storage:
-        yield make_world(tmp_path, storage)
+        yield download_setup(tmp_path, storage)
 
 
 @pytest.fixture(autouse=True)
@@ -187,14 +190,14 @@ def _open_parts() -> list[str]:
 # --- a line as it should be
 
 
-def test_a_file_arrives_whole_and_hashed_over_several_connections_with_one_link(world: World) -> None:
-    fetched = world.fetch(EXACT)
+def test_a_file_arrives_whole_and_hashed_over_several_connections_with_one_link(download: DownloadSetup) -> None:
+    fetched = download.fetch(EXACT)
 
-    assert world.is_right(fetched)
-    assert fetched.sha256 == world.sha256
+    download.assert_whole(fetched)
+    assert fetched.sha256 == download.sha256
     assert fetched.received == SIZE
     assert fetched.connections > 1
-    assert world.source.asked == [False]
+    assert download.links.count == 1
 
 
 @pytest.mark.parametrize(
@@ -208,11 +211,11 @@ def test_a_file_arrives_whole_and_hashed_over_several_connections_with_one_link(
 )
 def test_how_many_connections_a_file_begins_with(tmp_path: Path, size: int, connections: int) -> None:
     with Storage() as storage:
-        world = make_world(tmp_path, storage, size)
+        download = download_setup(tmp_path, storage, size)
 
-        fetched = world.fetch(dataclasses.replace(QUICK, connections=4), size=size)
+        fetched = download.fetch(dataclasses.replace(QUICK, connections=4), size=size)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.connections <= connections
     assert storage.peak_connections <= connections
 
@@ -220,80 +223,77 @@ def test_how_many_connections_a_file_begins_with(tmp_path: Path, size: int, conn
 @pytest.mark.parametrize("size", [1, 2, 64 * KiB - 1, 64 * KiB, 64 * KiB + 1, 320 * KiB, MiB + 1])
 def test_any_size_arrives(tmp_path: Path, size: int) -> None:
     with Storage() as storage:
-        world = make_world(tmp_path, storage, size)
+        download = download_setup(tmp_path, storage, size)
 
-        fetched = world.fetch(EXACT)
+        fetched = download.fetch(EXACT)
 
-        assert world.is_right(fetched)
+        download.assert_whole(fetched)
         assert fetched.received == size
 
 
 def test_backblaze_without_etags_is_read_in_ranges_too(tmp_path: Path) -> None:
     with Storage(form="b2") as storage:
-        world = make_world(tmp_path, storage)
+        download = download_setup(tmp_path, storage)
 
-        fetched = world.fetch()
+        fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert len(storage.ranges) > 1 and None not in storage.ranges
 
 
-def test_what_is_asked_for_names_the_worker_and_refuses_compression(world: World) -> None:
-    world.fetch()
+def test_what_is_asked_for_names_the_worker_and_refuses_compression(download: DownloadSetup) -> None:
+    download.fetch()
 
-    for asked in world.storage.asked:
+    for asked in download.storage.asked:
         assert asked.method == "GET"
         assert asked.headers["user-agent"].startswith("a1111-worker/")
         assert asked.headers["accept-encoding"] == "identity"
         assert "authorization" not in asked.headers
 
 
-def test_progress_grows_to_the_end_and_is_told_by_one_thread(world: World) -> None:
+def test_progress_grows_to_the_end_and_is_told_by_one_thread(download: DownloadSetup) -> None:
     told: list[tuple[int, int | None, int]] = []
-    world.storage.line_rate = 4e6
+    download.storage.line_rate = 4e6
 
-    world.fetch(on_progress=lambda done, total: told.append((done, total, threading.get_ident())))
+    download.fetch(on_bytes=lambda done, total: told.append((done, total, threading.get_ident())))
 
     assert told[-1][:2] == (SIZE, SIZE)
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert {thread for _, _, thread in told} == {threading.get_ident()}
 
 
-def test_a_listener_that_fails_does_not_break_the_download(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_listener_that_fails_does_not_break_the_download(
+    download: DownloadSetup, caplog: pytest.LogCaptureFixture
+) -> None:
     def listen(done: int, total: int | None) -> None:
         raise RuntimeError("no ear")
 
-    fetched = world.fetch(on_progress=listen)
+    fetched = download.fetch(on_bytes=listen)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert "could not be told" in caplog.text
 
 
-def test_the_log_names_the_host_and_never_the_signed_link(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_the_host_and_never_the_signed_link(
+    download: DownloadSetup, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("DEBUG")
-    world.storage.reset_after = [1000]
+    download.storage.reset_after = [1000]
 
-    world.fetch(label="'Detail Tweaker XL'")
+    download.fetch(label="'Detail Tweaker XL'")
 
     assert "'Detail Tweaker XL'" in caplog.text
-    assert world.storage.url in caplog.text
+    assert download.storage.url in caplog.text
     assert "X-Amz" not in caplog.text
-    assert world.key not in caplog.text
-
-
-def test_without_a_proof_nothing_is_hashed(world: World) -> None:
-    fetched = world.fetch(prove=False)
-
-    assert world.is_right(fetched)
-    assert fetched.sha256 is None
+    assert download.key not in caplog.text
 
 
 # --- lines that break: the right file in the end, by the same download
 
 
-def spoil(world: World, spoiling: Callable[[Storage], None]) -> Fetched:
-    spoiling(world.storage)
-    return world.fetch()
+def spoil(download: DownloadSetup, spoiling: Callable[[Storage], None]) -> Fetched:
+    spoiling(download.storage)
+    return download.fetch()
 
 
 def fails(fault: Fault, times: int | None = 1) -> Callable[[Storage], None]:
@@ -335,11 +335,13 @@ def sets(**knobs: Any) -> Callable[[Storage], None]:
         sets(latency=0.02),
     ],
 )
-def test_a_line_that_breaks_costs_time_and_never_a_byte(world: World, spoiling: Callable[[Storage], None]) -> None:
-    fetched = spoil(world, spoiling)
+def test_a_line_that_breaks_costs_time_and_never_a_byte(
+    download: DownloadSetup, spoiling: Callable[[Storage], None]
+) -> None:
+    fetched = spoil(download, spoiling)
 
-    assert world.is_right(fetched)
-    assert world.source.asked == [False]
+    download.assert_whole(fetched)
+    assert download.links.count == 1
 
 
 @pytest.mark.parametrize(
@@ -352,120 +354,120 @@ def test_a_line_that_breaks_costs_time_and_never_a_byte(world: World, spoiling: 
         Fault(status=416),
     ],
 )
-def test_a_server_without_ranges_is_read_in_one_stream(world: World, fault: Fault) -> None:
-    world.storage.fail(fault, times=None if fault.whole else 1)
+def test_a_server_without_ranges_is_read_in_one_stream(download: DownloadSetup, fault: Fault) -> None:
+    download.storage.fail(fault, times=None if fault.whole else 1)
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.connections == 1
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_stream_that_is_cut_begins_again(world: World, framing: Any) -> None:
-    world.storage.fail(Fault(whole=True, framing=framing, cut_after=500_000), times=2)
-    world.storage.fail(Fault(whole=True, framing=framing), times=None)
+def test_a_stream_that_is_cut_begins_again(download: DownloadSetup, framing: Any) -> None:
+    download.storage.fail(Fault(whole=True, framing=framing, cut_after=500_000), times=2)
+    download.storage.fail(Fault(whole=True, framing=framing), times=None)
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
-    assert len(world.storage.ranges) == 3
+    download.assert_whole(fetched)
+    assert len(download.storage.ranges) == 3
 
 
-def test_ranges_in_chunks_are_ranges(world: World) -> None:
-    world.storage.fail(Fault(framing="chunked"), times=None)
+def test_ranges_in_chunks_are_ranges(download: DownloadSetup) -> None:
+    download.storage.fail(Fault(framing="chunked"), times=None)
 
-    fetched = world.fetch(EXACT)
+    fetched = download.fetch(EXACT)
 
-    assert world.is_right(fetched)
-    assert len(world.storage.ranges) > 1 and None not in world.storage.ranges
+    download.assert_whole(fetched)
+    assert len(download.storage.ranges) > 1 and None not in download.storage.ranges
     assert fetched.received == SIZE
 
 
-def test_a_server_that_forgets_ranges_for_once_costs_one_answer(world: World) -> None:
-    world.fetch(deadline=Deadline(60))
-    world.part.unlink()
-    ranges_file(world.part).unlink()
-    answers = len(world.storage.ranges)
-    world.storage.at(world.storage.bytes_sent + 600_000, lambda: world.storage.fail(Fault(whole=True)))
+def test_a_server_that_forgets_ranges_for_once_costs_one_answer(download: DownloadSetup) -> None:
+    download.fetch(deadline=Deadline(60))
+    download.part.unlink()
+    ranges_file(download.part).unlink()
+    answers = len(download.storage.ranges)
+    download.storage.at(download.storage.bytes_sent + 600_000, lambda: download.storage.fail(Fault(whole=True)))
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.received < 2 * SIZE
-    assert len(world.storage.ranges) > answers
+    assert len(download.storage.ranges) > answers
 
 
-def test_a_file_that_is_replaced_midway_is_never_mixed(world: World, tmp_path: Path) -> None:
-    world.storage.rate = 4e6
+def test_a_file_that_is_replaced_midway_is_never_mixed(download: DownloadSetup, tmp_path: Path) -> None:
+    download.storage.rate = 4e6
     newer = tmp_path / "newer.safetensors"
-    world.content = random.Random(2).randbytes(SIZE)
-    newer.write_bytes(world.content)
-    world.storage.at(SIZE // 2, lambda: world.storage.replace(world.key, newer))
+    download.content = random.Random(2).randbytes(SIZE)
+    newer.write_bytes(download.content)
+    download.storage.at(SIZE // 2, lambda: download.storage.replace(download.key, newer))
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
 
 
 def test_a_file_that_is_replaced_by_a_shorter_one_is_never_mixed(tmp_path: Path) -> None:
     with Storage(form="b2") as storage:  # no ETag: the size tells
-        world = make_world(tmp_path, storage)
+        download = download_setup(tmp_path, storage)
         newer = tmp_path / "newer.safetensors"
-        world.content = random.Random(2).randbytes(SIZE - 1000)
-        newer.write_bytes(world.content)
-        storage.at(SIZE // 2, lambda: storage.replace(world.key, newer))
+        download.content = random.Random(2).randbytes(SIZE - 1000)
+        newer.write_bytes(download.content)
+        storage.at(SIZE // 2, lambda: storage.replace(download.key, newer))
 
-        fetched = world.fetch()
+        fetched = download.fetch()
 
-        assert world.is_right(fetched)
+        download.assert_whole(fetched)
 
 
-def test_a_file_that_never_stays_the_same_fails(world: World) -> None:
+def test_a_file_that_never_stays_the_same_fails(download: DownloadSetup) -> None:
     def changing() -> None:
-        world.storage.replace(world.key, world.folder.parent / "model.safetensors")
-        world.storage.at(world.storage.bytes_sent + 100_000, changing)
+        download.storage.replace(download.key, download.folder.parent / "model.safetensors")
+        download.storage.at(download.storage.bytes_sent + 100_000, changing)
 
-    world.storage.at(100_000, changing)
+    download.storage.at(100_000, changing)
 
     with pytest.raises(DownloadFailed, match="changed while it was downloaded"):
-        world.fetch()
+        download.fetch()
 
 
-def test_a_flipped_byte_shows_in_the_hash(world: World) -> None:
-    world.storage.flip_at = [SIZE // 2]
+def test_a_flipped_byte_shows_in_the_hash(download: DownloadSetup) -> None:
+    download.storage.flip_at = [SIZE // 2]
 
-    fetched = world.fetch(sha256=world.sha256)
+    fetched = download.fetch(sha256=download.sha256)
 
     assert fetched.size == SIZE
-    assert fetched.sha256 == hashlib.sha256(world.part.read_bytes()).hexdigest() != world.sha256
+    assert fetched.sha256 == hashlib.sha256(download.part.read_bytes()).hexdigest() != download.sha256
 
 
 @pytest.mark.parametrize("sixteenth", range(16))
-def test_a_reset_at_every_sixteenth_of_the_file_is_not_noticed(world: World, sixteenth: int) -> None:
-    world.storage.reset_at = [SIZE * sixteenth // 16]
+def test_a_reset_at_every_sixteenth_of_the_file_is_not_noticed(download: DownloadSetup, sixteenth: int) -> None:
+    download.storage.reset_at = [SIZE * sixteenth // 16]
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.received <= SIZE * 1.05
-    assert world.source.asked == [False]
+    assert download.links.count == 1
 
 
-def test_a_slow_connection_is_relieved_by_the_others(world: World) -> None:
-    world.storage.trickle = [None, 20_000.0]  # below the others, above the least there may be
+def test_a_slow_connection_is_relieved_by_the_others(download: DownloadSetup) -> None:
+    download.storage.trickle = [None, 20_000.0]  # below the others, above the least there may be
 
-    fetched = world.fetch(dataclasses.replace(QUICK, stall_seconds=60, patience_seconds=60))
+    fetched = download.fetch(dataclasses.replace(QUICK, stall_seconds=60, patience_seconds=60))
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
 
 
-def test_more_connections_are_opened_where_each_is_slow(world: World) -> None:
-    world.storage.rate = 250_000
+def test_more_connections_are_opened_where_each_is_slow(download: DownloadSetup) -> None:
+    download.storage.rate = 250_000
 
-    fetched = world.fetch(dataclasses.replace(QUICK, min_speed=1.0))
+    fetched = download.fetch(dataclasses.replace(QUICK, min_speed=1.0))
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.connections == 16
 
 
@@ -482,7 +484,7 @@ def test_no_more_connections_than_allowed_serve_all_files_together(tmp_path: Pat
 
         def fetch(file: Path, key: str) -> None:
             part = file.with_suffix(".part")
-            fetched[file] = downloader.fetch(Source(storage, key), part, deadline=Deadline(60))
+            fetched[file] = downloader.fetch(Source(file.name, Links(storage, key)), part, JobContext(Deadline(60)))
 
         threads = [threading.Thread(target=fetch, args=pair) for pair in keys]
         for thread in threads:
@@ -499,7 +501,7 @@ def test_no_more_connections_than_allowed_serve_all_files_together(tmp_path: Pat
 def test_a_file_that_is_only_prepared_gives_way(tmp_path: Path) -> None:
     with Storage() as storage:
         storage.rate = 500_000
-        world = make_world(tmp_path, storage)
+        download = download_setup(tmp_path, storage)
         urgent = tmp_path / "urgent.safetensors"
         urgent.write_bytes(random.Random(7).randbytes(600_000))
         urgent_key = storage.put(urgent)
@@ -511,24 +513,24 @@ def test_a_file_that_is_only_prepared_gives_way(tmp_path: Path) -> None:
 
         def prepare() -> None:
             downloader.fetch(
-                world.source,
-                world.part,
-                deadline=Deadline(60),
-                foreground=lambda: False,
-                on_progress=lambda done, total: flows.set() if done else None,
+                Source("a model", download.links),
+                download.part,
+                JobContext(Deadline(60), is_next=lambda: False),
+                lambda done, total: flows.set() if done else None,
             )
             order.append("prepared")
 
         thread = threading.Thread(target=prepare)
         thread.start()
         flows.wait()
-        fetched = downloader.fetch(Source(storage, urgent_key), tmp_path / "urgent.part", deadline=Deadline(60))
+        source = Source("an urgent model", Links(storage, urgent_key))
+        fetched = downloader.fetch(source, tmp_path / "urgent.part", JobContext(Deadline(60)))
         order.append("urgent")
         thread.join()
 
     assert order == ["urgent", "prepared"]
     assert fetched.connections == 4
-    assert world.part.read_bytes() == world.content
+    assert download.part.read_bytes() == download.content
 
 
 @dataclasses.dataclass
@@ -541,7 +543,7 @@ class Race:
     finished: list[str] = dataclasses.field(default_factory=list)
 
     def run(
-        self, sizes: tuple[int, int], foreground: tuple[Callable[[], bool], Callable[[], bool]], **listens: Any
+        self, sizes: tuple[int, int], is_next: tuple[Callable[[], bool], Callable[[], bool]], **listens: Any
     ) -> None:
         downloader = Downloader(EgressPolicy([self.storage.url]), self.tuning)
         flows = threading.Event()
@@ -556,13 +558,8 @@ class Race:
                     flows.set()
                     listens.get("second" if number else "first", lambda: None)()
 
-            downloader.fetch(
-                Source(self.storage, self.storage.put(file)),
-                part,
-                deadline=Deadline(60),
-                foreground=foreground[number],
-                on_progress=listen,
-            )
+            source = Source(file.name, Links(self.storage, self.storage.put(file)))
+            downloader.fetch(source, part, JobContext(Deadline(60), is_next=is_next[number]), listen)
             assert part.read_bytes() == file.read_bytes()
             self.finished.append("second" if number else "first")
 
@@ -599,70 +596,69 @@ def test_whose_turn_it_is_may_change_while_files_are_on_their_way(tmp_path: Path
 # --- links
 
 
-def test_a_link_that_expires_midway_is_asked_for_again(world: World) -> None:
-    world.storage.at(100_000, world.storage.expire_links)
+def test_a_link_that_expires_midway_is_asked_for_again(download: DownloadSetup) -> None:
+    download.storage.at(100_000, download.storage.expire_links)
 
-    fetched = world.fetch(EXACT)
+    fetched = download.fetch(EXACT)
 
-    assert world.is_right(fetched)
-    assert world.source.asked == [False, True]
+    download.assert_whole(fetched)
+    assert download.links.count == 2
 
 
-def test_a_link_that_is_never_good_is_asked_for_three_more_times(world: World) -> None:
-    world.storage.link_life = -1
+def test_a_link_that_is_never_good_is_asked_for_three_more_times(download: DownloadSetup) -> None:
+    download.storage.link_life = -1
 
     with pytest.raises(DownloadFailed, match="403"):
-        world.fetch()
+        download.fetch()
 
-    assert world.source.asked == [False, True, True, True]
+    assert download.links.count == 4
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
-def test_a_link_refused_in_any_way_is_asked_for_again(world: World, status: int) -> None:
-    world.storage.fail(Fault(status=status))
+def test_a_link_refused_in_any_way_is_asked_for_again(download: DownloadSetup, status: int) -> None:
+    download.storage.fail(Fault(status=status))
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
-    assert world.source.asked == [False, True]
+    download.assert_whole(fetched)
+    assert download.links.count == 2
 
 
-def test_an_old_link_is_not_used_for_another_request(world: World) -> None:
-    world.storage.rate = 2e6
+def test_an_old_link_is_not_used_for_another_request(download: DownloadSetup) -> None:
+    download.storage.rate = 2e6
 
-    fetched = world.fetch(dataclasses.replace(QUICK, link_age=0.1))
+    fetched = download.fetch(dataclasses.replace(QUICK, link_age=0.1))
 
-    assert world.is_right(fetched)
-    assert True in world.source.asked
+    download.assert_whole(fetched)
+    assert download.links.count > 1
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_file_that_is_gone_from_the_storage_is_asked_for_once_more(world: World, status: int) -> None:
-    world.storage.fail(Fault(status=status), times=None)
+def test_a_file_that_is_gone_from_the_storage_is_asked_for_once_more(download: DownloadSetup, status: int) -> None:
+    download.storage.fail(Fault(status=status), times=None)
 
     with pytest.raises(ModelNotFound, match="gone"):
-        world.fetch()
+        download.fetch()
 
-    assert world.source.asked == [False, True]
+    assert download.links.count == 2
 
 
-def test_what_the_source_of_links_raises_is_what_the_caller_gets(world: World) -> None:
-    class Refusing:
-        def link(self, *, renew: bool) -> str:
-            raise ModelNotFound("nobody knows it")
+def test_what_the_source_of_links_raises_is_what_the_caller_gets(download: DownloadSetup) -> None:
+    def refuse() -> str:
+        raise ModelNotFound("nobody knows it")
 
     with pytest.raises(ModelNotFound, match="nobody knows it"):
-        world.fetch(source=Refusing())
+        download.fetch(link=refuse)
 
 
-def test_a_redirect_is_followed_once_and_then_known(world: World) -> None:
-    target = world.storage.sign(world.key)
+def test_a_redirect_is_followed_once_and_then_known(download: DownloadSetup) -> None:
+    target = download.storage.sign(download.key)
     with Elsewhere(target) as elsewhere:
-        policy = EgressPolicy([world.storage.url, elsewhere.url])
+        policy = EgressPolicy([download.storage.url, elsewhere.url])
 
-        fetched = Downloader(policy, QUICK).fetch(Fixed(f"{elsewhere.url}/file"), world.part, deadline=Deadline(60))
+        fetched = download.fetch(policy=policy, link=lambda: f"{elsewhere.url}/file")
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert len(elsewhere.asked) == 1
 
 
@@ -681,11 +677,9 @@ class Elsewhere(Server):
     "target",
     ["http://169.254.169.254/latest", "http://127.0.0.1:1/", "https://evil.example/x", "file:///etc/passwd", "/again"],
 )
-def test_a_redirect_to_where_it_may_not_go_is_rejected(world: World, target: str) -> None:
+def test_a_redirect_to_where_it_may_not_go_is_rejected(download: DownloadSetup, target: str) -> None:
     with Elsewhere(target) as elsewhere, pytest.raises(ModelRejected) as caught:
-        Downloader(EgressPolicy([elsewhere.url]), QUICK).fetch(
-            Fixed(f"{elsewhere.url}/again"), world.part, deadline=Deadline(60)
-        )
+        download.fetch(policy=EgressPolicy([elsewhere.url]), link=lambda: f"{elsewhere.url}/again")
 
     assert "latest" not in caught.value.message
     assert not caught.value.retryable
@@ -712,87 +706,87 @@ def test_a_redirect_to_where_it_may_not_go_is_rejected(world: World, target: str
     ],
 )
 def test_a_line_that_never_works_fails_in_words(
-    world: World, spoiling: Callable[[Storage], None], error: type[ModelError], sentence: str
+    download: DownloadSetup, spoiling: Callable[[Storage], None], error: type[ModelError], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence) as caught:
-        spoil(world, spoiling)
+        spoil(download, spoiling)
 
     assert type(caught.value) is error
-    assert str(world.folder) not in caught.value.message
+    assert str(download.folder) not in caught.value.message
     assert "X-Amz" not in caught.value.message
 
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 1])
-def test_a_file_of_another_size_is_rejected_before_its_bytes(world: World, size: int) -> None:
+def test_a_file_of_another_size_is_rejected_before_its_bytes(download: DownloadSetup, size: int) -> None:
     with pytest.raises(ModelRejected, match=f"{SIZE:,} bytes where it should have {size:,}"):
-        world.fetch(size=size)
+        download.fetch(size=size)
 
-    assert len(world.storage.asked) == 1
+    assert len(download.storage.asked) == 1
 
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
-def test_a_stream_of_another_size_is_not_accepted(world: World, size: int) -> None:
-    world.storage.fail(Fault(whole=True, framing="close"), times=None)
+def test_a_stream_of_another_size_is_not_accepted(download: DownloadSetup, size: int) -> None:
+    download.storage.fail(Fault(whole=True, framing="close"), times=None)
 
     with pytest.raises((ModelRejected, DownloadFailed), match=r"more bytes|early"):
-        world.fetch(size=size)
+        download.fetch(size=size)
 
 
-def test_a_file_beyond_the_largest_is_rejected_before_its_bytes(world: World) -> None:
+def test_a_file_beyond_the_largest_is_rejected_before_its_bytes(download: DownloadSetup) -> None:
     with pytest.raises(ModelRejected, match="too large"):
-        world.fetch(dataclasses.replace(QUICK, max_size=SIZE - 1))
+        download.fetch(dataclasses.replace(QUICK, max_size=SIZE - 1))
 
-    assert len(world.storage.asked) == 1
+    assert len(download.storage.asked) == 1
 
 
-def test_a_stream_without_an_end_stops_at_the_largest(world: World) -> None:
-    world.storage.fail(Fault(whole=True, framing="chunked"), times=None)
+def test_a_stream_without_an_end_stops_at_the_largest(download: DownloadSetup) -> None:
+    download.storage.fail(Fault(whole=True, framing="chunked"), times=None)
 
     with pytest.raises(ModelRejected, match="more bytes"):
-        world.fetch(dataclasses.replace(QUICK, max_size=500_000))
+        download.fetch(dataclasses.replace(QUICK, max_size=500_000))
 
-    assert world.part.stat().st_size <= 500_000
+    assert download.part.stat().st_size <= 500_000
 
 
 def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
     with Storage() as storage:
-        world = make_world(tmp_path, storage, 0)
+        download = download_setup(tmp_path, storage, 0)
 
         with pytest.raises(ModelRejected, match="empty"):
-            world.fetch()
+            download.fetch()
 
 
-def test_a_host_without_an_address_fails_in_words(world: World) -> None:
+def test_a_host_without_an_address_fails_in_words(download: DownloadSetup) -> None:
     policy = EgressPolicy(["https://nowhere.invalid"])
 
     with pytest.raises(DownloadFailed, match=r"no address|connection failed"):
-        Downloader(policy, QUICK).fetch(Fixed("https://nowhere.invalid/x"), world.part, deadline=Deadline(60))
+        download.fetch(policy=policy, link=lambda: "https://nowhere.invalid/x")
 
 
 # --- the end of time, and cancellation
 
 
-def test_a_cancelled_download_stops_and_keeps_what_it_has(world: World) -> None:
-    world.storage.rate = 300_000
+def test_a_cancelled_download_stops_and_keeps_what_it_has(download: DownloadSetup) -> None:
+    download.storage.rate = 300_000
     deadline = Deadline(60)
-    world.storage.at(SIZE // 3, deadline.cancel)
+    download.storage.at(SIZE // 3, deadline.cancel)
 
     with pytest.raises(JobCancelled):
-        world.fetch(deadline=deadline)
-    world.storage.rate = None
-    fetched = world.fetch(EXACT)
+        download.fetch(deadline=deadline)
+    download.storage.rate = None
+    fetched = download.fetch(EXACT)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed > 0
     assert fetched.resumed + fetched.received == SIZE
 
 
-def test_what_is_there_is_remembered_at_the_end_whenever_that_was_last_done(world: World) -> None:
-    cut_short(world, tuning=dataclasses.replace(QUICK, remember_bytes=SIZE * 2, remember_seconds=60))
+def test_what_is_there_is_remembered_at_the_end_whenever_that_was_last_done(download: DownloadSetup) -> None:
+    cut_short(download, tuning=dataclasses.replace(QUICK, remember_bytes=SIZE * 2, remember_seconds=60))
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed > 0
 
 
@@ -800,156 +794,160 @@ def test_what_is_there_is_remembered_at_the_end_whenever_that_was_last_done(worl
     "spoiling",
     [fails(SILENCE, None), sets(stall_after=[0] * 99), sets(latency=30.0), fails(Fault(status=503), None)],
 )
-def test_a_download_that_waits_is_cancelled_too(world: World, spoiling: Callable[[Storage], None]) -> None:
+def test_a_download_that_waits_is_cancelled_too(download: DownloadSetup, spoiling: Callable[[Storage], None]) -> None:
     patient = dataclasses.replace(QUICK, stall_seconds=60, patience_seconds=60, pause=30, pause_most=30, tick=60)
     deadline = Deadline(60)
-    spoiling(world.storage)
+    spoiling(download.storage)
 
     def cancel_when_asked() -> None:
-        while not world.storage.asked:
+        while not download.storage.asked:
             threading.Event().wait(0.005)
         deadline.cancel()
 
     thread = threading.Thread(target=cancel_when_asked)
     thread.start()
     with pytest.raises(JobCancelled):
-        world.fetch(patient, deadline=deadline)
+        download.fetch(patient, deadline=deadline)
     thread.join()
 
 
-def test_a_download_ends_when_its_time_is_up(world: World) -> None:
-    world.storage.rate = 10_000
+def test_a_download_ends_when_its_time_is_up(download: DownloadSetup) -> None:
+    download.storage.rate = 10_000
 
     with pytest.raises(JobTimeout):
-        world.fetch(dataclasses.replace(QUICK, min_speed=1), deadline=Deadline(0.3))
+        download.fetch(dataclasses.replace(QUICK, min_speed=1), deadline=Deadline(0.3))
 
 
-def test_a_download_that_begins_cancelled_asks_for_nothing(world: World) -> None:
+def test_a_download_that_begins_cancelled_asks_for_nothing(download: DownloadSetup) -> None:
     deadline = Deadline(60)
     deadline.cancel()
 
     with pytest.raises(JobCancelled):
-        world.fetch(deadline=deadline)
+        download.fetch(deadline=deadline)
 
-    assert not world.storage.asked
+    assert not download.storage.asked
 
 
 # --- the disk, and what is remembered there
 
 
-def test_a_complete_part_is_proven_again_without_asking_anybody(world: World) -> None:
-    world.fetch(sha256=world.sha256)
-    asked = len(world.storage.asked)
+def test_a_complete_part_is_proven_again_without_asking_anybody(download: DownloadSetup) -> None:
+    download.fetch(sha256=download.sha256)
+    asked = len(download.storage.asked)
 
-    fetched = world.fetch(sha256=world.sha256)
+    fetched = download.fetch(sha256=download.sha256)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert (fetched.received, fetched.resumed) == (0, SIZE)
-    assert len(world.storage.asked) == asked
-    assert world.source.asked == [False]
+    assert len(download.storage.asked) == asked
+    assert download.links.count == 1
 
 
-def cut_short(world: World, **options: Any) -> None:
+def cut_short(download: DownloadSetup, **options: Any) -> None:
     """Leave half of the file behind."""
     deadline = Deadline(60)
-    world.storage.rate = 1e6
-    world.storage.at(world.storage.bytes_sent + SIZE // 2, deadline.cancel)
+    download.storage.rate = 1e6
+    download.storage.at(download.storage.bytes_sent + SIZE // 2, deadline.cancel)
     with pytest.raises(JobCancelled):
-        world.fetch(deadline=deadline, **options)
-    world.storage.rate = None
+        download.fetch(deadline=deadline, **options)
+    download.storage.rate = None
 
 
 @pytest.mark.parametrize(
     "spoil_memory",
     [
-        lambda world: ranges_file(world.part).unlink(),
-        lambda world: ranges_file(world.part).write_text(""),
-        lambda world: ranges_file(world.part).write_text('{"version": 1, "size": 20'),
-        lambda world: ranges_file(world.part).write_text("[]"),
-        lambda world: ranges_file(world.part).write_text('{"version": 1, "size": -1, "etag": null, "sha256": null}'),
-        lambda world: _edit(world, version=2),  # from the future
-        lambda world: _edit(world, done=[[0, SIZE * 2]]),
-        lambda world: _edit(world, done=[[9, 5]]),
-        lambda world: _edit(world, done=[["0", "5"]]),
-        lambda world: _edit(world, size=SIZE + 5),  # of another file
-        lambda world: _edit(world, etag='"another"'),
-        lambda world: os.truncate(world.part, 10),
-        lambda world: _edit(world, boot="another"),  # the machine was restarted, and no hash will tell
+        lambda download: ranges_file(download.part).unlink(),
+        lambda download: ranges_file(download.part).write_text(""),
+        lambda download: ranges_file(download.part).write_text('{"version": 1, "size": 20'),
+        lambda download: ranges_file(download.part).write_text("[]"),
+        lambda download: ranges_file(download.part).write_text(
+            '{"version": 1, "size": -1, "etag": null, "sha256": null}'
+        ),
+        lambda download: _edit(download, version=2),  # from the future
+        lambda download: _edit(download, done=[[0, SIZE * 2]]),
+        lambda download: _edit(download, done=[[9, 5]]),
+        lambda download: _edit(download, done=[["0", "5"]]),
+        lambda download: _edit(download, size=SIZE + 5),  # of another file
+        lambda download: _edit(download, etag='"another"'),
+        lambda download: os.truncate(download.part, 10),
+        lambda download: _edit(download, boot="another"),  # the machine was restarted, and no hash will tell
     ],
 )
-def test_what_is_remembered_wrongly_is_fetched_again(world: World, spoil_memory: Callable[[World], object]) -> None:
-    cut_short(world)
-    spoil_memory(world)
+def test_what_is_remembered_wrongly_is_fetched_again(
+    download: DownloadSetup, spoil_memory: Callable[[DownloadSetup], object]
+) -> None:
+    cut_short(download)
+    spoil_memory(download)
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed == 0
 
 
-def _edit(world: World, **fields: Any) -> None:
-    memory = json.loads(ranges_file(world.part).read_text())
-    ranges_file(world.part).write_text(json.dumps({**memory, **fields}))
+def _edit(download: DownloadSetup, **fields: Any) -> None:
+    memory = json.loads(ranges_file(download.part).read_text())
+    ranges_file(download.part).write_text(json.dumps({**memory, **fields}))
 
 
 @pytest.mark.parametrize("options", [{"sha256": "ab" * 32}, {"size": SIZE + 1}])
-def test_a_part_of_another_file_is_not_gone_on_with(world: World, options: dict[str, Any]) -> None:
-    cut_short(world, sha256=world.sha256)
-    world.storage.asked.clear()
+def test_a_part_of_another_file_is_not_gone_on_with(download: DownloadSetup, options: dict[str, Any]) -> None:
+    cut_short(download, sha256=download.sha256)
+    download.storage.asked.clear()
 
     with contextlib.suppress(ModelRejected):  # the other size
-        world.fetch(**options)
+        download.fetch(**options)
 
-    assert world.storage.asked[0].headers["range"].startswith("bytes=0-")
+    assert download.storage.asked[0].headers["range"].startswith("bytes=0-")
 
 
-def test_bytes_that_were_there_before_are_checked_by_the_hash(world: World) -> None:
-    cut_short(world, sha256=world.sha256)
-    with world.part.open("r+b") as part:
+def test_bytes_that_were_there_before_are_checked_by_the_hash(download: DownloadSetup) -> None:
+    cut_short(download, sha256=download.sha256)
+    with download.part.open("r+b") as part:
         part.write(b"\x00" * 100)  # a crash of the machine took them
 
-    fetched = world.fetch(sha256=world.sha256)
+    fetched = download.fetch(sha256=download.sha256)
 
     assert fetched.resumed > 0
-    assert fetched.sha256 == hashlib.sha256(world.part.read_bytes()).hexdigest() != world.sha256
+    assert fetched.sha256 == hashlib.sha256(download.part.read_bytes()).hexdigest() != download.sha256
 
 
-def test_where_a_hash_will_tell_a_part_of_another_machine_is_gone_on_with(world: World) -> None:
-    cut_short(world, sha256=world.sha256)
-    _edit(world, boot="another")
+def test_where_a_hash_will_tell_a_part_of_another_machine_is_gone_on_with(download: DownloadSetup) -> None:
+    cut_short(download, sha256=download.sha256)
+    _edit(download, boot="another")
 
-    fetched = world.fetch(sha256=world.sha256)
+    fetched = download.fetch(sha256=download.sha256)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed > 0
 
 
-def test_another_file_on_resuming_starts_over(world: World, tmp_path: Path) -> None:
-    cut_short(world)
+def test_another_file_on_resuming_starts_over(download: DownloadSetup, tmp_path: Path) -> None:
+    cut_short(download)
     newer = tmp_path / "newer.safetensors"
-    world.content = random.Random(2).randbytes(SIZE)
-    newer.write_bytes(world.content)
-    world.storage.replace(world.key, newer)
+    download.content = random.Random(2).randbytes(SIZE)
+    newer.write_bytes(download.content)
+    download.storage.replace(download.key, newer)
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed == 0
 
 
-def test_a_longer_file_that_was_there_before_leaves_nothing_behind(world: World) -> None:
-    world.part.write_bytes(b"x" * (SIZE * 2))
+def test_a_longer_file_that_was_there_before_leaves_nothing_behind(download: DownloadSetup) -> None:
+    download.part.write_bytes(b"x" * (SIZE * 2))
 
-    fetched = world.fetch()
+    fetched = download.fetch()
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
 
 
-def test_room_for_the_whole_file_is_taken_before_its_first_byte(world: World) -> None:
+def test_room_for_the_whole_file_is_taken_before_its_first_byte(download: DownloadSetup) -> None:
     seen: list[int] = []
-    world.storage.rate = 1e6
+    download.storage.rate = 1e6
 
-    world.fetch(on_progress=lambda done, total: seen.append(world.part.stat().st_blocks * 512))
+    download.fetch(on_bytes=lambda done, total: seen.append(download.part.stat().st_blocks * 512))
 
     assert seen[0] >= SIZE
 
@@ -980,16 +978,14 @@ def test_a_part_that_was_taken_over_is_not_touched(tmp_path: Path, change: Calla
 _WITH_LIMIT = """
 import resource, sys
 from pathlib import Path
-from a1111_worker.context import Deadline
-from a1111_worker.transfer.download import Downloader
+from a1111_worker.context import JobContext
+from a1111_worker.transfer.download import Downloader, Source
 from a1111_worker.errors import VolumeFull
 from a1111_worker.transfer.egress import EgressPolicy
-class Source:
-    def link(self, *, renew): return sys.argv[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 origin = "/".join(sys.argv[1].split("/")[:3])
 try:
-    Downloader(EgressPolicy([origin])).fetch(Source(), Path(sys.argv[2]), deadline=Deadline(60))
+    Downloader(EgressPolicy([origin])).fetch(Source("a model", lambda: sys.argv[1]), Path(sys.argv[2]), JobContext())
 except VolumeFull as error:
     print(error.code, error.message)
 """
@@ -1002,15 +998,15 @@ except VolumeFull as error:
         ("chunked", True),  # it is not: found out while writing
     ],
 )
-def test_a_full_disk_is_said_in_words(world: World, framing: Any, left: bool) -> None:
-    world.storage.fail(Fault(whole=True, framing=framing), times=None)
-    command = [sys.executable, "-c", _WITH_LIMIT, world.storage.sign(world.key), str(world.part), "1000000"]
+def test_a_full_disk_is_said_in_words(download: DownloadSetup, framing: Any, left: bool) -> None:
+    download.storage.fail(Fault(whole=True, framing=framing), times=None)
+    command = [sys.executable, "-c", _WITH_LIMIT, download.storage.sign(download.key), str(download.part), "1000000"]
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
     assert done.stdout.startswith("VOLUME_FULL a model: there is no room"), done.stderr
-    assert str(world.folder) not in done.stdout
-    assert world.part.exists() is left
+    assert str(download.folder) not in done.stdout
+    assert download.part.exists() is left
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
@@ -1023,20 +1019,20 @@ def test_what_a_disk_refuses_is_a_full_volume_to_the_caller(number: int) -> None
     assert ("6,938 MB" in refused.message) is (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
-def test_a_folder_that_is_not_there_is_a_volume_that_cannot_be_written(world: World) -> None:
-    world.folder.rmdir()
+def test_a_folder_that_is_not_there_is_a_volume_that_cannot_be_written(download: DownloadSetup) -> None:
+    download.folder.rmdir()
 
     with pytest.raises(VolumeFull, match="cannot be written"):
-        world.fetch()
+        download.fetch()
 
 
-def test_a_link_in_the_place_of_a_part_is_not_followed(world: World, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_part_is_not_followed(download: DownloadSetup, tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("mine")
-    world.part.symlink_to(target)
+    download.part.symlink_to(target)
 
     with pytest.raises(VolumeFull):
-        world.fetch()
+        download.fetch()
 
     assert target.read_text() == "mine"
 
@@ -1045,53 +1041,51 @@ def test_a_link_in_the_place_of_a_part_is_not_followed(world: World, tmp_path: P
 _FETCH = """
 import json, sys
 from pathlib import Path
-from a1111_worker.context import Deadline
-from a1111_worker.transfer.download import Downloader
+from a1111_worker.context import JobContext
+from a1111_worker.transfer.download import Downloader, Source
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
-class Source:
-    def link(self, *, renew): return sys.argv[1]
 origin = "/".join(sys.argv[1].split("/")[:3])
 downloader = Downloader(EgressPolicy([origin]), Tuning(**json.loads(sys.argv[3])))
-downloader.fetch(Source(), Path(sys.argv[2]), deadline=Deadline(60))
+downloader.fetch(Source("a model", lambda: sys.argv[1]), Path(sys.argv[2]), JobContext())
 """
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on_where_it_was(world: World, kills: int) -> None:
-    world.storage.line_rate = 8e6
+def test_killed_at_random_moments_it_goes_on_where_it_was(download: DownloadSetup, kills: int) -> None:
+    download.storage.line_rate = 8e6
     seed = random.Random(kills)
     sent_before = 0
     for _ in range(kills):
         killed = threading.Event()
         tuning = json.dumps(dataclasses.asdict(QUICK))
-        command = [sys.executable, "-c", _FETCH, world.storage.sign(world.key), str(world.part), tuning]
+        command = [sys.executable, "-c", _FETCH, download.storage.sign(download.key), str(download.part), tuning]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
 
         def kill(process: subprocess.Popen[bytes] = process, killed: threading.Event = killed) -> None:
             process.send_signal(signal.SIGKILL)
             killed.set()
 
-        world.storage.at(world.storage.bytes_sent + seed.randrange(1, 2 * SIZE // kills), kill)
+        download.storage.at(download.storage.bytes_sent + seed.randrange(1, 2 * SIZE // kills), kill)
         process.wait(60)
         if process.stdout:
             process.stdout.close()
-        memory = _memory(world)
+        memory = _memory(download)
         present = memory.present if memory else 0
         # What is sent and not remembered: at most a segment and a buffer of each connection.
-        lost = world.storage.bytes_sent - present
+        lost = download.storage.bytes_sent - present
         assert lost - sent_before <= 16 * (QUICK.piece_most + QUICK.buffer)
         sent_before = max(sent_before, lost)
-    world.storage.line_rate = None
+    download.storage.line_rate = None
 
-    fetched = world.fetch(EXACT)
+    fetched = download.fetch(EXACT)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.received == SIZE - fetched.resumed
 
 
-def _memory(world: World) -> PartialFileState | None:
-    part = PartialFile(world.part)
+def _memory(download: DownloadSetup) -> PartialFileState | None:
+    part = PartialFile(download.part)
     try:
         return part.recall()
     finally:
@@ -1175,32 +1169,32 @@ def _certificate(folder: Path) -> Path:
     return path
 
 
-def test_over_tls_it_arrives_and_is_cancelled_as_well(world: World, tmp_path: Path) -> None:
-    with Tunnel(tmp_path, world.storage.url) as tunnel:
-        world.storage.public_url = tunnel.url
-        downloader = Downloader(EgressPolicy([tunnel.url], ca_file=str(tunnel.ca)), QUICK)
+def test_over_tls_it_arrives_and_is_cancelled_as_well(download: DownloadSetup, tmp_path: Path) -> None:
+    with Tunnel(tmp_path, download.storage.url) as tunnel:
+        download.storage.public_url = tunnel.url
+        policy = EgressPolicy([tunnel.url], ca_file=str(tunnel.ca))
         deadline = Deadline(60)
-        world.storage.rate = 300_000
-        world.storage.at(SIZE // 2, deadline.cancel)
+        download.storage.rate = 300_000
+        download.storage.at(SIZE // 2, deadline.cancel)
 
         with pytest.raises(JobCancelled):
-            downloader.fetch(world.source, world.part, deadline=deadline)
-        world.storage.rate = None
-        world.storage.reset_after = [100_000]
-        fetched = downloader.fetch(world.source, world.part, deadline=Deadline(60))
+            download.fetch(policy=policy, deadline=deadline)
+        download.storage.rate = None
+        download.storage.reset_after = [100_000]
+        fetched = download.fetch(policy=policy)
 
-    assert world.is_right(fetched)
+    download.assert_whole(fetched)
     assert fetched.resumed > 0
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(world: World, tmp_path: Path) -> None:
-    with Tunnel(tmp_path, world.storage.url) as tunnel:
-        world.storage.public_url = tunnel.url
+def test_a_certificate_that_nobody_vouches_for_is_refused(download: DownloadSetup, tmp_path: Path) -> None:
+    with Tunnel(tmp_path, download.storage.url) as tunnel:
+        download.storage.public_url = tunnel.url
 
         with pytest.raises(DownloadFailed, match="no valid certificate"):
-            Downloader(EgressPolicy([tunnel.url]), QUICK).fetch(world.source, world.part, deadline=Deadline(60))
+            download.fetch(policy=EgressPolicy([tunnel.url]))
 
-    assert not world.storage.asked
+    assert not download.storage.asked
 
 
 # --- bookkeeping
@@ -1526,8 +1520,8 @@ print((int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) 
 @pytest.mark.slow
 def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
     with Storage() as storage:
-        world = make_world(tmp_path, storage, 400 * MiB)
-        command = [sys.executable, "-c", _FETCH + _PEAK, storage.sign(world.key), str(world.part), "{}"]
+        download = download_setup(tmp_path, storage, 400 * MiB)
+        command = [sys.executable, "-c", _FETCH + _PEAK, storage.sign(download.key), str(download.part), "{}"]
 
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
 
