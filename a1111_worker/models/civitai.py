@@ -294,7 +294,7 @@ class CivitAI:
             while True:
                 here = route.url
                 with self._session.get(here, headers=self._headers, timeout=timeout, stream=True) as response:
-                    if not route.turns(response.status_code, response.headers.get("Location")):
+                    if not route.follow(response.status_code, response.headers.get("Location")):
                         answer = _read(response, here)
                         break
                     status = response.status_code
