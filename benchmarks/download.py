@@ -119,7 +119,7 @@ def unthrottled(bench: Bench) -> Iterator[Row]:
     runs = bench.compare({"ours": _ours(bench), "aria2": _aria2(bench), "requests": _python(bench, "requests")})
     work = f"{_gb(bench)}, not throttled, SHA-256 included"
     yield _against(f"{work}, against `aria2c -x16 -s16` without", bench, runs, "ours", "aria2")
-    yield _against(f"{work}, against `requests` with 8 KiB pieces, without", bench, runs, "ours", "requests")
+    yield _against(f"{work}, against `requests` with 8 KiB chunks, without", bench, runs, "ours", "requests")
     memory = max(run.memory for run in runs["ours"])
     yield Row("memory, over the idle process", f"{memory / MiB:.0f} MiB", "≤ 64 MB", memory <= 64 * MB)
 
@@ -268,8 +268,8 @@ def _with_requests(url: str, out: Path) -> None:
     import requests
 
     with requests.get(url, stream=True, timeout=30) as answer, out.open("wb") as file:
-        for piece in answer.iter_content(8192):
-            file.write(piece)
+        for chunk in answer.iter_content(8192):
+            file.write(chunk)
 
 
 # --- files
@@ -278,8 +278,8 @@ def _with_requests(url: str, out: Path) -> None:
 def _seconds_to_hash(path: Path) -> float:
     digest, began = hashlib.sha256(), time.monotonic()
     with path.open("rb") as file:
-        while piece := file.read(MiB):
-            digest.update(piece)
+        while chunk := file.read(MiB):
+            digest.update(chunk)
     return time.monotonic() - began
 
 

@@ -219,7 +219,7 @@ class Download:
         most = state.retries.max_connections(now)
         if file.ranges is None or not file.is_confirmed:
             left = file.ranges.left if file.ranges else file.expected_size
-            return min(most, start_connections(left, tuning)), 1
+            return min(most, _start_connections(left, tuning)), 1
         if not file.has_ranges:
             return 1, 1
         if self._tuner is None:
@@ -263,7 +263,7 @@ class Download:
         return Fetched(size, sha256, received, resumed, connections, seconds)
 
 
-def start_connections(left: int | None, tuning: Tuning) -> int:
+def _start_connections(left: int | None, tuning: Tuning) -> int:
     """How many connections a file begins with, of which so many bytes are missing (None: unknown)."""
     if left is None or left > 4 * tuning.small_file_bytes:
         return tuning.start_connections
@@ -271,6 +271,6 @@ def start_connections(left: int | None, tuning: Tuning) -> int:
 
 
 def _tuner_of(left: int, tuning: Tuning) -> ConcurrencyTuner:
-    start = start_connections(left, tuning)
+    start = _start_connections(left, tuning)
     most = max(1, min(tuning.connections, left // (tuning.small_file_bytes // 2))) if start > 2 else start
     return ConcurrencyTuner(start, most, measure_seconds=tuning.measure_seconds, retune_seconds=tuning.retune_seconds)

@@ -1,4 +1,6 @@
-"""The egress policy: which origins may be reached. Every URL is checked, and every address before it is connected to.
+"""The egress policy: which origins may be reached.
+
+Every URL is checked, and every address that its host resolves to. Exactly the address that was checked is connected to.
 
 An `EgressPolicy` is a list of origins. Scheme, host and port must all match. Nothing else is reached, whatever a job, a
 redirect or a name server says:

@@ -19,7 +19,7 @@ OnBytes = Callable[[int, "int | None"], None]
 
 
 class Monitor:
-    """`look` may be called as often as one likes. `save` is called when a crash would cost too many bytes."""
+    """`look` decides itself what is due. `save` is called when a crash would cost too many bytes."""
 
     def __init__(self, state: DownloadState, save: Callable[[], None], on_bytes: OnBytes | None) -> None:
         now = time.monotonic()
@@ -69,7 +69,10 @@ class Monitor:
         self._rate_mark, self._rate_connections = (now, connections.received), connections.flowing
 
     def _check_speed(self, now: float) -> None:
-        """End the download if it was too slow for too long. The time counts only while it may have a connection."""
+        """End the download if it was too slow for too long.
+
+        The time does not count while other files have all the connections, or while only the hash is computed.
+        """
         state, tuning = self._state, self._state.tuning
         began, received_then = self._speed_mark
         seconds, received = now - began, state.received - received_then

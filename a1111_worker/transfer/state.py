@@ -1,7 +1,9 @@
 """What the threads of one download share: the file, its link, the failures so far, the connections.
 
-The thread that asked for the file and the threads of its connections meet here alone. The policy is here too: which
-connection requests what, and what follows from an answer that did not bring it (`DownloadState.handle_fault`).
+The thread that asked for the file and the threads of its connections meet only here. The policy is here too: which
+connection requests which bytes, and what follows if it does not get them (`DownloadState.handle_fault`).
+
+`DownloadState` has a lock. The objects that it consists of have none: each is used under that lock.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ class DownloadState:
             self.part.clear()
 
     def wait(self, seconds: float) -> None:
-        """Wait for a change, unless there is one already that no connection will notify of again."""
+        """Wait for a change, unless it has happened already: then no connection would notify of it any more."""
         with self.changed:
             is_over = self.file.is_complete and not len(self.connections)
             if not (self.failure or self.is_stopped or is_over):
@@ -274,7 +276,7 @@ class DownloadState:
 
 
 class OpenConnections:
-    """The connections of a download, the oldest first. Not locked.
+    """The connections of a download, the oldest first.
 
     `received` counts the bytes of all its connections, ended ones included, whether they are on disk yet or not.
     """
@@ -327,7 +329,7 @@ class OpenConnections:
 
 
 class FileState:
-    """What is known of a file, and which of its bytes are on disk. Not locked.
+    """What is known of a file, and which of its bytes are on disk.
 
     `label` is how messages name it. `expected_size` is what the caller knows of its size, in bytes; None: nothing.
     `is_confirmed`: an answer of this download agreed with what is known. Until then only one connection asks.
@@ -437,7 +439,7 @@ class FileState:
 
 
 class LinkState:
-    """The link that requests use, and how often one was refused. Not locked."""
+    """The link that requests use, and how often one was refused."""
 
     def __init__(self, label: str, tuning: Tuning) -> None:
         self._label = label
@@ -482,7 +484,7 @@ class LinkState:
 
 
 class RetryState:
-    """Failures since there was progress, restarts, and a limit for a storage that is busy. Not locked."""
+    """Failures since there was progress, restarts, and a limit for a storage that is busy."""
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
@@ -539,7 +541,7 @@ class RetryBudget:
 
 
 class Throughput:
-    """How fast the file comes, as last measured, and what follows from it. Not locked."""
+    """How fast the file comes, as last measured, and what follows from it."""
 
     def __init__(self, tuning: Tuning) -> None:
         self.rate = 0.0  # bytes a second, over all connections; 0: unknown

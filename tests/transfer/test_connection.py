@@ -62,7 +62,7 @@ def headers(**given: str) -> http.client.HTTPMessage:
         (206, {"Content_Range": "bytes 10-19/15"}, 10, 20, TemporaryFault),
         (206, {"Content_Range": "bytes 10-19/100", "Content_Length": "9"}, 10, 20, TemporaryFault),
         (206, {"Content_Type": "multipart/byteranges; boundary=x"}, 10, 20, TemporaryFault),
-        (206, {"Content_Range": "bytes 0-9/100"}, 0, None, TemporaryFault),  # nobody asked for a part
+        (206, {"Content_Range": "bytes 0-9/100"}, 0, None, TemporaryFault),  # no part was asked for
         (200, {"Content_Encoding": "gzip"}, 0, 20, DownloadFailed),
         (200, {"Content_Type": "text/html; charset=utf-8"}, 0, 20, ModelRejected),
         (416, {"Content_Range": "bytes */0"}, 0, 20, ModelRejected),
