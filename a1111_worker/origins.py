@@ -1,15 +1,14 @@
-"""Origins: scheme, host and port. How a setting or a URL writes one, and the ones that this worker knows."""
+"""Origins (scheme, host and port): how a setting or a URL names one, and those that this worker knows."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# Where CivitAI's signed links lead: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain
-# in front of Backblaze, and Backblaze itself, whose links name cluster 004.
 _R2 = "5ac0637cfd0766c97916cefa3764fbdf.r2.cloudflarestorage.com"
 
-
+# CivitAI's signed links lead here: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain
+# in front of Backblaze, and Backblaze itself, whose links name cluster 004.
 STORAGE_HOSTS = (
     f"https://civitai-delivery-worker-prod.{_R2}",
     f"https://civitai-delivery-worker-prod-2023-05-01.{_R2}",
@@ -21,24 +20,20 @@ STORAGE_HOSTS = (
     "https://f004.backblazeb2.com",
 )
 
-
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-
-# Deliberately narrower than RFC 3986: what two parsers might read differently (credentials, backslashes, spaces,
-# percent escapes in a host) is no URL here.
+# Deliberately narrower than RFC 3986: if two parsers might read a text differently (credentials, backslashes, spaces,
+# percent escapes in a host), it is no URL here.
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<rest>[/?#][\x21-\x5b\x5d-\x7e]*)?",
     re.IGNORECASE,
 )
-
-
-_NAME = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[0-9]{1,5})?", re.IGNORECASE)
+_HOST = re.compile(r"(?:\*\.)?[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
 class OriginRefused(Exception):
-    """A URL or an address that may not be reached; the sentence names no more of a URL than its origin."""
+    """A URL or an address that may not be reached. The message names no more of a URL than its origin."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +51,28 @@ class Origin:
 
 
 def origin_of(url: str) -> Origin:
-    """A URL's origin; OriginRefused where it is not plainly an http(s) URL, or carries credentials."""
+    """A URL's origin. Raises OriginRefused if it is not plainly an http(s) URL, or contains credentials."""
     found = _URL.fullmatch(url)
     if not found:
         raise OriginRefused("not a plain https URL (no credentials, no spaces, no escapes in the host)")
     scheme, host, port = found["scheme"].lower(), found["host"].lower(), int(found["port"] or 0)
     if port > 65535:
-        raise OriginRefused("not a plain https URL (its port is no port)")
+        raise OriginRefused("not a plain https URL (its port is above 65535)")
     return Origin(scheme, host, port or DEFAULT_PORTS[scheme])
 
 
 def parse_origin(entry: str) -> Origin:
-    """An origin as a setting writes it: `https://host[:port]`, `host[:port]`, `http://127.0.0.1:PORT`, `*.host`.
+    """An origin as a setting names it: `https://host[:port]`, `host[:port]`, `http://127.0.0.1:PORT`, `*.host`.
 
-    Raises OriginRefused for anything else, http to another host than this machine's own included.
+    Raises OriginRefused for anything else, and for http to any other host than this machine.
     """
     text = entry.strip().rstrip("/")
-    if _NAME.fullmatch(text):
+    if _HOST.fullmatch(text):
         text = f"https://{text}"
-    star = text.startswith("https://*.")
-    origin = origin_of(text.replace("*.", "", 1) if star else text)
+    is_suffix = text.startswith("https://*.")
+    origin = origin_of(text.replace("*.", "", 1) if is_suffix else text)
     if text.count("/") != 2 or "?" in text or "#" in text:
         raise OriginRefused(f"{origin} is followed by a path; an origin is scheme, host and port")
     if origin.scheme == "http" and not origin.is_loopback:
-        raise OriginRefused(f"{origin} is not https (http is for 127.0.0.1 and localhost alone)")
-    return Origin(origin.scheme, f"*.{origin.host}", origin.port) if star else origin
+        raise OriginRefused(f"{origin} is not https (http is for 127.0.0.1 and localhost only)")
+    return Origin(origin.scheme, f"*.{origin.host}", origin.port) if is_suffix else origin

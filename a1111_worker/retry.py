@@ -1,4 +1,4 @@
-"""How to try again: pauses that grow and differ from worker to worker, and what a server says of its own."""
+"""How to try again: pauses that grow and differ from worker to worker, and the pause that a server asks for."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How fast files arrive, side by side with aria2c and requests: python -m benchmarks.download [--json FILE] [--quick]
 
-A server in a process of its own throttles each connection, adds latency, cuts lines. Every client runs in a process of
-its own, in turn, `--rounds` times; what is compared is the median of the rounds' ratios. Client, server and hash share
-this machine's cores, so ratios are what to look at. aria2c comes from the system's packages; without it its rows say
-so.
+A server in a process of its own throttles each connection, adds latency and resets connections. The clients run in
+turn, each in a process of its own, `--rounds` times. The medians of the rounds' ratios are compared: client, server and
+hash share this machine's cores, so ratios say more than rates. Our engine computes the SHA-256 while it downloads; the
+other clients compute none. aria2c comes from the system's packages; its rows say so if it is not installed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import Row, show
 from benchmarks.throttle import Throttle, serving
 
 MB = 1_000_000
@@ -34,43 +35,38 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: `measured` against `goal`; `met` is None where there is nothing to meet."""
+class ClientRun:
+    """What one download took. `sent`: bytes that the server sent. `memory`: bytes beyond the idle process."""
 
-    work: str
-    measured: str
-    goal: str
-    met: bool | None
-
-
-@dataclass(frozen=True)
-class Run:
     seconds: float
-    sent: int
+    sent: int = 0
     links: int = 1
     memory: int = 0
 
 
 @dataclass(frozen=True)
 class Bench:
-    folder: Path  # the files that are served, in memory where there is room
-    disk: Path  # what arrives
+    """Where the files are, and how often each client downloads them."""
+
+    folder: Path  # of the files that are served; in memory if there is room
+    disk: Path  # the folder to download to
     size: int
     rounds: int
-    overwrite: bool = False  # what arrives takes the place of what the last client left
+    overwrite: bool = False  # the files of one client take the place of those of the one before
 
     def in_memory(self) -> Bench:
-        """The same without a disk, which would be what is measured where no line is."""
+        """The same without a disk: if nothing is throttled, the disk would be measured."""
         return replace(self, disk=self.folder)
 
-    def compare(self, clients: dict[str, Callable[[Throttle], Run]], **line: Any) -> dict[str, list[Run]]:
-        """Run every client in turn, again and again, each against a fresh server."""
-        runs: dict[str, list[Run]] = {name: [] for name in clients}
+    def compare(
+        self, clients: dict[str, Callable[[Throttle], ClientRun]], **network: Any
+    ) -> dict[str, list[ClientRun]]:
+        """Run every client in turn, again and again, each against a new server. `network`: see `serving`."""
+        runs: dict[str, list[ClientRun]] = {name: [] for name in clients}
         for _ in range(self.rounds):
             for name, client in clients.items():
-                with serving(self.folder / "files", **line) as server:
-                    run = client(server)
-                    runs[name].append(Run(run.seconds, server.counts()["bytes"], run.links, run.memory))
+                with serving(self.folder / "files", **network) as server:
+                    runs[name].append(replace(client(server), sent=server.counts()["bytes"]))
                 for left in self.disk.glob("out*.ranges" if self.overwrite else "out*"):
                     left.unlink()
         return runs
@@ -78,11 +74,13 @@ class Bench:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.download", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the table there too")
-    parser.add_argument("--quick", action="store_true", help="small files, one round: whether it works, not how fast")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument(
+        "--quick", action="store_true", help="small files, one round: to see that it works, not how fast"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to put some gigabytes (default: memory, else /tmp)")
-    parser.add_argument("--only", help="rows whose name matches")
+    parser.add_argument("--only", help="only the rows whose name matches")
     parser.add_argument("--client", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.client:
@@ -92,16 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _folder(given.folder, size) as folder, tempfile.TemporaryDirectory(prefix="bench-") as disk:
         bench = Bench(folder, Path(disk), size, 1 if given.quick else given.rounds)
         rows = [row for measure in _ROWS if re.search(given.only or "", measure.__name__) for row in measure(bench)]
-    print(table(rows))
+    show("Downloads", rows)
     if given.json:
         given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0
-
-
-def table(rows: Sequence[Row]) -> str:
-    marks = {True: "yes", False: "**no**", None: ""}
-    lines = ["| work | measured | goal | met |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {row.work} | {row.measured} | {row.goal} | {marks[row.met]} |" for row in rows)])
 
 
 # --- the rows
@@ -111,50 +103,34 @@ def throttled(bench: Bench) -> Iterator[Row]:
     runs = bench.compare(
         {
             "ours": _ours(bench),
-            "unproven": _ours(bench, prove=False),
             "aria2": _aria2(bench),
-            "sha256": lambda server: Run(_hashed(bench.folder / "files" / "big"), 0),
+            "sha256": lambda server: ClientRun(_seconds_to_hash(bench.folder / "files" / "big")),
         },
         rate=20 * MB,
         latency=0.05,
     )
     work = f"{_gb(bench)}, 20 MB/s a connection, 50 ms latency"
     yield _against(f"{work}, SHA-256 included, against `aria2c -x16 -s16` without", bench, runs, "ours", "aria2", 0.95)
-    yield _against(f"{work}, SHA-256 left out, against the same", bench, runs, "unproven", "aria2", None)
-    ratio = _ratio(runs["ours"], runs["unproven"])
-    yield Row(
-        f"{work}, SHA-256 included, against left out",
-        f"{ratio:.2f} × the time (SHA-256 alone: {_rate(bench, runs['sha256'])})",
-        "≤ 1.05 ×",
-        ratio <= 1.05,
-    )
+    yield Row("the SHA-256 of the same file alone", _rate(bench, runs["sha256"]))
 
 
 def unthrottled(bench: Bench) -> Iterator[Row]:
     bench = bench.in_memory()
-    runs = bench.compare(
-        {
-            "ours": _ours(bench, prove=False),
-            "aria2": _aria2(bench),
-            "requests": _python(bench, "requests"),
-            "proven": _ours(bench),
-        }
-    )
-    work = f"{_gb(bench)}, not throttled"
-    yield _against(f"{work}, proof off, against `aria2c -x16 -s16`", bench, runs, "ours", "aria2", 1.5)
-    yield _against(f"{work}, proof off, against `requests` with 8 KiB pieces", bench, runs, "ours", "requests", 2.5)
-    yield Row(f"{work}, with the proof", _rate(bench, runs["proven"]), "", None)
-    memory = max(run.memory for run in (*runs["ours"], *runs["proven"]))
+    runs = bench.compare({"ours": _ours(bench), "aria2": _aria2(bench), "requests": _python(bench, "requests")})
+    work = f"{_gb(bench)}, not throttled, SHA-256 included"
+    yield _against(f"{work}, against `aria2c -x16 -s16` without", bench, runs, "ours", "aria2")
+    yield _against(f"{work}, against `requests` with 8 KiB chunks, without", bench, runs, "ours", "requests")
+    memory = max(run.memory for run in runs["ours"])
     yield Row("memory, over the idle process", f"{memory / MiB:.0f} MiB", "≤ 64 MB", memory <= 64 * MB)
 
 
 def resets(bench: Bench) -> Iterator[Row]:
     rounds = bench.rounds
-    # Overwritten, since new memory can cost more than the whole download, and never twice the same: the machine below
-    # takes it away when it is free.
+    # Files are overwritten: new memory can cost more than the whole download, and never the same twice, since a virtual
+    # machine's host takes free memory away.
     bench = replace(bench.in_memory(), rounds=1, overwrite=True)
     every = bench.size // 10
-    client = {"ours": _ours(bench, prove=False)}
+    client = {"ours": _ours(bench)}
     bench.compare(client)
     smooth, broken = [], []
     for _ in range(rounds):
@@ -174,42 +150,41 @@ def loras(bench: Bench) -> Iterator[Row]:
     size = bench.size // 10
     for number in range(9):
         _fill(bench.folder / "files" / f"lora{number}", size)
-    runs = bench.compare(
-        {"ours": _python(bench, "ours", "--nine", "--no-proof"), "proven": _python(bench, "ours", "--nine")},
-        rate=20 * MB,
+    runs = bench.compare({"ours": _python(bench, "ours", "--nine")}, rate=20 * MB)
+    ratio = _seconds(runs["ours"]) / (9 * size / (16 * 20 * MB))
+    yield Row(
+        f"9 LoRAs of {size / MB:.0f} MB at once, 20 MB/s a connection, SHA-256 included",
+        f"{ratio:.2f} × (bytes ÷ 320 MB/s)",
+        "≤ 1.15 ×",
+        ratio <= 1.15,
     )
-    ideal = 9 * size / (16 * 20 * MB)
-    for name, words in (("proven", "SHA-256 included"), ("ours", "without SHA-256")):
-        ratio = _seconds(runs[name]) / ideal
-        yield Row(
-            f"9 LoRAs of {size / MB:.0f} MB at once, 20 MB/s a connection, {words}",
-            f"{ratio:.2f} × (bytes ÷ 320 MB/s)",
-            "≤ 1.15 ×",
-            ratio <= 1.15,
-        )
 
 
 _ROWS = (throttled, unthrottled, resets, loras)
 
 
-def _against(work: str, bench: Bench, runs: dict[str, list[Run]], mine: str, other: str, goal: float | None) -> Row:
+def _against(
+    work: str, bench: Bench, runs: dict[str, list[ClientRun]], mine: str, other: str, goal: float | None = None
+) -> Row:
+    """How many times as fast one client is as the other."""
+    words = f"≥ {goal} ×" if goal else ""
     if not all(run.seconds for run in runs[other]):
-        return Row(work, f"{_rate(bench, runs[mine])}; aria2c is not installed", f"≥ {goal} ×" if goal else "", None)
+        return Row(work, f"{_rate(bench, runs[mine])}; aria2c is not installed", words)
     ratio = _ratio(runs[other], runs[mine])
     measured = f"{ratio:.2f} × ({_rate(bench, runs[mine])}, the other {_rate(bench, runs[other])})"
-    return Row(work, measured, f"≥ {goal} ×" if goal else "", ratio >= goal if goal else None)
+    return Row(work, measured, words, ratio >= goal if goal else None)
 
 
-def _ratio(some: Sequence[Run], others: Sequence[Run]) -> float:
+def _ratio(some: Sequence[ClientRun], others: Sequence[ClientRun]) -> float:
     """Of the times, round by round: what else the machine does changes from round to round."""
-    return statistics.median(one.seconds / other.seconds for one, other in zip(some, others, strict=True))
+    return statistics.median(a.seconds / b.seconds for a, b in zip(some, others, strict=True))
 
 
-def _seconds(runs: Sequence[Run]) -> float:
+def _seconds(runs: Sequence[ClientRun]) -> float:
     return statistics.median(run.seconds for run in runs)
 
 
-def _rate(bench: Bench, runs: Sequence[Run]) -> str:
+def _rate(bench: Bench, runs: Sequence[ClientRun]) -> str:
     return f"{bench.size / _seconds(runs) / MB:.0f} MB/s"
 
 
@@ -220,83 +195,68 @@ def _gb(bench: Bench) -> str:
 # --- the clients
 
 
-def _ours(bench: Bench, *, prove: bool = True) -> Callable[[Throttle], Run]:
-    return _python(bench, "ours", *([] if prove else ["--no-proof"]))
+def _ours(bench: Bench) -> Callable[[Throttle], ClientRun]:
+    return _python(bench, "ours")
 
 
-def _python(bench: Bench, client: str, *options: str) -> Callable[[Throttle], Run]:
-    def run(server: Throttle) -> Run:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.download",
-            "--client",
-            client,
-            server.url,
-            str(bench.disk / "out"),
-        ]
-        done = subprocess.run([*command, *options], cwd=_ROOT, stdout=subprocess.PIPE, check=True)
-        said = json.loads(done.stdout)
-        return Run(said["seconds"], 0, said["links"], said["memory"])
+def _python(bench: Bench, client: str, *options: str) -> Callable[[Throttle], ClientRun]:
+    def run(server: Throttle) -> ClientRun:
+        module = [sys.executable, "-m", "benchmarks.download"]
+        command = [*module, "--client", client, server.url, str(bench.disk / "out"), *options]
+        done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, check=True)
+        return ClientRun(**json.loads(done.stdout))
 
     return run
 
 
-def _aria2(bench: Bench) -> Callable[[Throttle], Run]:
-    def run(server: Throttle) -> Run:
+def _aria2(bench: Bench) -> Callable[[Throttle], ClientRun]:
+    def run(server: Throttle) -> ClientRun:
         aria2c = shutil.which("aria2c")
         if not aria2c:
-            return Run(0.0, 0)
+            return ClientRun(0.0)
         options = ["-x16", "-s16", "-q", "--no-conf", "--file-allocation=none", "-d", str(bench.disk), "-o", "out"]
         began = time.monotonic()
         subprocess.run([aria2c, *options, server.link("big")], check=True)
-        return Run(time.monotonic() - began, 0)
+        return ClientRun(time.monotonic() - began)
 
     return run
 
 
 def _client(arguments: Sequence[str]) -> dict[str, Any]:
-    """Inside a client's process: the time without the interpreter's start, the memory over what it was before."""
+    """Inside a client's process: the fields of its ClientRun. The time is without the interpreter's start."""
     name, url, out, *options = arguments
     if name == "requests":
         return _timed(lambda: _with_requests(f"{url}/big", Path(out)))
-    from a1111_worker.context import Deadline
-    from a1111_worker.transfer.download import Downloader
+    from a1111_worker.context import Deadline, JobContext
+    from a1111_worker.transfer.download import Downloader, Source
     from a1111_worker.transfer.egress import EgressPolicy
 
-    asked: list[bool] = []
-
-    class Source:
-        def __init__(self, link: str) -> None:
-            self._link = link
-
-        def link(self, *, renew: bool) -> str:
-            asked.append(renew)
-            return self._link
-
     downloader = Downloader(EgressPolicy([url]))
-    prove = "--no-proof" not in options
     files = [f"lora{number}" for number in range(9)] if "--nine" in options else ["big"]
+    links: list[str] = []
 
     def fetch(file: str) -> None:
-        downloader.fetch(Source(f"{url}/{file}"), Path(f"{out}.{file}"), deadline=Deadline(600), prove=prove)
+        def link() -> str:
+            links.append(f"{url}/{file}")
+            return links[-1]
 
-    def all_at_once() -> None:
+        downloader.fetch(Source(file, link), Path(f"{out}.{file}"), JobContext(Deadline(600)))
+
+    def fetch_all_at_once() -> None:
         threads = [threading.Thread(target=fetch, args=(file,)) for file in files]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    said = _timed(all_at_once)
-    return {**said, "links": len(asked)}
+    return {**_timed(fetch_all_at_once), "links": len(links)}
 
 
 def _timed(work: Callable[[], object]) -> dict[str, Any]:
     before = _status("VmRSS")
     began = time.monotonic()
     work()
-    return {"seconds": time.monotonic() - began, "memory": _status("VmHWM") - before, "links": 1}
+    return {"seconds": time.monotonic() - began, "memory": _status("VmHWM") - before}
 
 
 def _status(field: str) -> int:
@@ -308,26 +268,26 @@ def _with_requests(url: str, out: Path) -> None:
     import requests
 
     with requests.get(url, stream=True, timeout=30) as answer, out.open("wb") as file:
-        for piece in answer.iter_content(8192):
-            file.write(piece)
+        for chunk in answer.iter_content(8192):
+            file.write(chunk)
 
 
-# --- what it stands on
+# --- files
 
 
-def _hashed(path: Path) -> float:
+def _seconds_to_hash(path: Path) -> float:
     digest, began = hashlib.sha256(), time.monotonic()
     with path.open("rb") as file:
-        while piece := file.read(MiB):
-            digest.update(piece)
+        while chunk := file.read(MiB):
+            digest.update(chunk)
     return time.monotonic() - began
 
 
 @contextlib.contextmanager
-def _folder(wished: Path | None, size: int) -> Iterator[Path]:
+def _folder(given: Path | None, size: int) -> Iterator[Path]:
     memory = Path("/dev/shm")
     room = memory.is_dir() and shutil.disk_usage(memory).free > 4 * size
-    with tempfile.TemporaryDirectory(dir=wished or (memory if room else None), prefix="bench-") as folder:
+    with tempfile.TemporaryDirectory(dir=given or (memory if room else None), prefix="bench-") as folder:
         (Path(folder) / "files").mkdir()
         _fill(Path(folder) / "files" / "big", size)
         yield Path(folder)

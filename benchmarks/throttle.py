@@ -1,11 +1,11 @@
-"""A server in a process of its own, for benches: files with ranges, and a line as bad as one wants.
+"""A server in a process of its own, for benches: files with ranges, over a network that may be slow and may break.
 
     python -m benchmarks.throttle FOLDER [--rate BYTES_A_SECOND] [--latency SECONDS] [--reset-every BYTES]
 
-It prints its port, answers `GET /<name>`, and `GET /-/counts` with what it did: {"bytes", "requests", "connections"}.
-Each connection has its own rate; latency passes before a connection is answered for the first time and before every
-answer; after every so many bytes of all connections together the one that sends is reset. Without a rate it is
-sendfile and nothing else, so that the client is what is measured.
+It prints its port. It answers `GET /<name>` with a file, and `GET /-/counts` with what it did: {"bytes", "requests",
+"connections"}. Each connection has its own rate. It waits for the latency when a connection is opened, and before every
+answer. After every so many bytes, of all connections together, the connection that sends them is reset. Without a rate
+it only calls sendfile, so that the client is measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Throttle:
 def serving(
     folder: Path, *, rate: float | None = None, latency: float = 0.0, reset_every: int | None = None
 ) -> Iterator[Throttle]:
-    """A server process while the block runs."""
+    """A server process while the block runs. `rate`: bytes a second of each connection; `latency`: seconds."""
     command = [sys.executable, "-m", "benchmarks.throttle", str(folder), "--latency", str(latency)]
     if rate:
         command += ["--rate", str(rate)]
@@ -90,8 +90,8 @@ class _Server:
             time.sleep(self._latency)
             while request := reader.readline():
                 headers = {}
-                while (line := reader.readline().strip()) != b"":
-                    name, _, value = line.partition(b":")
+                while (header := reader.readline().strip()) != b"":
+                    name, _, value = header.partition(b":")
                     headers[name.strip().lower().decode()] = value.strip().decode()
                 self._answer(connection, request.split()[1].decode(), headers)
 
@@ -128,7 +128,7 @@ class _Server:
                     time.sleep(ahead)
 
     def _count(self, what: str, count: int) -> bool:
-        """Count it; whether the connection is due to be reset."""
+        """Count what was done. Returns whether the connection must be reset now."""
         with self._lock:
             self.counts[what] += count
             if what != "bytes" or not self._reset_every:

@@ -227,7 +227,7 @@ class CivitAI:
         timeout = (self._timings.connect, self._timings.answer)
         with self._session.get(url, headers=self._headers, timeout=timeout, stream=True) as response:
             status = response.status_code
-            if not route.turns(response.status_code, response.headers.get("Location")):
+            if not route.follow(response.status_code, response.headers.get("Location")):
                 return _read(response, url)
         if origin_of(route.url) not in self._origins:
             return CivitAIResponse(url, status, location=route.url)

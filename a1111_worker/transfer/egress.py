@@ -1,14 +1,16 @@
-"""Which hosts may be reached: every URL and every address is checked, and the address checked is the one connected to.
+"""The egress policy: which origins may be reached.
 
-A `EgressPolicy` is a list of origins, compared whole (scheme, host, port). Beside them nothing is reached, whatever a
-job, a redirect or a name server says:
+Every URL is checked, and every address that its host resolves to. Exactly the address that was checked is connected to.
+
+An `EgressPolicy` is a list of origins. Scheme, host and port must all match. Nothing else is reached, whatever a job, a
+redirect or a name server says:
 
 - https only, except for an origin that is listed as `http://127.0.0.1:PORT` or `http://localhost:PORT`;
-- a host name leads to public addresses only. A private, loopback or link-local address is reached only where it is
-  itself the listed origin's host (`https://10.0.0.7`, `http://127.0.0.1:8081`), or its host is `localhost`;
+- a host name leads to public addresses only. A private, loopback or link-local address is reached only if it is itself
+  the host of a listed origin (`https://10.0.0.7`, `http://127.0.0.1:8081`), or if that host is `localhost`;
 - proxies, netrc, cookies and automatic redirects are off.
 
-It comes in two forms: `open_session` for answers of ordinary size, `open_connection` for the download engine.
+There are two ways to use it: `open_session` for answers of ordinary size, `open_connection` for the download engine.
 """
 
 from __future__ import annotations
@@ -38,13 +40,12 @@ if TYPE_CHECKING:
 
 USER_AGENT = f"a1111-worker/{__version__}"
 
-
 _REDIRECTS = (301, 302, 303, 307, 308)
-_KEPT = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
+_UNESCAPED = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
 class EgressPolicy:
-    """The origins that may be reached, and how."""
+    """The origins that may be reached; `*.host` stands for every host below it. `ca_file`: whom TLS trusts."""
 
     def __init__(self, origins: Iterable[str | Origin], *, ca_file: str | None = None) -> None:
         listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in origins]
@@ -53,10 +54,10 @@ class EgressPolicy:
         self._ca_file = ca_file
 
     def check(self, url: str) -> Origin:
-        """The origin of a URL that may be asked for; OriginRefused for any other URL."""
+        """The origin of a URL that may be requested. Raises OriginRefused for any other URL."""
         origin = origin_of(url)
         if not self.allows(origin):
-            raise OriginRefused(f"{origin} is not among the hosts that may be reached")
+            raise OriginRefused(f"{origin} is not among the origins that may be reached")
         return origin
 
     def allows(self, origin: Origin) -> bool:
@@ -73,14 +74,14 @@ class EgressPolicy:
         timeout: float | None,
         on_socket: Callable[[socket.socket], None] | None = None,
     ) -> socket.socket:
-        """A TCP connection to an origin, made to an address that was checked.
+        """A TCP connection to an origin, made to an address that was checked. `timeout` is in seconds.
 
-        `on_socket` is given every socket before it connects, so that another thread can shut it down.
-        OSError where nobody answers, OriginRefused where the name leads to no address that may be reached.
+        `on_socket` gets every socket before it connects, so that another thread can shut it down. Raises OSError if
+        nothing answers, OriginRefused if the name leads to no address that may be reached.
         """
         origin = Origin(scheme, f"[{host}]" if ":" in host else host.lower(), port)
         if not self.allows(origin):
-            raise OriginRefused(f"{origin} is not among the hosts that may be reached")
+            raise OriginRefused(f"{origin} is not among the origins that may be reached")
         last: OSError | None = None
         for family, kind, protocol, address in self._addresses(origin):
             connection = socket.socket(family, kind, protocol)
@@ -116,12 +117,12 @@ class EgressPolicy:
 
 
 def may_connect(origin: Origin, address: str) -> bool:
-    """Whether an address that an origin's host resolved to may be connected to."""
+    """Whether a connection may be made to an address to which an origin's host resolved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if origin.host == "localhost":
         return ip.is_loopback
     with contextlib.suppress(ValueError):
-        return ip == ipaddress.ip_address(origin.host.strip("[]"))  # an address that was listed as such
+        return ip == ipaddress.ip_address(origin.host.strip("[]"))  # the origin was listed by its address
     return all(part.is_global and not part.is_multicast for part in _embedded(ip))
 
 
@@ -152,10 +153,10 @@ def _tls(ca_file: str) -> ssl.SSLContext:
 
 
 def open_session(policy: EgressPolicy, *, connections: int = 4) -> requests.Session:
-    """A session that reaches only what the policy allows, sends nothing of the environment's and follows nothing.
+    """A session that reaches only what the policy allows, ignores the environment, and follows no redirects.
 
-    A request to anywhere else raises OriginRefused. An `Authorization` header is sent only with the request it was
-    given to.
+    A request to any other origin raises OriginRefused. An `Authorization` header is sent only with the request that it
+    was given to.
     """
     session = _Session()
     session.trust_env = False
@@ -172,37 +173,40 @@ def open_session(policy: EgressPolicy, *, connections: int = 4) -> requests.Sess
 
 
 class Route:
-    """Where redirects lead from a URL: at most `max_hops`, and never to the same place twice."""
+    """Where the redirects of a URL lead: at most `max_redirects`, and never to the same URL twice."""
 
-    def __init__(self, url: str, max_hops: int = 5) -> None:
+    def __init__(self, url: str, max_redirects: int = 5) -> None:
         self.url = url
-        self._max_hops = max_hops
+        self._max_redirects = max_redirects
         self._seen = {url}
 
-    def turns(self, status: int, location: str | None) -> bool:
-        """Take in an answer: whether it leads on, to the new `url`. OriginRefused for a circle or too many hops."""
+    def follow(self, status: int, location: str | None) -> bool:
+        """Whether an answer is a redirect. Then `url` is where it leads.
+
+        Raises OriginRefused for a circle, or too many redirects. The policy must still check `url`.
+        """
         if status not in _REDIRECTS or not location:
             return False
-        # A header is Latin-1 to http.client; what is neither ASCII nor escaped is escaped, nothing else is changed.
+        # A header is Latin-1 to http.client. Only what is neither ASCII nor escaped is escaped here.
         try:
-            self.url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=_KEPT))
+            self.url = urljoin(self.url, quote(location.encode("latin-1", "replace"), safe=_UNESCAPED))
         except ValueError as error:
-            raise OriginRefused(f"a redirect of {origin_of(self.url)} leads to what is no URL") from error
+            raise OriginRefused(f"a redirect of {origin_of(self.url)} leads to something that is no URL") from error
         if self.url in self._seen:
             raise OriginRefused(f"the redirects of {origin_of(self.url)} go in a circle")
-        if len(self._seen) > self._max_hops:
-            raise OriginRefused(f"more than {self._max_hops} redirects, the last one to {origin_of(self.url)}")
+        if len(self._seen) > self._max_redirects:
+            raise OriginRefused(f"more than {self._max_redirects} redirects, the last one to {origin_of(self.url)}")
         self._seen.add(self.url)
         return True
 
 
 class _Session(requests.Session):
-    def get_redirect_target(self, resp: Response) -> None:  # never followed by itself
+    def get_redirect_target(self, resp: Response) -> None:  # so requests never follows one
         return None
 
 
 class _Adapter(HTTPAdapter):
-    """requests over connections that the policy makes."""
+    """requests over connections that are made by the policy."""
 
     def __init__(self, policy: EgressPolicy, connections: int) -> None:
         self._policy = policy
@@ -252,7 +256,10 @@ def _pools(policy: EgressPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
 def open_connection(
     policy: EgressPolicy, origin: Origin, *, timeout: float, on_socket: Callable[[socket.socket], None]
 ) -> http.client.HTTPConnection:
-    """A connection of the standard library (its answers can be read into one's own buffer), not yet connected."""
+    """A connection of the standard library, not connected yet. (Its answers can be read into a buffer of ours.)
+
+    `timeout` is in seconds. `on_socket`: see `EgressPolicy.connect`.
+    """
 
     def connect(address: tuple[str, int], timeout: float, source: object = None) -> socket.socket:
         return policy.connect(origin.scheme, origin.host, origin.port, timeout, on_socket)

@@ -851,7 +851,7 @@ from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from tests.fleet import TUNING, lora, manager
 
-tuning = replace(TUNING, connections=1, piece_least=100_000, piece_most=100_000)
+tuning = replace(TUNING, connections=1, min_range_bytes=100_000, max_range_bytes=100_000)
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, tuning=tuning) as worker:
     with worker.hold([lora(77)], JobContext(Deadline(30))) as held:
         print(held.models[lora(77)].downloaded)
