@@ -21,9 +21,10 @@ from typing import Any
 
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind, ModelRef
+from a1111_worker.models.cache import CacheSettings
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.manager import ModelManager
-from a1111_worker.models.sidecars import Record
+from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from benchmarks.report import Row, run
@@ -75,7 +76,7 @@ def fill(loras: Path, count: int) -> list[ModelRef]:
     for number in range(1, count + 1):
         file = f"Some_model_of_somebody_{number}.safetensors"
         (loras / file).write_bytes(content)
-        record = Record(
+        record = ModelRecord(
             ModelKind.LORA,
             f"Some model of somebody {number}",
             file,
@@ -95,8 +96,8 @@ def fill(loras: Path, count: int) -> list[ModelRef]:
 def manager(folder: Path, name: str, api: str = "https://civitai.invalid", storage: str = "") -> ModelManager:
     policy = EgressPolicy(filter(None, (api, storage)))
     container = folder / name
-    client = CivitAI(policy=policy, urls=[api])
-    return ModelManager(folder / "models", container / "webui", client, Downloader(policy), local=container / "local")
+    settings = CacheSettings(folder / "models", container / "webui", container / "local")
+    return ModelManager(settings, CivitAI(policy=policy, urls=[api]), Downloader(policy))
 
 
 def hold(worker: ModelManager, refs: Sequence[ModelRef]) -> float:

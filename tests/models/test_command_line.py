@@ -21,7 +21,7 @@ from a1111_worker.domain import ModelKind
 from a1111_worker.errors import WorkerError
 from sandbox.civitai import REGION_BLOCKED
 from sandbox.models import sdxl_lora, sha256_of
-from tests.fleet import DETAIL, KEY, Fleet, lora, soon
+from tests.fleet import DETAIL, KEY, Fleet, lora, soon, timings
 
 ROOT = Path(__file__).parent.parent.parent
 MB = 1_000_000
@@ -279,7 +279,7 @@ def test_a_model_stays_in_use_as_long_as_its_user_lives(
             file.truncate(1000)
         options = model_manager._parser().parse_args(arguments)
         # As a command has it, but for the minute after which silence is death.
-        manager = shell.start(checkpoint=None, heartbeat=10.0, stale_after=60.0 if lives else 1.0)
+        manager = shell.start(checkpoint=None, timings=timings(heartbeat=10.0, stale_after=60.0 if lives else 1.0))
 
         try:
             status = model_manager._Command(manager, Config.from_env({}), options, soon()).run()

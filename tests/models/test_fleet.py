@@ -22,7 +22,7 @@ from a1111_worker.domain import HeldModels, Model
 from a1111_worker.errors import VolumeFull
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sha256_of
-from tests.fleet import Fleet, lora
+from tests.fleet import Fleet, lora, timings
 
 VERSIONS = (1, 2, 3, 4, 5)
 SIZE = 70_000
@@ -43,7 +43,7 @@ class Cache(RuleBasedStateMachine):
         self.forgotten: set[str] = set()  # held by workers that died
 
     def new_worker(self) -> ModelManager:
-        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, heartbeat=3600, stale_after=600)
+        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, timings=timings(heartbeat=3600, stale_after=600))
 
     def file(self, version: int) -> Path:
         return self.fleet.loras / f"Model-{version}_{version}.safetensors"
@@ -87,8 +87,8 @@ class Cache(RuleBasedStateMachine):
         """The worker is gone without a word: what it held stays held, for as long as it is not known to be dead."""
         dead = self.workers[worker]
         dead._heartbeat.stop()
-        self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._mine}
-        dead._holds._mine.clear()
+        self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._own}
+        dead._holds._own.clear()
         self.held = [one for one in self.held if one[0] is not dead]
         self.workers[worker] = self.new_worker()
 
@@ -142,13 +142,13 @@ import hashlib, json, random, sys
 from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import VolumeFull
-from tests.fleet import lora, manager
+from tests.fleet import lora, manager, timings
 
 folder, api, storage, name, operations, limit = sys.argv[1:]
 chance = random.Random(int(name))
 served = json.loads((Path(folder) / "served.json").read_text())
 refused = 0
-how = dict(name=name, checkpoint=None, limit=int(limit), heartbeat=0.2, stale_after=60.0)
+how = dict(name=name, checkpoint=None, limit=int(limit), timings=timings(heartbeat=0.2, stale_after=60.0))
 with manager(Path(folder), api, storage, **how) as worker:
     for _ in range(int(operations)):
         if chance.random() < 0.15:
