@@ -245,12 +245,6 @@ def test_a_checkpoint_in_the_image_is_used_without_asking(fleet: Fleet) -> None:
     assert fleet.asked() == []
 
 
-def test_a_source_that_is_the_cache_or_is_not_there_is_no_source(fleet: Fleet) -> None:
-    worker = fleet.start(sources=[fleet.models, fleet.folder / "missing"])
-
-    assert worker.cache.directories.sources == ()
-
-
 def test_vaes_of_the_cache_and_of_sources_are_shown_to_the_webui(fleet: Fleet) -> None:
     sdxl_lora(fleet.models / "vae/fine.safetensors", 1)
     sdxl_lora(fleet.folder / "source/VAE/baked.safetensors", 1)

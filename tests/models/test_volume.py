@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.models.volume import CacheDirectory, can_write
+from a1111_worker.errors import VolumeFull
+from a1111_worker.models.volume import CacheDirectories, CacheDirectory, can_write
 from tests.disks import read_only
 
 
@@ -119,3 +121,80 @@ def test_a_folder_that_cannot_be_written_says_so(directory: CacheDirectory) -> N
     assert can_write(directory.folder, "me")
     assert not can_write(directory.folder / "missing", "me")
     assert not [path.name for path in directory.folder.iterdir() if path.name.startswith(".probe")]
+
+
+def test_a_slow_listing_delays_nobody_whom_the_last_one_satisfies(tmp_path: Path) -> None:
+    is_listing, may_go_on = threading.Event(), threading.Event()
+    is_slow = False
+
+    def listdir(folder: Path) -> list[str]:
+        if is_slow:
+            is_listing.set()
+            may_go_on.wait(30)
+        return os.listdir(folder)
+
+    directory = CacheDirectory(tmp_path, ModelKind.LORA, listdir=listdir)
+    directory.path("a.safetensors").touch()
+    directory.index()
+    directory.path("b.safetensors").touch()
+    is_slow = True
+    refreshing = threading.Thread(target=directory.refresh)
+    refreshing.start()
+    assert is_listing.wait(10)
+    seen: list[frozenset[str]] = []
+    looking = threading.Thread(target=lambda: seen.append(directory.index(fresh=False).files))
+    looking.start()
+
+    looking.join(5)
+    is_in_time = bool(seen)
+    may_go_on.set()
+    for thread in (looking, refreshing):
+        thread.join()
+
+    assert is_in_time and seen == [{"a.safetensors"}]
+    assert directory.index(fresh=False).files == {"a.safetensors", "b.safetensors"}
+
+
+# -- the directories of a worker
+
+
+def test_new_models_go_to_the_cache_and_are_looked_for_there_first(tmp_path: Path) -> None:
+    (tmp_path / "source/Lora").mkdir(parents=True)
+
+    directories = CacheDirectories(tmp_path / "models", tmp_path / "local", [tmp_path / "source"], "me")
+
+    cache, *sources = directories.of(ModelKind.LORA)
+    assert (cache.folder, cache.is_writable, cache.is_local) == (tmp_path / "models/loras", True, False)
+    assert directories.for_new(ModelKind.LORA) is cache
+    assert [source.folder for source in sources] == [tmp_path / "source/Lora", tmp_path / "source"]
+    assert not any(source.is_writable for source in sources)
+
+
+def test_without_a_writable_cache_new_models_go_to_the_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    directories = CacheDirectories(tmp_path / "file/models", tmp_path / "local", [], "me")
+
+    local = directories.for_new(ModelKind.LORA)
+    assert (local.folder, local.is_local) == (tmp_path / "local/loras", True)
+    assert [directory.is_writable for directory in directories.of(ModelKind.LORA)] == [False, True]
+
+
+def test_without_any_writable_folder_there_is_no_place_for_new_models(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    directories = CacheDirectories(tmp_path / "file/models", tmp_path / "file/local", [], "me")
+
+    assert directories.writable() == []
+    with pytest.raises(VolumeFull):
+        directories.for_new(ModelKind.LORA)
+
+
+def test_a_source_that_is_the_cache_or_is_not_there_is_no_source(tmp_path: Path) -> None:
+    sources = [tmp_path / "models", tmp_path / "missing", tmp_path / "link"]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+
+    directories = CacheDirectories(tmp_path / "models", tmp_path / "local", sources, "me")
+
+    assert directories.sources == ()
