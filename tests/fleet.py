@@ -103,8 +103,8 @@ class Fleet:
         left = []
         for path in self.models.rglob("*"):
             model = path.name.removesuffix(".json").removesuffix(".uses")
-            passing = path.parent.name == ".urls" or path.name.startswith(".clock")
-            if path.is_file() and not passing and model not in self.names_in(path.parent):
+            is_passing = path.parent.name == ".urls" or path.name.startswith(".clock")
+            if path.is_file() and not is_passing and model not in self.names_in(path.parent):
                 left.append(str(path.relative_to(self.models)))
         return sorted(left)
 

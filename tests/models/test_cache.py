@@ -1,4 +1,4 @@
-"""The models on disk: found, held, verified, in folders of all kinds."""
+"""The models on disk, in folders of all kinds: found, held, shown to the WebUI."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from dataclasses import replace
 import pytest
 
 from a1111_worker.context import JobContext
-from a1111_worker.errors import (
-    DownloadFailed,
-    ModelError,
-    ModelNotFound,
-    ModelRejected,
-    VolumeFull,
-)
+from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFull
 from sandbox.civitai import NO_MODEL
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
 from tests.disks import read_only
@@ -70,7 +64,7 @@ def test_a_name_that_is_almost_known_gets_a_hint(fleet: Fleet) -> None:
     assert raised.value.hint == "did you mean watercolor?"
 
 
-def test_a_file_on_a_catalog_name_is_used_when_its_bytes_are_the_catalogs(fleet: Fleet) -> None:
+def test_a_file_under_a_catalog_name_is_used_if_its_bytes_are_the_catalogs(fleet: Fleet) -> None:
     served = fleet.serve(DETAIL, trained_words=["x"])
     fleet.loras.mkdir(parents=True)
     shutil.copy(served, fleet.loras / "detail_tweaker_xl.safetensors")
@@ -83,24 +77,24 @@ def test_a_file_on_a_catalog_name_is_used_when_its_bytes_are_the_catalogs(fleet:
     assert (model.version_id, model.downloaded, model.trained_words) == (DETAIL, False, ("x",))
     assert fleet.civitai.links_given == 0
     assert again.version_id == DETAIL
-    assert len(fleet.asked()) == before  # proven once
+    assert len(fleet.asked()) == before  # it was verified once, and not again
 
 
-def test_a_file_on_a_catalog_name_with_other_bytes_is_set_aside(fleet: Fleet) -> None:
+def test_a_different_file_under_a_catalog_name_is_renamed(fleet: Fleet) -> None:
     served = fleet.serve(DETAIL)
-    foreign = fleet.put("detail_tweaker_xl.safetensors", 666)
-    sha256 = sha256_of(foreign)
+    other_file = fleet.put("detail_tweaker_xl.safetensors", 666)
+    sha256 = sha256_of(other_file)
 
     model = fetch(fleet.start(), named("detail_tweaker_xl"))
 
     assert model.sha256 == sha256_of(served)
-    aside = f"detail_tweaker_xl_{sha256[:16]}.safetensors"
-    assert fleet.models_there() == ["detail_tweaker_xl.safetensors", aside]
-    assert sha256_of(fleet.loras / aside) == sha256  # nothing is lost
+    new_name = f"detail_tweaker_xl_{sha256[:16]}.safetensors"
+    assert fleet.models_there() == ["detail_tweaker_xl.safetensors", new_name]
+    assert sha256_of(fleet.loras / new_name) == sha256  # nothing is lost
 
 
 def test_a_file_of_other_bytes_that_another_worker_uses_stays(fleet: Fleet) -> None:
-    foreign = fleet.put("detail_tweaker_xl.safetensors", 666, size_bytes=MB)
+    other_file = fleet.put("detail_tweaker_xl.safetensors", 666, size_bytes=MB)
     one, other = fleet.start(), fleet.start()
     fleet.civitai.fail(NO_MODEL, times=None, on="/api/v1/")  # so that it is used, with a warning
 
@@ -112,7 +106,7 @@ def test_a_file_of_other_bytes_that_another_worker_uses_stays(fleet: Fleet) -> N
             fetch(other, lora(DETAIL))
 
     assert "could not be verified" in warned[0]
-    assert fleet.models_there() == [foreign.name]
+    assert fleet.models_there() == [other_file.name]
     assert fleet.debris() == []
 
 
@@ -131,7 +125,7 @@ def test_a_file_that_is_no_model_never_stands_in_for_one(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "other"])
-def test_the_hash_a_job_gives_is_a_proof_where_civitai_cannot_be_asked(fleet: Fleet, right: bool) -> None:
+def test_the_hash_that_a_job_gives_verifies_a_file_if_civitai_cannot_be_asked(fleet: Fleet, right: bool) -> None:
     path = fleet.put("mine_77.safetensors", 1)
     fleet.civitai.fail(NO_MODEL, times=None, on="/api/v1/")
     worker = fleet.start()
@@ -192,7 +186,7 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
     assert fleet.civitai.resolves == {1: 1, 2: 1}
 
 
-def test_without_any_folder_to_write_to_what_is_missing_is_volume_full(fleet: Fleet) -> None:
+def test_without_a_writable_folder_a_missing_model_is_volume_full(fleet: Fleet) -> None:
     fleet.serve(1)
     (fleet.folder / "file").touch()
     (fleet.folder / "container1").mkdir()
@@ -256,7 +250,7 @@ def test_vaes_of_the_cache_and_of_sources_are_shown_to_the_webui(fleet: Fleet) -
     assert shown == ["baked.safetensors", "fine.safetensors"]
 
 
-def test_a_model_that_goes_between_being_found_and_being_taken_is_not_there(fleet: Fleet) -> None:
+def test_a_model_that_is_gone_between_find_and_hold_is_not_held(fleet: Fleet) -> None:
     fleet.serve(77)
     worker = fleet.start()
     fetch(worker, lora(77))
@@ -264,7 +258,7 @@ def test_a_model_that_goes_between_being_found_and_being_taken_is_not_there(flee
     assert found is not None
 
     (fleet.loras / found.record.file).unlink()
-    taken = worker.cache.hold(found, soon())
+    held = worker.cache.hold(found, soon())
 
-    assert taken is None
+    assert held is None
     assert list((fleet.loras / ".holds").iterdir()) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
-from sandbox.models import sdxl_lora, sha256_of
+from sandbox.models import sha256_of
 from sandbox.storage import Fault
 from tests.fleet import Fleet, fetch, lora, named, soon, timings, wait_until
 

@@ -1,4 +1,4 @@
-"""How missing models get into the cache."""
+"""How missing models get into the cache: whole managers, the sandbox's CivitAI, real folders."""
 
 from __future__ import annotations
 
@@ -9,30 +9,22 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from a1111_worker.context import Deadline, JobContext
+from a1111_worker.context import Deadline, JobContext, ReportProgress, ignore_progress
 from a1111_worker.domain import HeldModels, ModelKind, Progress
-from a1111_worker.errors import (
-    JobCancelled,
-    JobTimeout,
-    ModelAccessDenied,
-    ModelError,
-    ModelNotFound,
-    ModelRejected,
-)
+from a1111_worker.errors import JobCancelled, JobTimeout, ModelAccessDenied, ModelError, ModelNotFound, ModelRejected
 from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import SERVER_ERROR
 from sandbox.models import sha256_of
 from sandbox.storage import Fault
-from tests.fleet import TUNING, Fleet, fetch, lora, named, soon, timings
+from tests.fleet import TUNING, Fleet, fetch, lora, named, soon, timings, wait_until
 
 MB = 1_000_000
 
 
-# -- proof
+# -- verification
 
 
 def test_a_wrong_hash_is_tried_once_more_with_a_fresh_link(fleet: Fleet) -> None:
@@ -59,14 +51,13 @@ def test_a_wrong_hash_twice_is_refused_and_nothing_is_left(fleet: Fleet) -> None
     assert fleet.debris() == []
 
 
-@pytest.mark.parametrize("ref_hash", ["ab" * 32])
-def test_a_hash_that_the_job_wants_and_nobody_has_is_refused(fleet: Fleet, ref_hash: str) -> None:
+def test_a_hash_that_the_job_gives_and_no_file_has_is_refused(fleet: Fleet) -> None:
     fleet.serve(77)
     worker = fleet.start()
 
     for _ in ("before it is there", "when it is there"):
         with pytest.raises(ModelRejected):
-            fetch(worker, lora(77, sha256=ref_hash))
+            fetch(worker, lora(77, sha256="ab" * 32))
         fetch(worker, lora(77))
 
     assert fleet.debris() == []
@@ -109,10 +100,10 @@ def test_a_file_without_metadata_is_tried_unseen(fleet: Fleet) -> None:
     assert "could not be asked" in model.warnings[0]
 
 
-# -- once for everybody
+# -- one fetch for all
 
 
-def test_many_jobs_and_workers_that_want_one_file_fetch_it_once(fleet: Fleet) -> None:
+def test_many_jobs_and_workers_that_need_one_file_fetch_it_once(fleet: Fleet) -> None:
     fleet.serve(77, size=3 * MB)
     fleet.civitai.storage.rate = 6 * MB
     workers = [fleet.start() for _ in range(3)]
@@ -129,12 +120,12 @@ def test_many_jobs_and_workers_that_want_one_file_fetch_it_once(fleet: Fleet) ->
     assert fleet.civitai.resolves == {77: 1}
     fleet.civitai.storage.settle()
     assert fleet.civitai.storage.bytes_sent == 3 * MB
-    assert any("another worker is fetching Model 77" in look.detail for look in seen)
-    assert any("another job is fetching Model 77" in look.detail for look in seen)
+    assert any("another worker is fetching Model 77" in progress.detail for progress in seen)
+    assert any("another job is fetching Model 77" in progress.detail for progress in seen)
     assert fleet.debris() == []
 
 
-def test_what_another_worker_fetched_is_seen_though_the_folders_time_says_nothing(fleet: Fleet) -> None:
+def test_a_model_that_another_worker_fetched_is_found_though_the_folders_time_is_the_same(fleet: Fleet) -> None:
     # Some volumes keep times in whole seconds: two changes in one second look like one.
     fleet.serve(77)
     one, other = fleet.start(timings=timings(heartbeat=3600)), fleet.start(timings=timings(heartbeat=3600))
@@ -150,7 +141,7 @@ def test_what_another_worker_fetched_is_seen_though_the_folders_time_says_nothin
     assert fleet.civitai.resolves == {77: 1}
 
 
-def test_a_name_that_another_worker_brought_is_found_though_the_folders_time_says_nothing(fleet: Fleet) -> None:
+def test_a_name_that_another_worker_fetched_is_found_though_the_folders_time_is_the_same(fleet: Fleet) -> None:
     fleet.serve(77)
     one, other = fleet.start(timings=timings(heartbeat=3600)), fleet.start(timings=timings(heartbeat=3600))
     os.utime(fleet.loras, (1000, 1000))
@@ -164,19 +155,19 @@ def test_a_name_that_another_worker_brought_is_found_though_the_folders_time_say
     assert model.version_id == 77
 
 
-def test_a_cancelled_job_ends_at_once_and_one_that_waits_goes_on_with_its_part(fleet: Fleet) -> None:
+def test_a_cancelled_job_ends_at_once_and_a_waiting_one_goes_on_with_its_partial_file(fleet: Fleet) -> None:
     fleet.serve(77, size=2 * MB)
     fleet.civitai.storage.rate = 2 * MB
     worker = fleet.start()
     first, second = soon(), soon()
     waiting = threading.Event()
 
-    def hold(deadline: Deadline, told: Any = None) -> HeldModels:
-        with worker.hold([lora(77)], JobContext(deadline, told or (lambda look: None))) as held:
+    def hold(deadline: Deadline, report: ReportProgress = ignore_progress) -> HeldModels:
+        with worker.hold([lora(77)], JobContext(deadline, report)) as held:
             return held
 
-    def told(look: Progress) -> None:
-        if "another job" in look.detail:
+    def report(progress: Progress) -> None:
+        if "another job" in progress.detail:
             waiting.set()
 
     def cancel() -> None:
@@ -186,9 +177,9 @@ def test_a_cancelled_job_ends_at_once_and_one_that_waits_goes_on_with_its_part(f
     fleet.civitai.storage.at(MB, cancel)
     with ThreadPoolExecutor(2) as threads:
         cancelled = threads.submit(hold, first)
-        while not worker.cache.directories.for_new(ModelKind.LORA).partial_file("v77", worker.owner).exists():
-            second.wait(0.005)
-        taken_over = threads.submit(hold, second, told)
+        partial_file = worker.cache.directories.for_new(ModelKind.LORA).partial_file("v77", worker.owner)
+        wait_until(partial_file.exists, "the download")
+        taken_over = threads.submit(hold, second, report)
 
         with pytest.raises(JobCancelled):
             cancelled.result()
@@ -199,7 +190,7 @@ def test_a_cancelled_job_ends_at_once_and_one_that_waits_goes_on_with_its_part(f
     assert fleet.debris() == []
 
 
-def test_the_failure_of_one_is_told_to_those_who_waited(fleet: Fleet) -> None:
+def test_jobs_that_waited_get_the_failure_of_the_one_that_fetched(fleet: Fleet) -> None:
     fleet.serve(77, size=300_000, sha256="ab" * 32)
     fleet.civitai.storage.latency = 0.3
     worker = fleet.start()
@@ -212,21 +203,21 @@ def test_the_failure_of_one_is_told_to_those_who_waited(fleet: Fleet) -> None:
         return "fetched"
 
     with ThreadPoolExecutor(3) as threads:
-        sentences = list(threads.map(job, range(3)))
+        messages = list(threads.map(job, range(3)))
 
-    assert len(set(sentences)) == 1
-    assert "abababababab" in sentences[0]
+    assert len(set(messages)) == 1
+    assert "abababababab" in messages[0]
     assert fleet.civitai.links_given == 2
 
 
 @pytest.mark.parametrize(
     ("another_waits", "order"),
     [
-        (False, ["urgent", "prepared"]),
-        (True, ["prepared", "urgent"]),  # it was begun for a job that only prepares, and is not for that one alone
+        (False, ["next", "later"]),
+        (True, ["later", "next"]),  # a later job began it, but the one that the GPU waits for needs it too
     ],
 )
-def test_what_the_gpu_waits_for_comes_before_what_is_only_prepared(
+def test_downloads_that_the_gpu_waits_for_come_before_those_of_later_jobs(
     fleet: Fleet, another_waits: bool, order: list[str]
 ) -> None:
     fleet.serve(1, size=MB)
@@ -237,35 +228,35 @@ def test_what_the_gpu_waits_for_comes_before_what_is_only_prepared(
     begun, waits = threading.Event(), threading.Event()
     finished: list[str] = []
 
-    def job(version_id: int, told: Any, foreground: bool) -> None:
-        with worker.hold([lora(version_id)], JobContext(soon(), told, is_next=lambda: foreground)):
-            finished.append("prepared" if version_id == 1 else "urgent")
+    def job(version_id: int, report: ReportProgress, is_next: bool) -> None:
+        with worker.hold([lora(version_id)], JobContext(soon(), report, is_next=lambda: is_next)):
+            finished.append("later" if version_id == 1 else "next")
 
-    def told(look: Progress) -> None:
-        if look.facts["bytes"]:
+    def report(progress: Progress) -> None:
+        if progress.facts["bytes"]:
             begun.set()
 
     with ThreadPoolExecutor(3) as threads:
-        jobs = [threads.submit(job, 1, told, False)]
+        jobs = [threads.submit(job, 1, report, False)]
         begun.wait(10)
         if another_waits:
-            jobs.append(threads.submit(job, 1, lambda look: waits.set(), True))
+            jobs.append(threads.submit(job, 1, lambda progress: waits.set(), True))
             waits.wait(10)
-        jobs.append(threads.submit(job, 2, lambda look: None, True))
-        for one in jobs:
-            one.result()
+        jobs.append(threads.submit(job, 2, ignore_progress, True))
+        for future in jobs:
+            future.result()
 
     assert list(dict.fromkeys(finished)) == order
 
 
-def test_a_wrong_hash_is_the_failure_of_whoever_named_it(fleet: Fleet) -> None:
+def test_a_wrong_hash_is_the_failure_of_the_job_that_named_it(fleet: Fleet) -> None:
     served = fleet.serve(77, size=MB, sha256="")  # CivitAI has not computed it yet
     fleet.civitai.storage.rate = 4 * MB
     worker = fleet.start()
     begun = threading.Event()
 
     def wrong() -> None:
-        with worker.hold([lora(77, sha256="ab" * 32)], JobContext(soon(), lambda look: begun.set())):
+        with worker.hold([lora(77, sha256="ab" * 32)], JobContext(soon(), lambda progress: begun.set())):
             pass
 
     with ThreadPoolExecutor(1) as threads:
@@ -280,7 +271,7 @@ def test_a_wrong_hash_is_the_failure_of_whoever_named_it(fleet: Fleet) -> None:
     assert fleet.debris() == []
 
 
-def test_a_job_without_time_says_so_and_its_part_stays(fleet: Fleet) -> None:
+def test_a_job_without_time_ends_and_its_partial_file_stays(fleet: Fleet) -> None:
     fleet.serve(77, size=2 * MB)
     fleet.civitai.storage.rate = MB
     worker = fleet.start()
@@ -299,17 +290,17 @@ from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from tests.fleet import lora, manager
 
-def told(look):
-    if look.facts["bytes"] > 600_000:
+def report(progress):
+    if progress.facts["bytes"] > 600_000:
         os.kill(os.getpid(), 9)
 
 with manager(Path(sys.argv[1]), sys.argv[2], sys.argv[3], name="dead", checkpoint=None) as worker:
-    with worker.hold([lora(77)], JobContext(Deadline(30), told)):
+    with worker.hold([lora(77)], JobContext(Deadline(30), report)):
         pass
 """
 
 
-def test_a_killed_workers_lease_is_taken_over_and_its_part_goes_on(fleet: Fleet) -> None:
+def test_a_killed_workers_lease_is_taken_over_and_its_partial_file_completed(fleet: Fleet) -> None:
     served = fleet.serve(77, size=2 * MB)
     fleet.civitai.storage.rate = 2 * MB
     killed = subprocess.run(
@@ -351,7 +342,7 @@ with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, t
     ],
     ids=["goes on", "starts over", "one stream"],
 )
-def test_a_worker_that_was_paused_leaves_the_model_alone_that_another_made_of_its_part(
+def test_a_paused_worker_leaves_the_model_alone_that_another_made_of_its_partial_file(
     fleet: Fleet, fault: Fault
 ) -> None:
     served, storage = fleet.serve(77, size=4 * MB), fleet.civitai.storage
@@ -372,24 +363,28 @@ def test_a_worker_that_was_paused_leaves_the_model_alone_that_another_made_of_it
         storage.fail(fault, times=None)
 
         paused.send_signal(signal.SIGCONT)
-        said, _ = paused.communicate(timeout=30)
+        output, _ = paused.communicate(timeout=30)
 
     assert model.path.stat().st_mtime_ns == written
     assert sha256_of(model.path) == sha256_of(served)
-    assert said == "False\n"  # it looked again, and the model was there
+    assert output == "False\n"  # it looked again, and the model was there
     assert fleet.debris() == []
 
 
-def test_a_worker_that_lost_its_lease_goes_on_with_whoever_took_over(fleet: Fleet) -> None:
+def test_a_worker_that_lost_its_lease_waits_for_the_one_that_has_it(fleet: Fleet) -> None:
     fleet.serve(77, size=2 * MB)
     storage = fleet.civitai.storage
     storage.rate = 2 * MB
     one, other = fleet.start(), fleet.start()
     waits = threading.Event()
 
-    def job(worker: ModelManager, told: Any) -> str:
-        with worker.hold([lora(77)], JobContext(soon(), told)) as held:
+    def job(worker: ModelManager, report: ReportProgress) -> str:
+        with worker.hold([lora(77)], JobContext(soon(), report)) as held:
             return held.models[lora(77)].file
+
+    def report(progress: Progress) -> None:
+        if "another worker" in progress.detail:
+            waits.set()
 
     def lose() -> None:
         waits.wait(10)
@@ -397,10 +392,9 @@ def test_a_worker_that_lost_its_lease_goes_on_with_whoever_took_over(fleet: Flee
 
     storage.at(MB // 2, lose)
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(job, one, lambda look: None)
-        while not (fleet.loras / ".leases/v77").exists():
-            soon().wait(0.005)
-        second = threads.submit(job, other, lambda look: waits.set() if "another worker" in look.detail else None)
+        first = threads.submit(job, one, ignore_progress)
+        wait_until((fleet.loras / ".leases/v77").exists, "the lease")
+        second = threads.submit(job, other, report)
 
         files = {first.result(), second.result()}
 

@@ -30,7 +30,7 @@ ROOM = 3  # models that the cache may have
 
 
 class Cache(RuleBasedStateMachine):
-    """Two workers on one folder. What must hold at every moment is said by the invariants."""
+    """Two workers on one folder. The invariants are what must be true at every moment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class Cache(RuleBasedStateMachine):
 
     @rule(worker=st.integers(0, 1))
     def crash(self, worker: int) -> None:
-        """The worker is gone without a word: what it held stays held, for as long as it is not known to be dead."""
+        """The worker is gone without a word. What it held stays held until it is known to be dead."""
         dead = self.workers[worker]
         dead._heartbeat.stop()
         self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._own}
         dead._holds._own.clear()
-        self.held = [one for one in self.held if one[0] is not dead]
+        self.held = [held for held in self.held if held[0] is not dead]
         self.workers[worker] = self.new_worker()
 
     @rule(version=st.sampled_from(VERSIONS), how=st.sampled_from(["gone", "cut off", "nonsense"]))
@@ -248,9 +248,9 @@ def test_processes_that_wake_up_together_fetch_a_file_once(tmp_path: Path) -> No
                 )
                 for n in range(4)
             ]
-            said = [process.communicate(timeout=100)[0].strip() for process in running]
+            outputs = [process.communicate(timeout=100)[0].strip() for process in running]
 
-        assert sorted(said) == ["False", "False", "False", "True"]
+        assert sorted(outputs) == ["False", "False", "False", "True"]
         fleet.civitai.storage.settle()
         assert fleet.civitai.storage.bytes_sent == 4_000_000
         assert fleet.civitai.links_given == 1

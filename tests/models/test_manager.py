@@ -11,10 +11,7 @@ import pytest
 
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
-from a1111_worker.errors import (
-    ModelNotFound,
-    ModelRejected,
-)
+from a1111_worker.errors import ModelNotFound, ModelRejected
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from tests.fleet import CHECKPOINT, SPEC, Fleet, fetch, lora, named, soon, timings, wait_until
@@ -25,7 +22,7 @@ MB = 1_000_000
 # -- a job's models
 
 
-def test_a_lora_is_fetched_proven_and_shown_to_the_webui(fleet: Fleet) -> None:
+def test_a_lora_is_fetched_verified_and_shown_to_the_webui(fleet: Fleet) -> None:
     served = fleet.serve(77, name="Snow & Ice", base_model="SDXL 1.0", trained_words=["snow"])
     worker = fleet.start()
 
@@ -42,7 +39,7 @@ def test_a_lora_is_fetched_proven_and_shown_to_the_webui(fleet: Fleet) -> None:
     assert fleet.debris() == []
 
 
-def test_what_is_in_the_cache_costs_no_request(fleet: Fleet) -> None:
+def test_a_model_in_the_cache_costs_no_request(fleet: Fleet) -> None:
     fleet.serve(77)
     fetch(fleet.start(), lora(77))
     before = len(fleet.asked())
@@ -53,7 +50,7 @@ def test_what_is_in_the_cache_costs_no_request(fleet: Fleet) -> None:
     assert len(fleet.asked()) == before
 
 
-def test_the_files_of_a_job_come_together_and_in_the_order_of_its_references(fleet: Fleet) -> None:
+def test_the_files_of_a_job_are_fetched_at_once_and_returned_in_the_order_of_its_references(fleet: Fleet) -> None:
     refs = [lora(number) for number in (5, 3, 9, 1)]
     for ref in refs:
         fleet.serve(ref.version_id or 0, size=MB)
@@ -61,9 +58,9 @@ def test_the_files_of_a_job_come_together_and_in_the_order_of_its_references(fle
     worker = fleet.start()
 
     with worker.hold([*refs, refs[0]], JobContext(soon())) as held:
-        there = list(held.models)
+        order = list(held.models)
 
-    assert there == refs
+    assert order == refs
     assert fleet.civitai.storage.peak_connections >= 2
 
 
@@ -79,7 +76,7 @@ def test_the_first_failure_ends_the_others_and_nothing_is_held(fleet: Fleet) -> 
     assert list((fleet.loras / ".holds").iterdir()) == []
 
 
-def test_failures_are_told_where_they_are_tolerated(fleet: Fleet) -> None:
+def test_failures_are_returned_if_they_are_tolerated(fleet: Fleet) -> None:
     fleet.serve(1)
     worker = fleet.start()
 
@@ -93,7 +90,7 @@ def test_failures_are_told_where_they_are_tolerated(fleet: Fleet) -> None:
     }
 
 
-def test_progress_is_told_of_all_files_as_one(fleet: Fleet) -> None:
+def test_the_progress_of_all_files_is_reported_as_one(fleet: Fleet) -> None:
     for number in (1, 2):
         fleet.serve(number, size=2 * MB)
     fleet.civitai.storage.rate = 4 * MB
@@ -104,8 +101,8 @@ def test_progress_is_told_of_all_files_as_one(fleet: Fleet) -> None:
 
     assert seen[-1].percent == 100.0
     assert seen[-1].facts["total"] == 4 * MB
-    assert any(0 < (look.percent or 0) < 100 and (look.eta_s or 0) > 0 for look in seen)
-    assert {look.stage.value for look in seen} == {"models"}
+    assert any(0 < (progress.percent or 0) < 100 and (progress.eta_s or 0) > 0 for progress in seen)
+    assert {progress.stage.value for progress in seen} == {"models"}
 
 
 # -- the checkpoint
@@ -140,7 +137,7 @@ def test_a_checkpoint_on_disk_is_used_without_asking_anybody_and_read_once(fleet
     ("known", "fetched"),
     [("its own", False), ("another", True)],
 )
-def test_a_checkpoint_on_disk_is_compared_where_its_hash_is_known(fleet: Fleet, known: str, fetched: bool) -> None:
+def test_a_checkpoint_on_disk_is_compared_if_its_hash_is_known(fleet: Fleet, known: str, fetched: bool) -> None:
     there = sdxl_checkpoint(fleet.models / "checkpoints/jib_mix.safetensors", 5)
     served = fleet.serve_checkpoint()
     sha256 = sha256_of(there if known == "its own" else served)
@@ -183,36 +180,36 @@ def test_the_fixed_checkpoint_is_its_version_too(fleet: Fleet) -> None:
     assert fleet.civitai.resolves[CHECKPOINT] == 1
 
 
-def verdicts(worker: ModelManager) -> list[tuple[str, bool]]:
-    return [(verdict.finding.split(":")[0], verdict.ok) for verdict in worker.verify(soon(), repair=True)]
+def findings(worker: ModelManager) -> list[tuple[str, bool]]:
+    return [(result.finding.split(":")[0], result.ok) for result in worker.verify(soon(), repair=True)]
 
 
-def test_a_damaged_checkpoint_is_had_again_though_it_came_by_hand(fleet: Fleet) -> None:
+def test_a_damaged_checkpoint_is_fetched_again_though_it_was_put_there_by_hand(fleet: Fleet) -> None:
     served = fleet.serve_checkpoint()
     path = fleet.models / "checkpoints/jib_mix.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(served.read_bytes()[:MB])
 
-    found = verdicts(fleet.start())
+    found = findings(fleet.start())
 
     assert found == [("damaged", True)]
     assert sha256_of(path) == sha256_of(served)
 
 
-def test_another_checkpoint_than_the_configured_one_is_set_aside(fleet: Fleet) -> None:
+def test_another_checkpoint_than_the_configured_one_is_renamed(fleet: Fleet) -> None:
     served = fleet.serve_checkpoint()
     path = sdxl_checkpoint(fleet.models / "checkpoints/jib_mix.safetensors", 5)
-    stranger = sha256_of(path)
+    other = sha256_of(path)
 
-    found = verdicts(fleet.start(checkpoint=replace(SPEC, sha256=sha256_of(served))))
+    found = findings(fleet.start(checkpoint=replace(SPEC, sha256=sha256_of(served))))
 
     assert found == [("another model", True)]
-    assert {sha256_of(file) for file in path.parent.glob("*.safetensors")} == {sha256_of(served), stranger}
+    assert {sha256_of(file) for file in path.parent.glob("*.safetensors")} == {sha256_of(served), other}
     assert sha256_of(path) == sha256_of(served)
 
 
 @pytest.mark.parametrize("harm", ["cut short", "other bytes"])
-def test_a_damaged_file_from_a_url_is_had_again(fleet: Fleet, harm: str) -> None:
+def test_a_damaged_file_from_a_url_is_fetched_again(fleet: Fleet, harm: str) -> None:
     served = sdxl_lora(fleet.folder / "served/own.safetensors", 8)
     worker = fleet.start(checkpoint=None)
     model = fetch(worker, ModelRef(ModelKind.LORA, url=fleet.civitai.storage.publish(served), name="My own"))
@@ -223,7 +220,7 @@ def test_a_damaged_file_from_a_url_is_had_again(fleet: Fleet, harm: str) -> None
             file.seek(-5, os.SEEK_END)
             file.write(b"xxxxx")
 
-    found = verdicts(worker)
+    found = findings(worker)
 
     assert found == [("damaged", True)]
     assert sha256_of(model.path) == sha256_of(served)
@@ -261,7 +258,7 @@ def test_slow_housekeeping_delays_no_sign_of_life(fleet: Fleet) -> None:
     with worker.hold([lora(77)], JobContext(soon())):
         (hold,) = (fleet.loras / ".holds").iterdir()
         dead_lease = fleet.loras / ".leases/v9"
-        os.mkfifo(dead_lease)  # whoever reads it waits until somebody writes: here the housekeeping
+        os.mkfifo(dead_lease)  # the housekeeping that reads it waits until somebody writes
         writer: list[int] = []
 
         def housekeeping_hangs() -> bool:
@@ -277,11 +274,11 @@ def test_slow_housekeeping_delays_no_sign_of_life(fleet: Fleet) -> None:
             os.close(writer[0])
 
 
-def test_what_nobody_comes_back_for_is_removed_again_and_again(fleet: Fleet) -> None:
+def test_old_partial_files_are_removed_again_and_again(fleet: Fleet) -> None:
     fleet.start(timings=timings(sweep=0.05))
-    part = fleet.loras / ".parts/v9.dead.part"
+    partial_file = fleet.loras / ".parts/v9.dead.part"
     for _ in range(2):
-        part.touch()
-        os.utime(part, (part.stat().st_mtime - 2 * 24 * 3600,) * 2)
+        partial_file.touch()
+        os.utime(partial_file, (partial_file.stat().st_mtime - 2 * 24 * 3600,) * 2)
 
-        wait_until(lambda: not part.exists(), "the sweep")
+        wait_until(lambda: not partial_file.exists(), "the sweep")

@@ -7,45 +7,45 @@ from a1111_worker.models.progress import AggregateProgress, FileProgress
 
 
 def test_files_are_added_up() -> None:
-    looks: list[Progress] = []
-    progress = AggregateProgress(2, looks.append)
+    seen: list[Progress] = []
+    aggregate = AggregateProgress(2, seen.append)
 
-    progress.of("a")(FileProgress("A", 10, 100))
-    progress.of("b")(FileProgress("B", 50, 300))
-    progress.count_ready()
-    progress.of("a")(FileProgress("A", 100, 100))
+    aggregate.of("a")(FileProgress("A", 10, 100))
+    aggregate.of("b")(FileProgress("B", 50, 300))
+    aggregate.count_ready()
+    aggregate.of("a")(FileProgress("A", 100, 100))
 
-    assert [look.percent for look in looks] == [None, 15.0, 37.5]  # of all, once all are known
-    assert looks[-1].facts["bytes"] == 150
-    assert looks[-1].facts["total"] == 400
-    assert looks[-1].detail == "1 of 2 ready, 0 of 0 MB"
+    assert [progress.percent for progress in seen] == [None, 15.0, 37.5]  # of all, once all are known
+    assert seen[-1].facts["bytes"] == 150
+    assert seen[-1].facts["total"] == 400
+    assert seen[-1].detail == "1 of 2 ready, 0 of 0 MB"
 
 
 def test_what_an_earlier_download_left_has_no_speed() -> None:
-    looks: list[Progress] = []
-    report = AggregateProgress(1, looks.append).of("a")
+    seen: list[Progress] = []
+    report = AggregateProgress(1, seen.append).of("a")
 
     report(FileProgress("A", 900, 1000))
 
-    assert looks[0].facts["mb_per_s"] == 0.0
-    assert looks[0].eta_s is None
+    assert seen[0].facts["mb_per_s"] == 0.0
+    assert seen[0].eta_s is None
 
 
 def test_a_file_of_unknown_size_has_no_percent() -> None:
-    looks: list[Progress] = []
+    seen: list[Progress] = []
 
-    AggregateProgress(1, looks.append).of("a")(FileProgress("A", 5_000_000))
+    AggregateProgress(1, seen.append).of("a")(FileProgress("A", 5_000_000))
 
-    assert looks[0].percent is None
-    assert looks[0].detail == "0 of 1 ready, 5 of 5 MB"
+    assert seen[0].percent is None
+    assert seen[0].detail == "0 of 1 ready, 5 of 5 MB"
 
 
 def test_waiting_is_reported_only_if_nothing_else_is_done() -> None:
-    looks: list[Progress] = []
-    progress = AggregateProgress(2, looks.append)
+    seen: list[Progress] = []
+    aggregate = AggregateProgress(2, seen.append)
 
-    progress.of("a")(FileProgress("A", 1_000_000, 4_000_000, fetched_by="another worker"))
-    progress.of("b")(FileProgress("B", 1_000_000, 4_000_000))
+    aggregate.of("a")(FileProgress("A", 1_000_000, 4_000_000, fetched_by="another worker"))
+    aggregate.of("b")(FileProgress("B", 1_000_000, 4_000_000))
 
-    assert looks[0].detail == "another worker is fetching A, 25 %; 0 of 2 ready, 1 of 4 MB"
-    assert looks[1].detail == "0 of 2 ready, 2 of 8 MB"
+    assert seen[0].detail == "another worker is fetching A, 25 %; 0 of 2 ready, 1 of 4 MB"
+    assert seen[1].detail == "0 of 2 ready, 2 of 8 MB"

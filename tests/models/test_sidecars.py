@@ -33,7 +33,7 @@ def sidecars(tmp_path: Path) -> Sidecars:
     return Sidecars(tmp_path / "notes")
 
 
-def kept(directory: CacheDirectory, sidecars: Sidecars, file: str = "a_12.safetensors", **facts: Any) -> ModelRecord:
+def write(directory: CacheDirectory, sidecars: Sidecars, file: str = "a_12.safetensors", **facts: Any) -> ModelRecord:
     """A record of a real file."""
     path = sdxl_lora(directory.path(file), 1)
     record = ModelRecord(
@@ -54,8 +54,8 @@ def sidecar(directory: CacheDirectory, file: str = "a_12.safetensors") -> Path:
     return directory.folder / f"{file}.json"
 
 
-def test_what_was_written_is_known(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    record = kept(directory, sidecars)
+def test_a_written_record_is_found(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    record = write(directory, sidecars)
 
     assert sidecars.find(directory, "a_12.safetensors") == record
     assert (
@@ -67,7 +67,7 @@ def test_what_was_written_is_known(directory: CacheDirectory, sidecars: Sidecars
 
 
 def test_a_sidecar_cut_off_anywhere_is_not_believed(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    kept(directory, sidecars)
+    write(directory, sidecars)
     whole = sidecar(directory).read_bytes()
 
     for length in range(0, len(whole), 5):
@@ -100,7 +100,7 @@ def test_a_sidecar_cut_off_anywhere_is_not_believed(directory: CacheDirectory, s
 def test_a_sidecar_that_says_something_else_is_not_believed(
     directory: CacheDirectory, sidecars: Sidecars, change: dict[str, Any]
 ) -> None:
-    kept(directory, sidecars)
+    write(directory, sidecars)
     sidecar(directory).write_text(json.dumps(json.loads(sidecar(directory).read_bytes()) | change))
 
     assert sidecars.find(directory, "a_12.safetensors") is None
@@ -108,14 +108,14 @@ def test_a_sidecar_that_says_something_else_is_not_believed(
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b"\x00" * 4096])
 def test_any_sidecar_is_survived(directory: CacheDirectory, sidecars: Sidecars, content: bytes) -> None:
-    kept(directory, sidecars)
+    write(directory, sidecars)
     sidecar(directory).write_bytes(content)
 
     assert sidecars.find(directory, "a_12.safetensors") is None
 
 
 def test_unknown_facts_of_the_same_schema_are_passed_over(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    record = kept(directory, sidecars)
+    record = write(directory, sidecars)
     sidecar(directory).write_text(json.dumps(json.loads(sidecar(directory).read_bytes()) | {"rating": 5}))
 
     assert sidecars.find(directory, "a_12.safetensors") == record
@@ -123,16 +123,16 @@ def test_unknown_facts_of_the_same_schema_are_passed_over(directory: CacheDirect
 
 def test_a_model_is_known_again_by_reading_it(directory: CacheDirectory, sidecars: Sidecars) -> None:
     path = sdxl_lora(directory.path("mine.safetensors"), 3)
-    looks: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
 
     record = sidecars.rebuild(
-        directory, "mine.safetensors", Deadline(), on_progress=lambda done, total: looks.append((done, total))
+        directory, "mine.safetensors", Deadline(), on_progress=lambda done, total: reports.append((done, total))
     )
 
     assert record.sha256 == sha256_of(path)
     assert record.lora_hash == tensor_hash(path)[:12]
     assert (record.family, record.version_id, record.name) == ("sdxl", None, "mine")
-    assert looks[-1] == (path.stat().st_size, path.stat().st_size)
+    assert reports[-1] == (path.stat().st_size, path.stat().st_size)
     assert sidecars.find(directory, "mine.safetensors") == record
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_somebody_replaced_by_hand_is_read_again(directory: CacheDir
 
 
 def test_a_downloaded_file_may_be_copied_with_another_time(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    record = kept(directory, sidecars)
+    record = write(directory, sidecars)
 
     os.utime(directory.path(record.file), (0, 0))  # as image layers do
 
@@ -202,14 +202,14 @@ def test_a_directory_that_cannot_be_written_is_known_by_notes_of_this_container(
 def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, sidecars: Sidecars) -> None:
     directory = CacheDirectory(tmp_path / "baked", ModelKind.LORA, is_writable=True)
     directory.prepare()
-    record = kept(directory, sidecars)
+    record = write(directory, sidecars)
     source = CacheDirectory(directory.folder, ModelKind.LORA)
 
     assert sidecars.find(source, record.file) == record
 
 
 def test_no_use_of_any_worker_is_lost(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    kept(directory, sidecars)
+    write(directory, sidecars)
     use = (
         "import sys; from pathlib import Path; from a1111_worker.domain import ModelKind;"
         "from a1111_worker.models.sidecars import Sidecars; from a1111_worker.models.volume import CacheDirectory;"
@@ -227,7 +227,7 @@ def test_no_use_of_any_worker_is_lost(directory: CacheDirectory, sidecars: Sidec
 
 
 def test_a_model_that_was_never_used_counts_from_when_it_came(directory: CacheDirectory, sidecars: Sidecars) -> None:
-    kept(directory, sidecars)
+    write(directory, sidecars)
     os.utime(directory.path("a_12.safetensors"), (1000, 1000))
 
     assert sidecars.uses(directory, "a_12.safetensors") == Uses(0, 1000.0)
@@ -237,7 +237,7 @@ def test_a_model_that_was_never_used_counts_from_when_it_came(directory: CacheDi
 def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(
     directory: CacheDirectory, sidecars: Sidecars
 ) -> None:
-    record = kept(directory, sidecars)
+    record = write(directory, sidecars)
     url = "https://models.example/x.safetensors?secret=1"
 
     sidecars.remember_url(directory, url, record.file)
@@ -259,21 +259,21 @@ def test_a_url_never_leads_out_of_the_directory(directory: CacheDirectory, sidec
 
 
 @pytest.mark.parametrize(
-    ("facts", "wish", "expected"),
+    ("facts", "wanted", "expected"),
     [
         ({"primary": True}, {}, True),
         ({"primary": False}, {}, False),  # a version alone means its primary file
         ({"primary": False, "file_id": 7}, {"file_id": 7}, True),
         ({"primary": True, "file_id": 8}, {"file_id": 7}, False),
-        ({"primary": True}, {"size": "pruned", "fp": "fp16"}, True),  # was found to answer this wish
+        ({"primary": True}, {"size": "pruned", "fp": "fp16"}, True),  # this filter is known to select the file
         ({"primary": True}, {"size": "full"}, False),  # CivitAI must be asked which file that is
-        ({"version_id": None}, {}, False),  # nothing is proven
+        ({"version_id": None}, {}, False),  # nothing is verified
         ({"version_id": 13}, {}, False),
     ],
 )
-def test_which_record_answers_a_reference(
-    directory: CacheDirectory, sidecars: Sidecars, facts: dict[str, Any], wish: dict[str, Any], expected: bool
+def test_which_record_is_of_the_file_that_a_reference_means(
+    directory: CacheDirectory, sidecars: Sidecars, facts: dict[str, Any], wanted: dict[str, Any], expected: bool
 ) -> None:
-    record = kept(directory, sidecars, **facts)
+    record = write(directory, sidecars, **facts)
 
-    assert record.is_file_of(ModelRef(ModelKind.LORA, version_id=12, **wish)) is expected
+    assert record.is_file_of(ModelRef(ModelKind.LORA, version_id=12, **wanted)) is expected

@@ -31,7 +31,7 @@ def last_used(fleet: Fleet, number: int, seconds: float) -> None:
     os.utime(uses, (seconds, seconds))
 
 
-def test_the_least_recently_used_goes_when_the_cache_is_full(fleet: Fleet) -> None:
+def test_the_least_recently_used_model_is_evicted_when_the_cache_is_full(fleet: Fleet) -> None:
     refs = sizes(fleet, 1, 2, 3, 4)
     worker = fleet.start(limit=3 * MB)
     for ref in refs[:3]:
@@ -47,7 +47,7 @@ def test_the_least_recently_used_goes_when_the_cache_is_full(fleet: Fleet) -> No
     assert fleet.debris() == []
 
 
-def test_what_any_worker_uses_is_not_evicted(fleet: Fleet) -> None:
+def test_a_model_that_any_worker_uses_is_not_evicted(fleet: Fleet) -> None:
     first, second, third = sizes(fleet, 1, 2, 3)
     one, other = fleet.start(limit=2 * MB), fleet.start(limit=2 * MB)
     fetch(one, second)
@@ -77,7 +77,7 @@ def test_the_checkpoint_is_never_evicted_and_never_kept_out_by_the_limit(fleet: 
     assert (fleet.models / "checkpoints/jib_mix.safetensors").exists()
 
 
-def test_a_file_bigger_than_all_that_could_go_makes_nothing_go(fleet: Fleet) -> None:
+def test_for_a_file_that_never_fits_nothing_is_evicted(fleet: Fleet) -> None:
     small = sizes(fleet, 1, 2)
     (big,) = sizes(fleet, 3, size=9 * MB)
     worker = fleet.start(limit=3 * MB)
@@ -92,17 +92,17 @@ def test_a_file_bigger_than_all_that_could_go_makes_nothing_go(fleet: Fleet) -> 
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(4 * MB + 50_000, True), (5 * MB // 2, False)])
-def test_the_files_that_come_together_keep_the_limit_together(fleet: Fleet, limit: int, fits: bool) -> None:
+def test_files_that_are_fetched_at_once_keep_the_limit_together(fleet: Fleet, limit: int, fits: bool) -> None:
     refs = sizes(fleet, 1, 2, 3, 4)
     fleet.civitai.storage.latency = 0.3  # room was found for all of them before a byte of any is there
     worker = fleet.start(checkpoint=None, limit=limit)
 
     with worker.hold(refs, JobContext(soon()), tolerate=True) as held:
         failures = {type(error) for error in held.failures.values()}
-        taken = sum((fleet.loras / file).stat().st_size for file in fleet.models_there())
+        size = sum((fleet.loras / file).stat().st_size for file in fleet.models_there())
 
     assert failures == (set() if fits else {VolumeFull})
-    assert taken == (4 * MB if fits else 2 * MB)
+    assert size == (4 * MB if fits else 2 * MB)
 
 
 def test_a_full_disk_is_noticed_before_a_byte_is_fetched(fleet: Fleet) -> None:
@@ -116,7 +116,7 @@ def test_a_full_disk_is_noticed_before_a_byte_is_fetched(fleet: Fleet) -> None:
         assert fleet.civitai.storage.asked == []
 
 
-def test_a_disk_that_turns_out_to_be_full_is_cleared_once(fleet: Fleet) -> None:
+def test_on_a_disk_that_turns_out_to_be_full_room_is_made_once(fleet: Fleet) -> None:
     # As with a quota that statvfs does not show: there was room when it was looked for.
     old, new = sizes(fleet, 1, 2, size=40 * MB)
     with small_disk(fleet.folder / "small", 160 << 20):
@@ -130,7 +130,7 @@ def test_a_disk_that_turns_out_to_be_full_is_cleared_once(fleet: Fleet) -> None:
             ballast.write_bytes(bytes(max(0, free - 10 * MB)))
             fleet.civitai.before_a_link = None
 
-        # after room was looked for, and before the part is allocated
+        # after the room was reserved, and before the partial file is allocated
         fleet.civitai.before_a_link = fill
         model = fetch(worker, new)
 
@@ -138,7 +138,7 @@ def test_a_disk_that_turns_out_to_be_full_is_cleared_once(fleet: Fleet) -> None:
         assert [path.name for path in (models / "loras").glob("*.safetensors")] == ["Model-2_2.safetensors"]
 
 
-def test_a_cache_that_was_tidied_up_under_a_worker_goes_on(fleet: Fleet) -> None:
+def test_a_cache_whose_own_folders_were_deleted_goes_on(fleet: Fleet) -> None:
     first, second = sizes(fleet, 1, 2)
     worker = fleet.start()
     fetch(worker, first)
@@ -155,7 +155,7 @@ def test_a_cache_that_was_tidied_up_under_a_worker_goes_on(fleet: Fleet) -> None
     assert fleet.models_there() == ["Model-1_1.safetensors"]
 
 
-def test_a_full_disk_that_cannot_be_made_large_enough_keeps_what_it_has(fleet: Fleet) -> None:
+def test_on_a_full_disk_without_enough_to_evict_nothing_is_evicted(fleet: Fleet) -> None:
     (old,) = sizes(fleet, 1, size=20 * MB)
     (new,) = sizes(fleet, 2, size=60 * MB)
     with small_disk(fleet.folder / "small", 160 << 20):

@@ -78,16 +78,16 @@ def test_another_file_of_a_version_is_another_model(fleet: Fleet) -> None:
     pruned = fleet.serve(77, sdxl_lora(fleet.folder / "pruned.safetensors", 5), file_id=2, fp="fp16")
     fleet.civitai.versions[77].files[1].size = "pruned"
     worker = fleet.start()
-    wish = lora(77, size="pruned", fp="fp16")
+    variant = lora(77, size="pruned", fp="fp16")
 
-    models = [fetch(worker, ref) for ref in (lora(77), lora(77, file_id=2), wish, lora(77, file_id=1))]
+    models = [fetch(worker, ref) for ref in (lora(77), lora(77, file_id=2), variant, lora(77, file_id=1))]
     before = len(fleet.asked())
-    again = [fetch(worker, ref) for ref in (lora(77), lora(77, file_id=2), wish, lora(77, file_id=1))]
+    again = [fetch(worker, ref) for ref in (lora(77), lora(77, file_id=2), variant, lora(77, file_id=1))]
 
     assert [model.sha256 for model in models] == [sha256_of(path) for path in (full, pruned, pruned, full)]
     assert fleet.models_there() == ["Model-77_77.safetensors", "Model-77_77_2.safetensors"]
     assert [model.file for model in again] == [model.file for model in models]
-    assert len(fleet.asked()) == before  # a wish that was found to mean a file is remembered
+    assert len(fleet.asked()) == before  # which file the filter selects is remembered
 
 
 def test_a_url_outside_civitai_is_known_by_its_bytes(fleet: Fleet) -> None:
@@ -117,7 +117,7 @@ def test_a_page_without_a_version_is_its_newest_one(fleet: Fleet) -> None:
     assert "newest" in model.warnings[0]
 
 
-def test_a_warning_is_told_to_every_job_that_it_concerns_and_to_no_other(fleet: Fleet) -> None:
+def test_a_warning_reaches_every_job_that_it_concerns_and_no_other(fleet: Fleet) -> None:
     fleet.serve(77, size=MB)
     fleet.civitai.storage.rate = 2 * MB
     page = ModelRef(ModelKind.LORA, model_id=fleet.civitai.versions[77].model_id)

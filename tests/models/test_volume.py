@@ -21,13 +21,13 @@ def directory(tmp_path: Path) -> CacheDirectory:
     return directory
 
 
-def test_a_model_is_there_when_its_part_is_placed_and_not_before(directory: CacheDirectory) -> None:
-    part = directory.partial_file("v1", "me")
-    part.write_bytes(b"model")
-    Path(f"{part}.ranges").write_text("{}")
+def test_a_model_is_there_once_its_partial_file_is_placed_and_not_before(directory: CacheDirectory) -> None:
+    partial_file = directory.partial_file("v1", "me")
+    partial_file.write_bytes(b"model")
+    Path(f"{partial_file}.ranges").write_text("{}")
     before = directory.index().files
 
-    directory.place(part, "a_1.safetensors")
+    directory.place(partial_file, "a_1.safetensors")
 
     assert before == set()
     assert directory.index().files == {"a_1.safetensors"}
@@ -35,12 +35,12 @@ def test_a_model_is_there_when_its_part_is_placed_and_not_before(directory: Cach
     assert list(directory.partial_files.iterdir()) == []
 
 
-def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(directory: CacheDirectory) -> None:
+def test_an_adopted_partial_file_keeps_its_ranges_and_older_ones_are_removed(directory: CacheDirectory) -> None:
     for age, owner in enumerate(["newest", "older", "oldest"]):
-        part = directory.partial_file("v7", owner)
-        part.write_bytes(owner.encode())
-        Path(f"{part}.ranges").write_text(owner)
-        os.utime(part, (1_000_000 - age, 1_000_000 - age))
+        partial_file = directory.partial_file("v7", owner)
+        partial_file.write_bytes(owner.encode())
+        Path(f"{partial_file}.ranges").write_text(owner)
+        os.utime(partial_file, (1_000_000 - age, 1_000_000 - age))
     directory.partial_file("v77", "other").write_bytes(b"another model's")
 
     directory.adopt_partial_file("v7", "me")
@@ -50,7 +50,7 @@ def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(directory: 
     assert len(list(directory.partial_files.iterdir())) == 3  # mine with its ranges, and the other model's
 
 
-def test_ones_own_part_is_kept_before_any_other(directory: CacheDirectory) -> None:
+def test_an_owners_own_partial_file_comes_before_any_other(directory: CacheDirectory) -> None:
     directory.partial_file("v7", "me").write_bytes(b"mine")
     directory.partial_file("v7", "dead").write_bytes(b"other")
 
@@ -76,23 +76,23 @@ def test_a_listing_follows_what_others_do(directory: CacheDirectory) -> None:
     ]
 
 
-def test_what_was_taken_away_can_be_put_back_but_never_over_a_new_one(directory: CacheDirectory) -> None:
+def test_a_model_in_the_trash_can_be_restored_but_never_over_a_new_one(directory: CacheDirectory) -> None:
     directory.path("a.safetensors").write_bytes(b"old")
-    away = directory.move_to_trash("a.safetensors", "me")
+    trashed = directory.move_to_trash("a.safetensors", "me")
     gone = directory.size("a.safetensors") is None
 
-    directory.restore(away, "a.safetensors")
+    directory.restore(trashed, "a.safetensors")
     back = directory.path("a.safetensors").read_bytes()
-    away = directory.move_to_trash("a.safetensors", "me")
+    trashed = directory.move_to_trash("a.safetensors", "me")
     directory.path("a.safetensors").write_bytes(b"new")
-    directory.restore(away, "a.safetensors")
+    directory.restore(trashed, "a.safetensors")
 
     assert gone
     assert back == b"old"
     assert directory.path("a.safetensors").read_bytes() == b"new"
 
 
-def test_a_sweep_removes_what_nobody_comes_back_for(directory: CacheDirectory) -> None:
+def test_a_sweep_removes_what_nobody_needs_any_more(directory: CacheDirectory) -> None:
     now = directory.folder.stat().st_mtime
     old, young = directory.partial_file("v1", "dead"), directory.partial_file("v2", "alive")
     for path in (old, young):
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_says_so(directory: CacheDirectory) -> N
     assert not [path.name for path in directory.folder.iterdir() if path.name.startswith(".probe")]
 
 
-def test_a_slow_listing_delays_nobody_whom_the_last_one_satisfies(tmp_path: Path) -> None:
+def test_a_slow_listing_delays_no_thread_that_may_use_the_last_one(tmp_path: Path) -> None:
     is_listing, may_go_on = threading.Event(), threading.Event()
     is_slow = False
 
@@ -131,7 +131,7 @@ def test_a_slow_listing_delays_nobody_whom_the_last_one_satisfies(tmp_path: Path
         if is_slow:
             is_listing.set()
             may_go_on.wait(30)
-        return os.listdir(folder)
+        return [path.name for path in folder.iterdir()]
 
     directory = CacheDirectory(tmp_path, ModelKind.LORA, listdir=listdir)
     directory.path("a.safetensors").touch()
