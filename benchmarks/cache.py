@@ -1,9 +1,9 @@
-"""What the cache costs: a job whose models are there, a start with ten thousand of them, a fleet that wants one file.
+"""What the cache costs: a job whose models are there, a start with ten thousand models, a fleet that needs one file.
 
     python -m benchmarks.cache [--quick] [--json FILE]
 
-Every model has its sidecar and its uses, so that the folder has three times as many names. The workers of the fleet are
-processes of their own, CivitAI and its storage are another one.
+Every model has its sidecar and its uses, so the folder has three times as many names. Each worker of the fleet is a
+process of its own, and CivitAI with its storage is another one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def cached(folder: Path, rounds: int) -> list[Row]:
 
 
 def fill(loras: Path, count: int) -> list[ModelRef]:
-    """A cache of small models, each with all that is known of it; nine of them as references."""
+    """Fill a cache with small models, each with its sidecar and its uses. Returns references to nine of them."""
     path = sdxl_lora(loras / "first.safetensors", 1)
     content, sha256 = path.read_bytes()[:200], sha256_of(path)
     path.unlink()
@@ -115,7 +115,7 @@ def start_of(folder: Path, refs: Sequence[ModelRef], number: int) -> float:
         return time.perf_counter() - began
 
 
-# -- a fleet that wants one file
+# -- a fleet that needs one file
 
 WORKER = """
 import sys, time
@@ -139,8 +139,8 @@ def fleet(folder: Path, workers: int, size: int) -> list[Row]:
     site = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert site.stdout is not None
-        where = json.loads(site.stdout.readline())
-        api, storage = where["api"], where["storage"]
+        urls = json.loads(site.stdout.readline())
+        api, storage = urls["api"], urls["storage"]
         ask(f"{api}/api/v1/model-versions/1")  # it hashes its file once
         running = [
             subprocess.Popen(
@@ -182,8 +182,8 @@ def fleet(folder: Path, workers: int, size: int) -> list[Row]:
 
 def ask(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=60) as answer:
-        said: dict[str, Any] = json.load(answer)
-        return said
+        document: dict[str, Any] = json.load(answer)
+        return document
 
 
 if __name__ == "__main__":

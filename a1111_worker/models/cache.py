@@ -141,7 +141,7 @@ class ModelCache:
         if (
             spec is not None
             and (spec.ref.kind, spec.ref.version_id) == (directory.kind, version_id)
-            and spec.file in index.files  # a name that does not tell its version
+            and spec.file in index.files  # this name does not contain its version
         ):
             yield spec.file
         yield from index.by_version.get(version_id, ())
@@ -356,7 +356,7 @@ class ModelCache:
 
 
 def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
-    """The file that has a name. On a volume that takes `A` and `a` for one name, it may be spelled differently."""
+    """The file that has a name. If the volume does not distinguish `A` from `a`, it may be spelled differently."""
     if directory.size(file) is None:
         return None
     index = directory.refresh()

@@ -36,7 +36,7 @@ _LOG_INTERVAL = 20.0  # seconds between two log lines about one wait
 
 
 class Fetcher:
-    """Brings missing models into the cache. `poll` is the seconds between two looks while another worker fetches."""
+    """Gets missing models into the cache. `poll` is the seconds between two looks while another worker fetches."""
 
     def __init__(
         self, cache: ModelCache, civitai: CivitAI, downloader: Downloader, leases: Leases, *, poll: float
@@ -219,7 +219,7 @@ class Fetcher:
                     f"not {(target.sha256 or '')[:12]}…"
                 )
             is_second, may_evict = True, True
-            log.warning("%s has the SHA-256 %s, a wrong one: once more, with a new link", target.label, sha256[:12])
+            log.warning("%s has a wrong SHA-256, %s: downloading it again, with a new link", target.label, sha256[:12])
             directory.remove_partial_file(partial_file)
 
     def _place(

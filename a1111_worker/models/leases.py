@@ -80,7 +80,7 @@ class Leases:
             return LeaseNote("?") if path.exists() else None
 
     def watch(self, folder: Path) -> None:
-        """Look at everybody's leases, and remove those of dead owners."""
+        """Look at everybody's leases, and remove those of the dead, so that they are known when a lease is needed."""
         try:
             names = os.listdir(folder)  # noqa: PTH208 - names are all that is needed
         except OSError:

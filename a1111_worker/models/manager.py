@@ -57,7 +57,7 @@ REPLACED = "; replaced"
 
 @dataclass(frozen=True)
 class CacheTimings:
-    """How a worker shows the others that it is alive, and judges whether they are. Seconds."""
+    """How often a worker shows that it is alive, looks at the others, and cleans up. Seconds."""
 
     heartbeat: float = 10.0  # between two touches of its own files, and between two looks at those of others
     stale_after: float = 60.0  # an owner whose file does not change for so long is dead
@@ -102,7 +102,7 @@ class ModelManager:
             self._webui_folder_error = error
         self._sweep_interval = timings.sweep
         self._next_sweep = 0.0
-        # Its own: on a large or slow volume housekeeping takes long, and no sign of life may wait for it.
+        # It has a heartbeat of its own: on a large or slow volume it takes long, and no sign of life may wait for it.
         self._housekeeping = Heartbeat(timings.heartbeat, name="housekeeping")
         self._housekeeping.add_listener(self._look_after)
 
@@ -390,7 +390,7 @@ def _raise_unless_tolerable(outcomes: Mapping[ModelRef, Model | BaseException], 
         if isinstance(outcome, (Model, ModelError, JobCancelled)):  # cancelled: another model's failure ended it
             continue
         if isinstance(outcome, JobTimeout):
-            deadline.wait(1.0)  # the fetches' own deadline ends a moment before the job's: that one's error is raised
+            deadline.wait(1.0)  # the job's own deadline ends a moment later, and its error names the right time
         raise outcome
 
 

@@ -1,4 +1,4 @@
-"""Names of model files: how a name is made from any text, and what the names in a folder say of the models."""
+"""Names of model files: how a name is made from any text, and what the names in a folder say about the models."""
 
 from __future__ import annotations
 

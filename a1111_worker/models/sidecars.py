@@ -108,8 +108,8 @@ class ModelRecord:
             return False
         if ref.file_id is not None:
             return self.file_id == ref.file_id
-        wanted = variant_filter(ref)
-        return wanted in self.variant_filters if wanted else self.primary
+        variant = variant_filter(ref)
+        return variant in self.variant_filters if variant else self.primary
 
     def model(self, path: Path, *, downloaded: bool = False, warnings: tuple[str, ...] = ()) -> Model:
         return Model(
@@ -169,8 +169,8 @@ class Uses:
 class Sidecars:
     """The sidecars of all cache directories.
 
-    What belongs to a directory that cannot be written is kept in `notes`, a folder of this container. A shared folder
-    would take files of one name and size in two images for the same file.
+    Those of a directory that cannot be written are kept in `notes`, a folder of this container. In a shared folder,
+    files of one name and size in two images would be taken for the same file.
     """
 
     def __init__(self, notes: Path) -> None:

@@ -27,7 +27,7 @@ class SingleFlight:
     def join(self, key: str, is_next: Callable[[], bool]) -> Iterator[tuple[SharedFetch, bool]]:
         """The fetch of `key`, and whether the caller must do it. If not, the caller waits with `wait`.
 
-        `is_next` tells, for as long as the block lasts, whether the GPU waits for the caller.
+        `is_next` is asked whether the GPU waits for the caller, for as long as the block lasts.
         """
         with self._lock:
             fetch = self._fetches.get(key)

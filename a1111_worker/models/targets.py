@@ -43,7 +43,7 @@ class FetchTarget:
 
     @property
     def size(self) -> int | None:
-        """Bytes that it will not exceed, if anybody tells."""
+        """Bytes that it will not exceed, or None if that is unknown."""
         return self.remote.size or self.remote.size_at_most
 
     @property
@@ -103,7 +103,7 @@ class FetchTarget:
     def record(self, path: Path, file: str, sha256: str) -> ModelRecord:
         """What is known of it once it is fetched to `path`. Raises ModelRejected if that is no safetensors file."""
         header = read_header(path)
-        wanted = variant_filter(self.ref)
+        variant = variant_filter(self.ref)
         return ModelRecord(
             kind=self.ref.kind,
             name=self.title,
@@ -114,7 +114,7 @@ class FetchTarget:
             version_id=self.remote.version_id,
             file_id=self.remote.file_id,
             primary=self.is_primary,
-            variant_filters=(wanted,) if wanted else (),
+            variant_filters=(variant,) if variant else (),
             base_model=self.remote.base_model,
             family=family_of(header, self.remote.base_model),
             lora_hash=lora_hash(path, header) if self.ref.kind is ModelKind.LORA else None,
@@ -139,10 +139,10 @@ class FetchTarget:
 
     def with_variant_filter(self, record: ModelRecord) -> ModelRecord:
         """The record, which now also knows that the reference's variant filter selects its file."""
-        wanted = variant_filter(self.ref)
-        if not wanted or wanted in record.variant_filters:
+        variant = variant_filter(self.ref)
+        if not variant or variant in record.variant_filters:
             return record
-        return replace(record, variant_filters=(*record.variant_filters, wanted))
+        return replace(record, variant_filters=(*record.variant_filters, variant))
 
 
 def _without_query(url: str) -> str:

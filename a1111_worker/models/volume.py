@@ -51,8 +51,8 @@ _TRASH_SECONDS = 60.0  # the worker that evicts a model may still put it back
 
 
 class UnfinishedDownload(NamedTuple):
-    """A partial file on disk. `key` names what is fetched, `size` is the bytes that it takes on the disk, `written` is
-    when it was last written, by the volume's clock."""
+    """A partial file on disk. `key` names what is fetched. `size` is the bytes that it takes on the disk. `written` is
+    the time of its last change, by the volume's clock."""
 
     key: str
     path: Path
@@ -244,7 +244,7 @@ class CacheDirectory:
         """Remove what nobody needs any more: the trash, and partial files untouched for `older_than` seconds.
 
         Also removed are drafts of that age, which a dead writer left, and sidecars without a model. Ages are by the
-        volume's own clock: a file that is made now tells its time.
+        volume's own clock: a file that is made now shows its time.
         """
         now = _volume_time(self.trash)
         if now is None:
