@@ -1,4 +1,4 @@
-"""Models for a worker: on disk, proven, and kept there until the job ends; also a command line.
+"""Models for a worker: on disk, verified, and kept there until the job ends. Also a command line.
 
     with open_manager(config) as manager, manager.hold(refs, JobContext()) as held:
         held.models[ref].path
@@ -6,7 +6,7 @@
     python model_manager.py fetch https://civitai.com/models/122359?modelVersionId=135867
     python model_manager.py --help
 
-What holds them is a1111_worker/manager.py; here it is built from the settings.
+The work is done by a1111_worker/models/manager.py. Here it is built from the settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from a1111_worker import logs
 from a1111_worker.catalog import LORAS
@@ -29,13 +29,14 @@ from a1111_worker.config import Config
 from a1111_worker.context import Deadline, JobContext, ReportProgress, ignore_progress
 from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress
 from a1111_worker.errors import ConfigError, DownloadFailed, JobCancelled, ModelError, VolumeFull, WorkerError
-from a1111_worker.models.cache import CheckpointSpec
+from a1111_worker.models.cache import CacheSettings, CheckpointSpec
+from a1111_worker.models.civitai import CivitAI, CivitAITimings
 from a1111_worker.models.eviction import Entry
 from a1111_worker.models.manager import ModelManager
-
-if TYPE_CHECKING:
-    from a1111_worker.models.civitai import CivitAITimings
-    from a1111_worker.transfer.ranges import Tuning
+from a1111_worker.models.references import BadReference, parse_reference
+from a1111_worker.transfer.download import Downloader
+from a1111_worker.transfer.egress import EgressPolicy
+from a1111_worker.transfer.ranges import Tuning
 
 T = TypeVar("T")
 
@@ -45,35 +46,33 @@ __all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager
 def open_manager(
     config: Config, *, webui: bool = True, timings: CivitAITimings | None = None, tuning: Tuning | None = None
 ) -> ModelManager:
-    """The manager that the settings describe; without `webui` it shows nothing to any WebUI.
+    """The manager that the settings describe. Without `webui` it shows nothing to any WebUI.
 
-    `timings` are CivitAI's periods, `tuning` the downloads'; None are the measured defaults.
+    `timings` are CivitAI's, `tuning` is that of the downloads. None: the measured defaults.
     """
-    from a1111_worker.models.civitai import CivitAI, CivitAITimings
-    from a1111_worker.models.references import BadReference, parse_reference
-    from a1111_worker.transfer.download import Downloader
-    from a1111_worker.transfer.egress import EgressPolicy
-
     policy = EgressPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls))
     try:
         reference = parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
     except BadReference as error:
         raise ConfigError(f"CHECKPOINT_URL: {error}") from error
-    return ModelManager(
+    checkpoint = CheckpointSpec(
+        replace(reference, sha256=config.checkpoint_sha256 or reference.sha256),
+        config.checkpoint_file,
+        config.checkpoint_name,
+        config.checkpoint_sha256,
+    )
+    settings = CacheSettings(
         config.models_dir,
         config.webui_models_dir if webui else None,
-        CivitAI(policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings or CivitAITimings()),
-        Downloader(policy, tuning),
-        local=config.webui_models_dir.with_name(f"{config.webui_models_dir.name}.local"),
+        local_dir=config.webui_models_dir.with_name(f"{config.webui_models_dir.name}.local"),
         sources=config.model_sources,
-        checkpoint=CheckpointSpec(
-            replace(reference, sha256=config.checkpoint_sha256 or reference.sha256),
-            config.checkpoint_file,
-            config.checkpoint_name,
-            config.checkpoint_sha256,
-        ),
+        checkpoint=checkpoint,
         limit=config.cache_limit_bytes,
     )
+    civitai = CivitAI(
+        policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings or CivitAITimings()
+    )
+    return ModelManager(settings, civitai, Downloader(policy, tuning))
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ The exit status is 0 only if everything that was asked for is so now.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command. Returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         config = Config.from_env(os.environ)
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; what has arrived stays, and the next run goes on with it", file=sys.stderr)
         return 130
     except WorkerError as error:
-        print(_sentence(error), file=sys.stderr)
+        print(_format_error(error), file=sys.stderr)
     except BrokenPipeError:  # `| head`
         sys.stderr.close()
     return 1
@@ -164,7 +163,7 @@ class _Command:
         status: int = getattr(self, f"_{self._options.command}")()
         return status
 
-    def _say(self, document: object, lines: Iterable[str]) -> None:
+    def _print(self, document: object, lines: Iterable[str]) -> None:
         if self._options.json:
             print(json.dumps(document, indent=2))
         else:
@@ -173,9 +172,9 @@ class _Command:
 
     def _list(self) -> int:
         rows: list[dict[str, Any]] = []
-        for shelf, entry in self._manager.library.stock():
-            record = self._manager.library.registry.look(shelf, entry.file)
-            count, _ = self._manager.library.registry.uses(shelf, entry.file)
+        sidecars = self._manager.cache.sidecars
+        for directory, entry in self._manager.cache.list_models():
+            record = sidecars.find(directory, entry.file)
             rows.append(
                 {
                     "kind": entry.kind.value,
@@ -183,13 +182,13 @@ class _Command:
                     "name": record.name if record else None,
                     "version_id": record.version_id if record else None,
                     "size": entry.size,
-                    "uses": count,
-                    "last_used": _when(entry.last_used),
+                    "uses": sidecars.uses(directory, entry.file).count,
+                    "last_used": _format_time(entry.last_used),
                     "downloaded_at": record.downloaded_at if record else None,
                     "base_model": (record.base_model or record.family) if record else None,
                     "sha256": record.sha256 if record else None,
                     "keep": entry.keep,
-                    "cache": shelf.writable,
+                    "cache": directory.is_writable,
                 }
             )
         lines = [f"{'KIND':<10} {'MB':>8} {'USES':>5}  {'SINCE':<20}  {'LAST USED':<20} {'VERSION':>8}  FILE"]
@@ -201,12 +200,10 @@ class _Command:
                 f"{row['file']}{f'  ({notes})' if notes else ''}"
             )
         lines.append(f"{len(rows)} models, {sum(row['size'] for row in rows) / 1e9:.2f} GB")
-        self._say(rows, lines)
+        self._print(rows, lines)
         return 0
 
     def _fetch(self) -> int:
-        from a1111_worker.models.references import BadReference, parse_reference
-
         kind = ModelKind(self._options.kind)
         refs: dict[ModelRef, str] = {}
         bad: dict[str, str] = {}
@@ -217,96 +214,99 @@ class _Command:
                 refs[parse_reference(value, kind=kind, allowed_hosts=self._config.model_hosts)] = text
             except BadReference as error:
                 bad[text] = str(error)
-        return self._bring(refs, bad)
+        return self._hold_and_print(refs, bad)
 
     def _prefetch(self) -> int:
         models: list[Model] = []
         failed: dict[str, str] = {}
         if self._options.what in ("checkpoint", "all"):
             try:
-                with _Bar("checkpoint") as report:
+                with _ProgressBar("checkpoint") as report:
                     models.append(self._manager.prepare_checkpoint(JobContext(self._deadline, report)))
             except ModelError as error:
-                failed[self._config.checkpoint_name] = _sentence(error)
+                failed[self._config.checkpoint_name] = _format_error(error)
         catalog = LORAS if self._options.what in ("catalog", "all") else ()
         refs = {ModelRef(ModelKind.LORA, lora.version_id): lora.title for lora in catalog}
-        return self._bring(refs, failed, models)
+        return self._hold_and_print(refs, failed, models)
 
-    def _bring(self, refs: Mapping[ModelRef, str], failed: dict[str, str], models: Sequence[Model] = ()) -> int:
+    def _hold_and_print(
+        self, refs: Mapping[ModelRef, str], failed: Mapping[str, str], models: Sequence[Model] = ()
+    ) -> int:
+        """Have models in the cache. Print them after `models`, and the failures after `failed`. Returns the status."""
         with (
-            _Bar("models") as report,
+            _ProgressBar("models") as report,
             self._manager.hold(list(refs), JobContext(self._deadline, report), tolerate=True) as held,
         ):
             models = [*models, *held.models.values()]
-            failed |= {refs[ref]: _sentence(error) for ref, error in held.failures.items()}
-        self._say({"models": [_told(model) for model in models], "failed": failed}, map(_line, models))
-        for text, sentence in failed.items():
-            print(f"{text}: {sentence}", file=sys.stderr)
+            failed = {**failed, **{refs[ref]: _format_error(error) for ref, error in held.failures.items()}}
+        self._print({"models": [_as_json(model) for model in models], "failed": failed}, map(_format_model, models))
+        for text, error in failed.items():
+            print(f"{text}: {error}", file=sys.stderr)
         return 1 if failed else 0
 
     def _verify(self) -> int:
-        verdicts = []
-        for verdict in self._manager.verify(self._deadline, repair=self._options.repair):
-            verdicts.append(verdict)
+        results = []
+        for result in self._manager.verify(self._deadline, repair=self._options.repair):
+            results.append(result)
             if not self._options.json:
-                mark = "ok " if verdict.ok else "BAD"
-                print(f"{mark} {verdict.entry.kind.value:<10} {verdict.entry.file}: {verdict.finding}")
+                mark = "ok " if result.ok else "BAD"
+                print(f"{mark} {result.entry.kind.value:<10} {result.entry.file}: {result.finding}")
         if self._options.json:
-            told = [{"file": v.entry.file, "ok": v.ok, "finding": v.finding, "sha256": v.sha256} for v in verdicts]
-            print(json.dumps(told, indent=2))
-        return 0 if all(verdict.ok for verdict in verdicts) else 1
+            rows = [{"file": r.entry.file, "ok": r.ok, "finding": r.finding, "sha256": r.sha256} for r in results]
+            print(json.dumps(rows, indent=2))
+        return 0 if all(result.ok for result in results) else 1
 
     def _evict(self) -> int:
-        self._tell_removed(self._patiently(functools.partial(self._manager.shrink, self._options.to_gb)))
+        self._print_removed(self._try_twice(functools.partial(self._manager.shrink, self._options.to_gb)))
         return 0
 
     def _remove(self) -> int:
-        gone: list[Entry] = []
+        removed: list[Entry] = []
         failed: dict[str, str] = {}
         for name in self._options.names:
             try:
-                gone += self._patiently(functools.partial(self._manager.remove, name))
+                removed += self._try_twice(functools.partial(self._manager.remove, name))
             except ModelError as error:
-                failed[name] = _sentence(error)
-        if gone or self._options.json:
-            self._tell_removed(gone)
-        for sentence in failed.values():
-            print(sentence, file=sys.stderr)
+                failed[name] = _format_error(error)
+        if removed or self._options.json:
+            self._print_removed(removed)
+        for message in failed.values():
+            print(message, file=sys.stderr)
         return 1 if failed else 0
 
-    def _patiently(self, do: Callable[[], T]) -> T:
-        """Do it; where somebody is in the way, once more when it is known who of them still lives."""
+    def _try_twice(self, function: Callable[[], T]) -> T:
+        """Call a function. If models in use prevent it, find out whether their users are alive, and call it again."""
         try:
-            return do()
+            return function()
         except (DownloadFailed, VolumeFull):
-            if not self._manager.library.tell_living_from_dead(self._deadline):
+            if not self._manager.cache.observe_other_workers(self._deadline):
                 raise
-        return do()
+        return function()
 
-    def _tell_removed(self, entries: Iterable[Entry]) -> None:
-        told = [{"kind": entry.kind.value, "file": entry.file, "size": entry.size} for entry in entries]
-        self._say(told, [f"removed {row['kind']} {row['file']}" for row in told] or ["nothing had to go"])
+    def _print_removed(self, entries: Iterable[Entry]) -> None:
+        rows = [{"kind": entry.kind.value, "file": entry.file, "size": entry.size} for entry in entries]
+        self._print(rows, [f"removed {row['kind']} {row['file']}" for row in rows] or ["nothing had to go"])
 
     def _paths(self) -> int:
-        shelves = self._manager.library.shelves
-        entries = self._manager.library.entries()
-        homes = {shelf.kind.folder: str(shelf.folder) for shelf in shelves.writable()}
-        told = {
-            "models_dir": str(shelves.models_dir),
-            "written_to": homes,
-            "sources": [str(source) for source in shelves.sources],
-            "local": str(shelves.local),
+        directories = self._manager.cache.directories
+        entries = self._manager.cache.list_entries()
+        written_to = {directory.kind.folder: str(directory.folder) for directory in directories.writable()}
+        rows = {
+            "models_dir": str(directories.models_dir),
+            "written_to": written_to,
+            "sources": [str(source) for source in directories.sources],
+            "local": str(directories.local_dir),
             "webui_models_dir": str(self._config.webui_models_dir),
             "bytes": sum(entry.size for entry in entries),
             "limit": self._config.cache_limit_bytes,
-            "free": min((shelf.free() for shelf in shelves.writable()), default=None),
+            "free": min((directory.free() for directory in directories.writable()), default=None),
         }
-        self._say(told, [f"{name:<18}{value}" for name, value in told.items()])
-        return 0 if len(homes) == len(ModelKind) else 1
+        self._print(rows, [f"{name:<18}{value}" for name, value in rows.items()])
+        return 0 if len(written_to) == len(ModelKind) else 1
 
 
-class _Bar:
-    """A progress bar on a terminal, nothing anywhere else."""
+class _ProgressBar:
+    """A progress bar if stderr is a terminal, else nothing."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -331,11 +331,11 @@ class _Bar:
             self._bar.update(int(progress.facts["bytes"]) - self._bar.n)
 
 
-def _sentence(error: WorkerError) -> str:
+def _format_error(error: WorkerError) -> str:
     return f"{error.code}: {error.message}{f' ({error.hint})' if error.hint else ''}"
 
 
-def _told(model: Model) -> dict[str, object]:
+def _as_json(model: Model) -> dict[str, object]:
     return {
         "kind": model.kind.value,
         "file": model.file,
@@ -348,13 +348,13 @@ def _told(model: Model) -> dict[str, object]:
     }
 
 
-def _line(model: Model) -> str:
+def _format_model(model: Model) -> str:
     how = "fetched" if model.downloaded else "was there"
     warnings = "".join(f"\n  warning: {warning}" for warning in model.warnings)
     return f"{model.file}  {model.size / 1e6:.1f} MB  sha256 {model.sha256[:12]}…  {how}{warnings}"
 
 
-def _when(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 

@@ -1,4 +1,4 @@
-"""Files on a disk that other processes use too: written whole or not at all, and what a full disk says."""
+"""Files on a disk that other processes use too: written whole or not at all. And the errors of a full disk."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""How a disk says that it is full. EDQUOT is a quota, as RunPod's network volumes have; `statvfs` may not show it."""
+"""The errors of a full disk. EDQUOT is a quota, as RunPod's network volumes have; `statvfs` may not show it."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Have `content` under `path`, whole or not at all. Raises OSError; no draft is left then."""
+    """Write `content` to `path`, whole or not at all. Raises OSError, and leaves no draft then."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         draft.write_bytes(content)
@@ -25,5 +25,5 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def error_name(error: OSError) -> str:
-    """An OSError in one word (`EIO`) that names no path."""
+    """The name of an OSError (`EIO`), without its path."""
     return errno.errorcode.get(error.errno or 0, type(error).__name__)

@@ -1,9 +1,9 @@
-"""What the cache costs: a job whose models are there, a start with ten thousand of them, a fleet that wants one file.
+"""What the cache costs: a job whose models are there, a start with ten thousand models, a fleet that needs one file.
 
     python -m benchmarks.cache [--quick] [--json FILE]
 
-Every model has its sidecar and its uses, so that the folder has three times as many names. The workers of the fleet are
-processes of their own, CivitAI and its storage are another one.
+Every model has its sidecar and its uses, so the folder has three times as many names. Each worker of the fleet is a
+process of its own, and CivitAI with its storage is another one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind, ModelRef
+from a1111_worker.models.cache import CacheSettings
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.manager import ModelManager
-from a1111_worker.models.sidecars import Record
+from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from benchmarks.report import Row, run
@@ -68,14 +69,14 @@ def cached(folder: Path, rounds: int) -> list[Row]:
 
 
 def fill(loras: Path, count: int) -> list[ModelRef]:
-    """A cache of small models, each with all that is known of it; nine of them as references."""
+    """Fill a cache with small models, each with its sidecar and its uses. Returns references to nine of them."""
     path = sdxl_lora(loras / "first.safetensors", 1)
     content, sha256 = path.read_bytes()[:200], sha256_of(path)
     path.unlink()
     for number in range(1, count + 1):
         file = f"Some_model_of_somebody_{number}.safetensors"
         (loras / file).write_bytes(content)
-        record = Record(
+        record = ModelRecord(
             ModelKind.LORA,
             f"Some model of somebody {number}",
             file,
@@ -95,8 +96,8 @@ def fill(loras: Path, count: int) -> list[ModelRef]:
 def manager(folder: Path, name: str, api: str = "https://civitai.invalid", storage: str = "") -> ModelManager:
     policy = EgressPolicy(filter(None, (api, storage)))
     container = folder / name
-    client = CivitAI(policy=policy, urls=[api])
-    return ModelManager(folder / "models", container / "webui", client, Downloader(policy), local=container / "local")
+    settings = CacheSettings(folder / "models", container / "webui", container / "local")
+    return ModelManager(settings, CivitAI(policy=policy, urls=[api]), Downloader(policy))
 
 
 def hold(worker: ModelManager, refs: Sequence[ModelRef]) -> float:
@@ -114,7 +115,7 @@ def start_of(folder: Path, refs: Sequence[ModelRef], number: int) -> float:
         return time.perf_counter() - began
 
 
-# -- a fleet that wants one file
+# -- a fleet that needs one file
 
 WORKER = """
 import sys, time
@@ -138,8 +139,8 @@ def fleet(folder: Path, workers: int, size: int) -> list[Row]:
     site = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert site.stdout is not None
-        where = json.loads(site.stdout.readline())
-        api, storage = where["api"], where["storage"]
+        urls = json.loads(site.stdout.readline())
+        api, storage = urls["api"], urls["storage"]
         ask(f"{api}/api/v1/model-versions/1")  # it hashes its file once
         running = [
             subprocess.Popen(
@@ -181,8 +182,8 @@ def fleet(folder: Path, workers: int, size: int) -> list[Row]:
 
 def ask(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=60) as answer:
-        said: dict[str, Any] = json.load(answer)
-        return said
+        document: dict[str, Any] = json.load(answer)
+        return document
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Disks with something wrong: read-only ones and small ones. Real mounts where the tests may mount, else what comes
-nearest."""
+"""Disks with something wrong: read-only and small ones. Real mounts if the tests may mount, else what is most like
+them."""
 
 from __future__ import annotations
 

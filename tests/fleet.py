@@ -1,19 +1,20 @@
-"""Several workers' model managers on one folder, fed by the sandbox's CivitAI."""
+"""The model managers of several workers on one folder, with the sandbox's CivitAI."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from a1111_worker import catalog
-from a1111_worker.context import Deadline
-from a1111_worker.domain import ModelKind, ModelRef
-from a1111_worker.models.cache import CheckpointSpec
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import Model, ModelKind, ModelRef
+from a1111_worker.models.cache import CacheSettings, CheckpointSpec
 from a1111_worker.models.civitai import CivitAI as Client
 from a1111_worker.models.civitai import CivitAITimings
-from a1111_worker.models.manager import ModelManager
+from a1111_worker.models.manager import CacheTimings, ModelManager
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
@@ -23,10 +24,16 @@ from sandbox.server import Exchange
 
 KEY = "the-key"
 CHECKPOINT, DETAIL = 1590699, 135867
-WAITS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
+CIVITAI_TIMINGS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
 TUNING = Tuning(
     stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
 )
+TIMINGS = CacheTimings(heartbeat=0.05, stale_after=30.0, poll=0.02)
+
+
+def timings(**changes: float) -> CacheTimings:
+    """The fleet's timings, with changes."""
+    return replace(TIMINGS, **changes)
 
 
 def lora(version_id: int, **more: Any) -> ModelRef:
@@ -38,7 +45,7 @@ def named(name: str, **more: Any) -> ModelRef:
 
 
 class Site(CivitAI):
-    """CivitAI where something may happen just before a link is given."""
+    """A CivitAI at which something may happen just before it gives a link."""
 
     before_a_link: Callable[[], None] | None = None
 
@@ -92,12 +99,12 @@ class Fleet:
         return sorted(path.name for path in self.loras.glob("*.safetensors"))
 
     def debris(self) -> list[str]:
-        """Whatever is left of work that is over: parts, leases, holds, drafts, trash, sidecars without a model."""
+        """What is left of work that is over: partial files, leases, holds, drafts, trash, sidecars without a model."""
         left = []
         for path in self.models.rglob("*"):
             model = path.name.removesuffix(".json").removesuffix(".uses")
-            passing = path.parent.name == ".urls" or path.name.startswith(".clock")
-            if path.is_file() and not passing and model not in self.names_in(path.parent):
+            is_passing = path.parent.name == ".urls" or path.name.startswith(".clock")
+            if path.is_file() and not is_passing and model not in self.names_in(path.parent):
                 left.append(str(path.relative_to(self.models)))
         return sorted(left)
 
@@ -118,17 +125,38 @@ SPEC = CheckpointSpec(ModelRef(ModelKind.CHECKPOINT, version_id=CHECKPOINT), "ji
 
 
 @contextlib.contextmanager
-def manager(folder: Path, api: str, storage: str, *, name: str, **how: Any) -> Iterator[ModelManager]:
+def manager(
+    folder: Path,
+    api: str,
+    storage: str,
+    *,
+    name: str,
+    timings: CacheTimings = TIMINGS,
+    tuning: Tuning = TUNING,
+    **settings: Any,
+) -> Iterator[ModelManager]:
+    """A worker's manager, in a container of its own. `settings` are changes of its CacheSettings."""
     policy = EgressPolicy((api, storage))
-    how = {"heartbeat": 0.05, "stale_after": 30.0, "poll": 0.02, "checkpoint": SPEC, **how}
-    models = how.pop("models", folder / "models")
-    client = Client(policy=policy, urls=[api], key=KEY, timings=WAITS)
-    downloader = Downloader(policy, how.pop("tuning", TUNING))
+    client = Client(policy=policy, urls=[api], key=KEY, timings=CIVITAI_TIMINGS)
     container = folder / f"container{name}"
-    with ModelManager(models, container / "webui", client, downloader, local=container / "local", **how) as made:
+    usual = CacheSettings(folder / "models", container / "webui", container / "local", checkpoint=SPEC)
+    with ModelManager(replace(usual, **settings), client, Downloader(policy, tuning), timings) as made:
         yield made
     client.close()
 
 
+def fetch(manager: ModelManager, *refs: ModelRef) -> Model:
+    """Hold models for a moment. Returns the first of them."""
+    with manager.hold(refs, JobContext(soon())) as held:
+        return held.models[refs[0]]
+
+
 def soon(seconds: float = 30.0) -> Deadline:
     return Deadline(seconds)
+
+
+def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 10.0) -> None:
+    """Return when a condition is true. Fails after `seconds`; `what` names the condition then."""
+    deadline = Deadline(seconds, what=what)
+    while not condition():
+        deadline.wait(0.003)

@@ -19,7 +19,7 @@ from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, build_answer
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
 from a1111_worker.models.civitai_responses import POLICY
-from a1111_worker.models.sidecars import Record
+from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
 from tests.test_architecture import HTTP, MODULES, PACKAGES
@@ -230,7 +230,7 @@ def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:
 
 def test_the_sidecar_that_is_shown_has_the_keys_that_are_written() -> None:
     (shown,) = blocks(RESOURCES, "json")
-    record = Record(ModelKind.LORA, "a", "a.safetensors", "0" * 64, 1)
+    record = ModelRecord(ModelKind.LORA, "a", "a.safetensors", "0" * 64, 1)
 
     written = json.loads(record.to_json())
 

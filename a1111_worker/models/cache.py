@@ -1,12 +1,8 @@
-"""The models that are there: found, held, shown to the WebUI, taken away. Nothing here speaks to the network."""
+"""The models on disk: found, held, shown to the WebUI, evicted. Nothing here speaks to the network."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,436 +11,361 @@ from a1111_worker.catalog import LORAS, lora_of_version
 from a1111_worker.context import Deadline
 from a1111_worker.domain import Model, ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
-from a1111_worker.models.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
-from a1111_worker.models.leases import Holds, Leases, state_of
+from a1111_worker.models.eviction import Entry
+from a1111_worker.models.holds import Holds
+from a1111_worker.models.leases import Leases
+from a1111_worker.models.liveness import state_of
+from a1111_worker.models.names import SUFFIX, digest_file
 from a1111_worker.models.safetensors import read_header
-from a1111_worker.models.sidecars import Record, Sidecars, answers
-from a1111_worker.models.volume import SUFFIX, CacheDirectory, WebUIFolder, can_write, digest_file
+from a1111_worker.models.sidecars import ModelRecord, Sidecars
+from a1111_worker.models.volume import CacheDirectories, CacheDirectory
+from a1111_worker.models.webui_folder import WebUIFolder
+from a1111_worker.similar import nearest
 
 log = logging.getLogger(__name__)
 
-FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
-"""A source's folders of a kind: as ours, as the WebUI's; a source may also be flat."""
-
-_ALONE = "the models folder cannot be written: this model is kept by one worker alone"
+_LOCAL_ONLY = "the models folder cannot be written: this model is kept by one worker alone"
 
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """The fixed checkpoint: where it comes from, the file it is kept as, its title, and its hash where one is known."""
+    """The fixed checkpoint: where it comes from, the file it is kept as, its title, and its hash if one is known."""
 
     ref: ModelRef
     file: str
     name: str
     sha256: str | None = None
 
-    def may_be(self, record: Record) -> bool:
-        """Whether a file under the checkpoint's name is taken for it: unless something is known to the contrary."""
+    def accepts(self, record: ModelRecord) -> bool:
+        """Whether a file under the checkpoint's name counts as it: yes, unless something is known to the contrary."""
         if self.sha256 is not None:
             return record.sha256 == self.sha256
         return None in (record.version_id, self.ref.version_id) or record.version_id == self.ref.version_id
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model that is there, and what is known of it."""
+class CacheSettings:
+    """Where the models of one worker lie, and what is kept there.
 
-    shelf: CacheDirectory
-    record: Record
+    `webui_dir` is where the WebUI sees them, None if there is no WebUI. `local_dir` is a folder of this container
+    alone, for sidecars of folders that cannot be written, and for models if the cache cannot be written. `sources` are
+    folders that models are only read from. `limit` is what the cache may take, in bytes.
+    """
+
+    models_dir: Path
+    webui_dir: Path | None
+    local_dir: Path
+    sources: Sequence[Path] = ()
+    checkpoint: CheckpointSpec | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheHit:
+    """A model that is there, and what is known of it. `downloaded`: this process has just fetched it."""
+
+    directory: CacheDirectory
+    record: ModelRecord
     downloaded: bool = False
     warnings: tuple[str, ...] = ()
 
 
-class CacheDirectories:
-    """Where models are looked for, in this order: the cache, the local folder, the sources.
-
-    `home` is where new ones are written: the cache, or where that cannot be written the local folder, or nowhere.
-    """
-
-    def __init__(self, models_dir: Path, local: Path, sources: Sequence[Path], owner: str) -> None:
-        self.models_dir = models_dir
-        self.local = local
-        self.sources = tuple(
-            source for source in dict.fromkeys(sources) if source.is_dir() and not _same(source, models_dir)
-        )
-        self._home: dict[ModelKind, CacheDirectory | None] = {}
-        self._all: dict[ModelKind, list[CacheDirectory]] = {}
-        for kind in ModelKind:
-            cache = _prepared(CacheDirectory(models_dir / kind.folder, kind), owner)
-            self._all[kind] = [cache]
-            self._home[kind] = cache if cache.writable else None
-            if not cache.writable:
-                here = _prepared(CacheDirectory(local / kind.folder, kind, local=True), owner)
-                self._all[kind].append(here)
-                self._home[kind] = here if here.writable else None
-            for source in self.sources:
-                folders = [source / name for name in FOLDERS[kind] if (source / name).is_dir()]
-                self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
-
-    def of(self, kind: ModelKind) -> list[CacheDirectory]:
-        return self._all[kind]
-
-    def home(self, kind: ModelKind) -> CacheDirectory:
-        """The shelf that new models of a kind are written to; raises VolumeFull where there is none."""
-        home = self._home[kind]
-        if home is None:
-            raise VolumeFull("there is no folder that models can be written to", hint="set MODELS_DIR to one")
-        return home
-
-    def writable(self) -> list[CacheDirectory]:
-        return [home for home in self._home.values() if home is not None]
-
-    def folders(self) -> list[Path]:
-        return [shelf.folder for shelves in self._all.values() for shelf in shelves]
-
-
-def _prepared(shelf: CacheDirectory, owner: str) -> CacheDirectory:
-    """A shelf with its folders, `writable` if they could be made."""
-    try:
-        shelf.prepare()
-        shelf.writable = can_write(shelf.folder, owner)
-    except OSError as error:
-        log.warning("%s cannot be written: %s", shelf.folder, error.strerror)
-    return shelf
-
-
 class ModelCache:
-    """The shelves with what is known of their models."""
+    """The cache directories, with what is known of their models and who uses them."""
 
-    def __init__(
-        self,
-        shelves: CacheDirectories,
-        registry: Sidecars,
-        holds: Holds,
-        leases: Leases,
-        webui: WebUIFolder | None,
-        *,
-        owner: str,
-        checkpoint: CheckpointSpec | None = None,
-        limit: int | None = None,
-    ) -> None:
-        self.shelves = shelves
-        self.registry = registry
+    def __init__(self, settings: CacheSettings, holds: Holds, leases: Leases) -> None:
+        self._owner = holds.owner
+        self.directories = CacheDirectories(settings.models_dir, settings.local_dir, settings.sources, self._owner)
+        self.sidecars = Sidecars(settings.local_dir / "notes")
         self._holds = holds
         self._leases = leases
-        self._webui = webui
-        self._owner = owner
-        self._checkpoint = checkpoint
-        self.limit = limit
-        self._coming: dict[Path, int | None] = {}  # parts, and the sizes that they will have
-        self._deciding = threading.Lock()
+        self._webui = None if settings.webui_dir is None else WebUIFolder(settings.webui_dir, self._owner)
+        self._checkpoint = settings.checkpoint
+        self.limit = settings.limit
 
-    # -- finding
+    def prepare_webui_folder(self) -> None:
+        """Make the folder that the WebUI sees, with the VAEs that somebody put into `vae/` of the cache or a source.
 
-    def find(self, ref: ModelRef, *, fresh: bool = False) -> Found | None:
-        """The model that a reference means, if it is there and proven. Asks the disk for a few names, nothing more.
+        Raises OSError if it cannot be made.
+        """
+        if self._webui is None:
+            return
+        vae_folders = self.directories.vae_folders()
+        self._webui.prepare([*self.directories.folders(), *vae_folders])
+        for path in (path for folder in vae_folders for path in folder.glob(f"*{SUFFIX}")):
+            try:
+                read_header(path)
+                self._webui.show_vae(path)
+            except (ModelRejected, OSError) as error:
+                log.warning("the VAE %s is not shown to the WebUI: %s", path.name, error)
+
+    # -- finding a model
+
+    def find(self, ref: ModelRef, *, fresh: bool = False) -> CacheHit | None:
+        """The model that a reference means, if it is there and verified. Looks at a few names, and at nothing more.
 
         Raises ModelNotFound for a name that means several files.
         """
-        for shelf, file in self.candidates(ref, fresh=fresh):
-            record = self.registry.look(shelf, file)
+        for directory, file in self.list_candidates(ref, fresh=fresh):
+            record = self.sidecars.find(directory, file)
             if record is not None and _is_meant(record, ref):
-                return Found(shelf, record)
+                return CacheHit(directory, record)
         return None
 
-    def candidates(self, ref: ModelRef, *, fresh: bool = False) -> Iterator[tuple[CacheDirectory, str]]:
+    def list_candidates(self, ref: ModelRef, *, fresh: bool = False) -> Iterator[tuple[CacheDirectory, str]]:
         """The files that may be what a reference means, by their names."""
-        for shelf in self.shelves.of(ref.kind):
+        for directory in self.directories.of(ref.kind):
             if ref.version_id is not None:
-                names = shelf.names(fresh=fresh)
-                known = lora_of_version(ref.version_id) if ref.kind is ModelKind.LORA else None
-                if known is not None and known.file in names.files:
-                    yield shelf, known.file
-                spec = self._checkpoint
-                if (
-                    spec is not None
-                    and (spec.ref.kind, spec.ref.version_id) == (ref.kind, ref.version_id)
-                    and spec.file in names.files  # a name that says nothing of its version
-                ):
-                    yield shelf, spec.file
-                for file in names.by_version.get(ref.version_id, ()):
-                    yield shelf, file
+                for file in self._files_of_version(directory, ref.version_id, fresh=fresh):
+                    yield directory, file
             elif ref.url is not None:
                 if ref.sha256 is not None:
-                    for file in shelf.names(fresh=fresh).by_digest.get(ref.sha256[:16], ()):
-                        yield shelf, file
-                elif (of_url := self.registry.file_of_url(shelf, ref.url)) is not None:
-                    yield shelf, of_url
+                    for file in directory.index(fresh=fresh).by_digest.get(ref.sha256[:16], ()):
+                        yield directory, file
+                elif (of_url := self.sidecars.file_of_url(directory, ref.url)) is not None:
+                    yield directory, of_url
             elif ref.name is not None and ref.model_id is None:
-                files = shelf.names().named(ref.name)
+                files = directory.index().files_named(ref.name)
                 if len(files) > 1:
                     raise ModelNotFound(f"{ref.label} may be any of {', '.join(files[:5])}", hint="write it exactly")
-                if files:  # the first shelf that has the name: one name never means two models
-                    yield shelf, files[0]
+                if files:  # the first directory that has the name counts: one name never means two models
+                    yield directory, files[0]
                     return
 
-    def claims(self, ref: ModelRef) -> Iterator[tuple[CacheDirectory, str]]:
-        """The files whose names claim to be what is meant, and of which nothing else is proven."""
-        for shelf, file in self.candidates(ref, fresh=True):
-            record = self.registry.look(shelf, file)
+    def _files_of_version(self, directory: CacheDirectory, version_id: int, *, fresh: bool) -> Iterator[str]:
+        index = directory.index(fresh=fresh)
+        known = lora_of_version(version_id) if directory.kind is ModelKind.LORA else None
+        if known is not None and known.file in index.files:
+            yield known.file
+        spec = self._checkpoint
+        if (
+            spec is not None
+            and (spec.ref.kind, spec.ref.version_id) == (directory.kind, version_id)
+            and spec.file in index.files  # this name does not contain its version
+        ):
+            yield spec.file
+        yield from index.by_version.get(version_id, ())
+
+    def list_unverified(self, ref: ModelRef) -> Iterator[tuple[CacheDirectory, str]]:
+        """The files whose names claim to be what a reference means, and of which nothing else is verified."""
+        for directory, file in self.list_candidates(ref, fresh=True):
+            record = self.sidecars.find(directory, file)
             if ref.file_id is not None and not file.endswith(f"_{ref.version_id}_{ref.file_id}{SUFFIX}"):
                 continue  # it claims to be another file of the version
             if record is None or (record.version_id is None and record.url is None):
-                yield shelf, file
+                yield directory, file
 
-    def read(
+    def identify(
         self,
-        shelf: CacheDirectory,
+        directory: CacheDirectory,
         file: str,
         deadline: Deadline,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Record:
-        """What is known of a file that is there, by reading it where nothing is. Raises ModelError."""
-        return self.registry.look(shelf, file) or self.registry.rebuild(shelf, file, deadline, on_progress=on_progress)
+    ) -> ModelRecord:
+        """What is known of a file that is there. If nothing is known, the file is read. Raises ModelError."""
+        known = self.sidecars.find(directory, file)
+        return known or self.sidecars.rebuild(directory, file, deadline, on_progress=on_progress)
 
-    def checkpoint(self, spec: CheckpointSpec) -> Found | None:
+    def find_checkpoint(self, spec: CheckpointSpec) -> CacheHit | None:
         """The fixed checkpoint, if it is there under its name and known."""
-        for shelf, file in self.named(ModelKind.CHECKPOINT, spec.file):
-            record = self.registry.look(shelf, file)
-            if record is not None and spec.may_be(record):
-                return Found(shelf, replace(record, name=spec.name))
+        for directory in self.directories_with(ModelKind.CHECKPOINT, spec.file):
+            record = self.sidecars.find(directory, spec.file)
+            if record is not None and spec.accepts(record):
+                return CacheHit(directory, replace(record, name=spec.name))
         return None
 
-    def named(self, kind: ModelKind, file: str) -> Iterator[tuple[CacheDirectory, str]]:
-        """Where there is a file of exactly this name."""
-        for shelf in self.shelves.of(kind):
-            if shelf.size(file) is not None:
-                yield shelf, file
+    def directories_with(self, kind: ModelKind, file: str) -> Iterator[CacheDirectory]:
+        """The directories that have a file of exactly this name."""
+        for directory in self.directories.of(kind):
+            if directory.size(file) is not None:
+                yield directory
 
-    def with_bytes(self, shelf: CacheDirectory, sha256: str) -> Record | None:
+    def find_same_bytes(self, directory: CacheDirectory, sha256: str) -> ModelRecord | None:
         """A model from outside CivitAI with these bytes, whatever a job called it."""
-        for file in shelf.list_again().by_digest.get(sha256[:16], ()):
-            record = self.registry.look(shelf, file)
+        for file in directory.refresh().by_digest.get(sha256[:16], ()):
+            record = self.sidecars.find(directory, file)
             if record is not None and record.sha256 == sha256:
                 return record
         return None
 
-    def list_again(self, kind: ModelKind) -> None:
-        """See what other workers did a moment ago, whatever the folder's time says."""
-        for shelf in self.shelves.of(kind):
-            shelf.list_again()
+    def refresh(self, kind: ModelKind) -> None:
+        """See what other workers did a moment ago, whatever the folders' times are."""
+        for directory in self.directories.of(kind):
+            directory.refresh()
 
-    def nearest(self, ref: ModelRef) -> list[str]:
+    def similar_names(self, ref: ModelRef) -> list[str]:
         """Names that are like a reference's, for a hint."""
         stems = {known.stem for known in LORAS} if ref.kind is ModelKind.LORA else set()
-        for shelf in self.shelves.of(ref.kind):
-            stems |= {file.removesuffix(SUFFIX) for file in shelf.names().files}
-        return difflib.get_close_matches(ref.name or "", sorted(stems), n=3)
+        for directory in self.directories.of(ref.kind):
+            stems |= {file.removesuffix(SUFFIX) for file in directory.index().files}
+        return nearest(ref.name or "", sorted(stems))
 
-    # -- using
+    # -- using a model
 
-    def take(self, found: Found, deadline: Deadline) -> Model | None:
-        """Hold a model and show it to the WebUI; None where it went in the meantime. `release` it afterwards."""
-        shelf, record = found.shelf, found.record
-        if shelf.writable:
-            self._holds.hold(shelf.holds, record.file, deadline)
-        path = shelf.path(record.file)
-        if shelf.size(record.file) != record.size:
-            self._let_go(shelf, record.file)
+    def hold(self, hit: CacheHit, deadline: Deadline) -> Model | None:
+        """Hold a model, and show it to the WebUI. None if it is gone by now. `release` it afterwards."""
+        directory, record = hit.directory, hit.record
+        if directory.is_writable:
+            self._holds.hold(directory.holds, record.file, deadline)
+        path = directory.path(record.file)
+        if directory.size(record.file) != record.size:
+            self._release(directory, record.file)
             return None
         if self._webui is not None:
             try:
                 self._webui.show(record.kind, path)
             except OSError as error:
-                self._let_go(shelf, record.file)
+                self._release(directory, record.file)
                 raise VolumeFull(f"the WebUI's folder of models cannot be written ({error.strerror})") from error
-        self.registry.use(shelf, record.file)
-        warnings = (*found.warnings, _ALONE) if shelf.local else found.warnings
-        return record.model(path, downloaded=found.downloaded, warnings=warnings)
+        self.sidecars.count_use(directory, record.file)
+        warnings = (*hit.warnings, _LOCAL_ONLY) if directory.is_local else hit.warnings
+        return record.model(path, downloaded=hit.downloaded, warnings=warnings)
 
     def release(self, model: Model) -> None:
-        for shelf in self.shelves.of(model.kind):
-            if shelf.folder == model.path.parent:
-                self._let_go(shelf, model.file)
+        """End one `hold` of a model."""
+        for directory in self.directories.of(model.kind):
+            if directory.folder == model.path.parent:
+                self._release(directory, model.file)
                 return
 
-    def _let_go(self, shelf: CacheDirectory, file: str) -> None:
-        if shelf.writable:
-            self._holds.release(shelf.holds, file)
+    def _release(self, directory: CacheDirectory, file: str) -> None:
+        if directory.is_writable:
+            self._holds.release(directory.holds, file)
 
-    # -- room
+    # -- everything that is there
 
-    def stock(self) -> list[tuple[CacheDirectory, Entry]]:
-        """Every model there is, sources included. A file of a flat source is of the kind that is known of it."""
-        told: dict[Path, tuple[CacheDirectory, Entry]] = {}
+    def list_models(self) -> list[tuple[CacheDirectory, Entry]]:
+        """Every model, those of sources too. A file of a flat source is listed once, with the kind that is known."""
+        listed: dict[Path, tuple[CacheDirectory, Entry]] = {}
         for kind in ModelKind:
-            for shelf in self.shelves.of(kind):
-                for entry in self._entries_of(shelf):
-                    is_new = entry.path not in told or self.registry.look(shelf, entry.file) is not None
-                    if entry.path.parent == shelf.folder and is_new:
-                        told[entry.path] = shelf, entry
-        return list(told.values())
+            for directory in self.directories.of(kind):
+                for entry in self._entries(directory):
+                    is_better = entry.path not in listed or self.sidecars.find(directory, entry.file) is not None
+                    if entry.path.parent == directory.folder and is_better:
+                        listed[entry.path] = directory, entry
+        return list(listed.values())
 
-    def entries(self) -> list[Entry]:
-        """Everything that takes room where we write, parts included."""
-        return [entry for shelf in self.shelves.writable() for entry in self._entries_of(shelf)]
+    def list_entries(self) -> list[Entry]:
+        """Everything that takes room in the directories that are written to, partial files too."""
+        return [entry for directory in self.directories.writable() for entry in self._entries(directory)]
 
-    def _entries_of(self, shelf: CacheDirectory) -> Iterator[Entry]:
-        held = self._holds.held(shelf.holds)
-        for file in shelf.list_again().files:
-            size = shelf.size(file)
+    def _entries(self, directory: CacheDirectory) -> Iterator[Entry]:
+        held = self._holds.held(directory.holds)
+        for file in directory.refresh().files:
+            size = directory.size(file)
             if size is None:
                 continue
             keep = "in use" if file in held else None
-            if self.is_fixed(shelf.kind, file):
+            if self.is_checkpoint(directory.kind, file):
                 keep = "the checkpoint"
-            yield Entry(shelf.kind, file, shelf.path(file), size, self.registry.uses(shelf, file)[1], keep)
-        for key, part, taken, left_at in shelf.leftovers():
-            keep = "being fetched" if self._leases.is_alive(shelf.leases / key) else None
-            yield Entry(shelf.kind, part.name, part, taken, left_at, keep)
+            last_used = self.sidecars.uses(directory, file).last
+            yield Entry(directory.kind, file, directory.path(file), size, last_used, keep)
+        for unfinished in directory.unfinished_downloads():
+            path = unfinished.path
+            keep = "being fetched" if self._leases.is_alive(directory.leases / unfinished.key) else None
+            yield Entry(directory.kind, path.name, path, unfinished.size, unfinished.written, keep)
 
-    def is_fixed(self, kind: ModelKind, file: str) -> bool:
+    def is_checkpoint(self, kind: ModelKind, file: str) -> bool:
+        """Whether this is the file name of the fixed checkpoint."""
         spec = self._checkpoint
         return spec is not None and kind is ModelKind.CHECKPOINT and file == spec.file
 
-    @contextlib.contextmanager
-    def room(self, part: Path, size: int | None, what: str, *, kind: ModelKind, limit: int | None) -> Iterator[None]:
-        """Have room for all that a part will be, beside what the others of this worker will be; it is its own until the
-        block ends. Raises as `make_room`."""
-        with self._deciding:
-            needed = missing(part, size) + sum(missing(*other) for other in self._coming.items())
-            self.make_room(needed, what, kind=kind, limit=limit)
-            self._coming[part] = size
-        try:
-            yield
-        finally:
-            with self._deciding:
-                self._coming.pop(part, None)
+    # -- removing and renaming models
 
-    def make_room(self, needed: int, what: str, *, kind: ModelKind, limit: int | None = None) -> None:
-        """Have room for `needed` bytes more, by evicting; VolumeFull where that cannot be.
-
-        `limit` is what the cache may take.
-        """
-        for _ in range(8):  # what was planned may be in use by the time it is to go
-            free = self.shelves.home(kind).free()
-            if limit is None and free >= needed + MARGIN:
-                return
-            plan = plan_eviction(self.entries(), needed, limit=limit, free=free)
-            if plan.short:
-                raise VolumeFull(
-                    f"there is no room for {what}: {plan.why}, and {plan.short / 1e9:.2f} GB too little can be freed",
-                    hint="enlarge the volume or MODEL_CACHE_LIMIT_GB, or ask for fewer models at once",
-                )
-            if all(self.evict(entry, plan.why) for entry in plan.remove):
-                return
-        raise VolumeFull(f"there is no room for {what}: everything that could be freed is in use")
-
-    def clear(self, needed: int, what: str, *, kind: ModelKind) -> None:
-        """Have room for `needed` bytes more on a disk that turned out to be full; VolumeFull where that cannot be."""
-        entries = self.entries()
-        plan = plan_for_a_full_disk(entries, needed, free=self.shelves.home(kind).free())
-        if plan.short or not [entry for entry in plan.remove if self.evict(entry, plan.why)]:
-            raise VolumeFull(
-                f"the disk is full, and not enough may go to make room for {what}",
-                hint="enlarge the volume, or ask for fewer models at once",
-            )
-
-    def evict(self, entry: Entry, why: str, *, even_fixed: bool = False) -> bool:
-        """Take a model away, unless anybody uses it by now. Whether it is gone."""
-        if self.is_fixed(entry.kind, entry.file) and not even_fixed:
+    def evict(self, entry: Entry, why: str, *, even_checkpoint: bool = False) -> bool:
+        """Remove a model, unless anybody uses it by now. Returns whether it is gone."""
+        if self.is_checkpoint(entry.kind, entry.file) and not even_checkpoint:
             return False
-        shelf = next(s for s in self.shelves.writable() if entry.path.is_relative_to(s.folder))
-        if entry.path.parent == shelf.parts:
+        directory = next(d for d in self.directories.writable() if entry.path.is_relative_to(d.folder))
+        if entry.path.parent == directory.partial_files:
             log.info("removing %s, left unfinished: %s", entry.file, why)
-            shelf.drop_part(entry.path)
+            directory.remove_partial_file(entry.path)
             return True
-        with self._holds.claim(shelf.holds, entry.file) as may_go:
-            if not may_go:
-                return shelf.size(entry.file) is None
+        with self._holds.claim(directory.holds, entry.file) as may_evict:
+            if not may_evict:
+                return directory.size(entry.file) is None
             try:
-                away = shelf.take_away(entry.file, self._owner)
+                trashed = directory.move_to_trash(entry.file, self._owner)
             except OSError:
-                return shelf.size(entry.file) is None
-            if entry.file in self._holds.held(shelf.holds):  # a volume that shows other workers' files late
-                shelf.put_back(away, entry.file)
+                return directory.size(entry.file) is None
+            if entry.file in self._holds.held(directory.holds):  # a volume that shows other workers' files late
+                directory.restore(trashed, entry.file)
                 return False
-            self.registry.forget(shelf, entry.file)
+            self.sidecars.remove(directory, entry.file)
             if self._webui is not None:
                 self._webui.hide(entry.kind, entry.path)
-            away.unlink(missing_ok=True)
+            trashed.unlink(missing_ok=True)
         log.info("evicted %s %s, %.2f GB: %s", entry.kind.value, entry.file, entry.size / 1e9, why)
         return True
 
-    def set_aside(self, shelf: CacheDirectory, file: str, deadline: Deadline) -> None:
-        """Give a file that sits on another model's name the name that its bytes deserve. Nothing is lost."""
-        record = self.registry.look(shelf, file)
-        try:
-            record = record or self.registry.rebuild(shelf, file, deadline)
-            other = digest_file(file, record.sha256)
-        except ModelRejected:
-            other = f"{file}.not-a-model"
-        with self._holds.claim(shelf.holds, file) as may_go:
-            if not may_go:
-                raise DownloadFailed(f"another worker uses a different file under the name {file}", hint="try again")
-            shelf.rename(file, other)
-            if record is not None:
-                self.registry.write(shelf, replace(record, file=other))
-        log.warning("%s is not the model that has this name: set aside as %s", file, other)
+    def make_name_free(self, directory: CacheDirectory, file: str, sha256: str, deadline: Deadline) -> bool:
+        """Free a name for a model with this SHA-256. False if the very model has the name already.
 
-    def is_taken(self, shelf: CacheDirectory, file: str) -> bool:
-        """Whether there is a file of this name, and anybody uses it."""
-        return shelf.size(file) is not None and file in self._holds.held(shelf.holds)
-
-    def occupant(self, shelf: CacheDirectory, file: str) -> str | None:
-        """The file that has a name, on volumes that tell `A` from `a` and on those that do not."""
-        if shelf.size(file) is None:
-            return None
-        names = shelf.list_again()
-        if file in names.files:
-            return file
-        return next(iter(names.by_stem.get(file.removesuffix(SUFFIX).casefold(), (file,))))
-
-    def tell_living_from_dead(self, deadline: Deadline, *, poll: float = 0.5) -> bool:
-        """Watch everybody's holds and leases until each has changed or gone; False where there are none.
-
-        A worker knows of the others anyway; a new process has seen nobody twice yet.
+        A different file under the name is renamed after its own bytes, not deleted. Raises DownloadFailed if another
+        worker uses it.
         """
-        notes = [path for shelf in self.shelves.writable() for path in self._holds.others(shelf.holds)]
-        notes += [path for shelf in self.shelves.writable() for path in shelf.leases.glob("*")]
-        unknown = {path: state for path in notes if (state := state_of(path)) is not None}
-        if unknown:
-            log.warning("watching whether the owners of %d holds and leases still live", len(unknown))
-        while unknown:
-            deadline.wait(poll)
-            self.watch()
-            unknown = {path: state for path, state in unknown.items() if state_of(path) == state}
-        return bool(notes)
+        present = _file_under_name(directory, file)
+        if present is None:
+            return True
+        record = self.sidecars.find(directory, present)
+        if record is not None and record.sha256 == sha256 and present == file:
+            return False
+        try:
+            record = record or self.sidecars.rebuild(directory, present, deadline)
+            new_name = digest_file(present, record.sha256)
+        except ModelRejected:
+            new_name = f"{present}.not-a-model"
+        with self._holds.claim(directory.holds, present) as may_rename:
+            if not may_rename:
+                raise DownloadFailed(f"another worker uses a different file under the name {present}", hint="try again")
+            directory.rename(present, new_name)
+            if record is not None:
+                self.sidecars.write(directory, replace(record, file=new_name))
+        log.warning("%s is a different file under a model's name: renamed to %s", present, new_name)
+        return True
 
-    def watch(self) -> None:
-        """What a heartbeat looks after: who else is alive, links that lead nowhere."""
-        for shelf in self.shelves.writable():
-            self._holds.watch(shelf.holds)
-            self._leases.watch(shelf.leases)
+    def is_in_use(self, directory: CacheDirectory, file: str) -> bool:
+        """Whether there is a file of this name, and anybody uses it."""
+        return directory.size(file) is not None and file in self._holds.held(directory.holds)
+
+    # -- other workers
+
+    def observe_other_workers(self, deadline: Deadline, *, poll: float = 0.5) -> bool:
+        """Watch all holds and leases of other owners until each has changed or is gone. False if there are none.
+
+        A worker knows the others anyway. A new process has not seen anybody's files twice yet.
+        """
+        files = [path for directory in self.directories.writable() for path in self._holds.others(directory.holds)]
+        files += [path for directory in self.directories.writable() for path in directory.leases.glob("*")]
+        undecided = {path: state for path in files if (state := state_of(path)) is not None}
+        if undecided:
+            log.warning("watching whether the owners of %d holds and leases are alive", len(undecided))
+        while undecided:
+            deadline.wait(poll)
+            self.look_after()
+            undecided = {path: state for path, state in undecided.items() if state_of(path) == state}
+        return bool(files)
+
+    def look_after(self) -> None:
+        """Remove what dead workers left, and links to models that are gone."""
+        for directory in self.directories.writable():
+            self._holds.watch(directory.holds)
+            self._leases.watch(directory.leases)
         if self._webui is not None:
             self._webui.prune()
 
 
-def missing(part: Path, size: int | None) -> int:
-    """Bytes that a download will still take from the disk."""
-    if size is None:
-        return 0
-    try:
-        return max(0, size - part.stat().st_blocks * 512)
-    except OSError:
-        return size
+def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
+    """The file that has a name. If the volume does not distinguish `A` from `a`, it may be spelled differently."""
+    if directory.size(file) is None:
+        return None
+    index = directory.refresh()
+    if file in index.files:
+        return file
+    return next(iter(index.by_stem.get(file.removesuffix(SUFFIX).casefold(), (file,))))
 
 
-def show_vaes(webui: WebUIFolder, roots: Sequence[Path]) -> None:
-    """Let the WebUI see the VAEs that somebody put into `vae/` of the cache or of a source."""
-    for path in (path for root in roots for name in ("vae", "VAE") for path in (root / name).glob(f"*{SUFFIX}")):
-        try:
-            read_header(path)
-            webui.show_vae(path)
-        except (ModelRejected, OSError) as error:
-            log.warning("the VAE %s is not shown to the WebUI: %s", path.name, error)
-
-
-def _is_meant(record: Record, ref: ModelRef) -> bool:
+def _is_meant(record: ModelRecord, ref: ModelRef) -> bool:
     if ref.version_id is not None:
-        return answers(record, ref)
+        return record.is_file_of(ref)
     return ref.sha256 is None or ref.url is None or record.sha256 == ref.sha256
-
-
-def _same(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)

@@ -1,4 +1,4 @@
-"""Which models go when room is needed: a decision, without a disk."""
+"""Which models are evicted when room is needed: the decision, without a disk. space.py carries it out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from a1111_worker.domain import ModelKind
 
 MARGIN = 64 << 20
-"""Bytes that stay free: the sidecars, the WebUI's own files, and what another worker writes meanwhile."""
+"""Bytes that stay free for the sidecars, the WebUI's own files, and what another worker writes meanwhile."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file that takes room. `last_used` is the volume's time; `keep` says why it may never go."""
+    """A file that takes room. `last_used` is by the volume's clock. `keep` is why it must stay, or None."""
 
     kind: ModelKind
     file: str
@@ -26,26 +26,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Eviction:
-    """What goes, in this order, and why. `short` is what would still be missing; then nothing goes at all."""
+    """What is removed, in this order, and why. `short` is the bytes that would still be missing: then nothing is
+    removed at all."""
 
     remove: tuple[Entry, ...]
     short: int
     why: str
 
-    @property
-    def freed(self) -> int:
-        return sum(entry.size for entry in self.remove)
-
 
 def plan_eviction(
     entries: Iterable[Entry], needed: int, *, limit: int | None, free: int, margin: int = MARGIN
 ) -> Eviction:
-    """Make room for `needed` bytes: least recently used first, nothing that must stay, nothing without need.
+    """Make room for `needed` bytes: the least recently used first, nothing that must stay, nothing without need.
 
-    `limit` is what all entries together may take, `free` what the disk still has (an upper bound).
+    `limit` is what all entries together may take. `free` is what the disk still has, an upper bound.
     """
-    everything = sorted(entries, key=lambda entry: (entry.last_used, entry.file))
-    over_limit = 0 if limit is None else sum(entry.size for entry in everything) + needed - limit
+    by_age = sorted(entries, key=lambda entry: (entry.last_used, entry.file))
+    over_limit = 0 if limit is None else sum(entry.size for entry in by_age) + needed - limit
     over_disk = needed + (margin if needed else 0) - free
     missing = max(over_limit, over_disk)
     if missing <= 0:
@@ -54,7 +51,7 @@ def plan_eviction(
     if needed:
         why = f"{_gb(needed)} needed, {why}"
     chosen: list[Entry] = []
-    for entry in everything:
+    for entry in by_age:
         if missing <= 0:
             break
         if entry.keep is None:
@@ -65,15 +62,16 @@ def plan_eviction(
     return Eviction(tuple(chosen), 0, why)
 
 
-def plan_for_a_full_disk(entries: Iterable[Entry], needed: int, *, free: int) -> Eviction:
-    """Make room for `needed` bytes on a disk that refused them: for a little more, where that much may go.
+def plan_for_full_disk(entries: Iterable[Entry], needed: int, *, free: int) -> Eviction:
+    """Make room for `needed` bytes on a disk that refused them, and for a little more if that much may be removed.
 
-    A disk that says that there is enough, and is full, has a quota that it does not show: then nothing is free.
+    A disk that is full although it reports enough free space has a quota that it does not show. Then it counts as
+    having nothing free.
     """
-    everything = list(entries)
+    entries = list(entries)
     free = free if free < needed else 0
-    freeable = sum(entry.size for entry in everything if entry.keep is None)
-    return plan_eviction(everything, max(needed, min(MARGIN, freeable + free)), limit=None, free=free, margin=0)
+    removable = sum(entry.size for entry in entries if entry.keep is None)
+    return plan_eviction(entries, max(needed, min(MARGIN, removable + free)), limit=None, free=free, margin=0)
 
 
 def _gb(size: int) -> str:

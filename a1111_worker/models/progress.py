@@ -1,4 +1,4 @@
-"""How far several files are, told as one."""
+"""The progress of several files, reported as one."""
 
 from __future__ import annotations
 
@@ -13,61 +13,69 @@ from a1111_worker.domain import Progress, Stage
 
 @dataclass(frozen=True)
 class FileProgress:
-    """How far one file is, in bytes. `waiting` names who fetches it, where that is somebody else."""
+    """How far one file is, in bytes. `fetched_by` is who fetches it, if that is somebody else."""
 
     name: str
     done: int = 0
     total: int | None = None
-    waiting: str | None = None
+    fetched_by: str | None = None
 
 
-Tell = Callable[[FileProgress], None]
+ReportFile = Callable[[FileProgress], None]
+
+
+def report_bytes(report: ReportFile, name: str) -> Callable[[int, int | None], None]:
+    """A callback for whoever counts bytes: it reports the file `name` as (bytes done, bytes in all)."""
+    return lambda done, total: report(FileProgress(name, done, total))
 
 
 class AggregateProgress:
-    """The tallies of some files; every new one makes a `Progress` of all."""
+    """The progress of `files` files. Each report of one makes a `Progress` of all."""
 
     def __init__(self, files: int, report: ReportProgress) -> None:
         self._files = files
         self._report = report
         self._began = time.monotonic()
-        self._first: int | None = None
-        self._tallies: dict[Hashable, FileProgress] = {}
+        self._done_before: int | None = None
+        self._latest: dict[Hashable, FileProgress] = {}
         self._ready = 0
         self._lock = threading.Lock()
 
-    def of(self, file: Hashable) -> Tell:
-        def tell(tally: FileProgress) -> None:
+    def of(self, file: Hashable) -> ReportFile:
+        """Where the progress of one file is reported to."""
+
+        def report(progress: FileProgress) -> None:
             with self._lock:
-                self._tallies[file] = tally
-                progress = self._progress(tally)
-            self._report(progress)
+                self._latest[file] = progress
+                aggregate = self._aggregate(progress)
+            self._report(aggregate)
 
-        return tell
+        return report
 
-    def ready(self) -> None:
+    def count_ready(self) -> None:
+        """One file more is on disk."""
         with self._lock:
             self._ready += 1
 
-    def _progress(self, newest: FileProgress) -> Progress:
-        tallies = self._tallies.values()
-        done = sum(tally.done for tally in tallies)
-        total = sum(tally.total or tally.done for tally in tallies)
-        all_known = len(tallies) == self._files and all(tally.total for tally in tallies)
-        if self._first is None:
-            self._first = done  # what an earlier download left has no speed
-        speed = (done - self._first) / max(time.monotonic() - self._began, 1e-3)
+    def _aggregate(self, newest: FileProgress) -> Progress:
+        files = self._latest.values()
+        done = sum(file.done for file in files)
+        total = sum(file.total or file.done for file in files)
+        is_known = len(files) == self._files and all(file.total for file in files)
+        if self._done_before is None:
+            self._done_before = done  # what an earlier download left has no speed
+        speed = (done - self._done_before) / max(time.monotonic() - self._began, 1e-3)
         return Progress(
             Stage.MODELS,
-            percent=round(100 * done / total, 1) if all_known else None,
+            percent=round(100 * done / total, 1) if is_known else None,
             detail=self._detail(newest, done, total),
-            eta_s=round((total - done) / speed, 1) if all_known and speed > 0 else None,
+            eta_s=round((total - done) / speed, 1) if is_known and speed > 0 else None,
             facts={"bytes": done, "total": total, "mb_per_s": round(speed / 1e6, 1)},
         )
 
     def _detail(self, newest: FileProgress, done: int, total: int) -> str:
         detail = f"{self._ready} of {self._files} ready, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
-        if newest.waiting is None or not all(tally.waiting for tally in self._tallies.values()):
+        if newest.fetched_by is None or not all(file.fetched_by for file in self._latest.values()):
             return detail
         share = f", {100 * newest.done / newest.total:.0f} %" if newest.total else ""
-        return f"{newest.waiting} is fetching {newest.name}{share}; {detail}"
+        return f"{newest.fetched_by} is fetching {newest.name}{share}; {detail}"

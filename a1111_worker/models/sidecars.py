@@ -1,4 +1,4 @@
-"""What is known of each model: a sidecar a model, so that no worker ever loses another's knowledge.
+"""What is known of each model: one sidecar for each, so that no worker ever overwrites another's knowledge.
 
     detail_tweaker_xl.safetensors.json
         {"schema": 1, "kind": "lora", "name": "Detail Tweaker XL", "file": "detail_tweaker_xl.safetensors",
@@ -8,10 +8,10 @@
          "downloaded_at": "2026-01-31T12:00:00Z"}
     detail_tweaker_xl.safetensors.uses      one byte a use, appended; its time is the last use
 
-Knowledge, never the truth: a sidecar that is missing, unreadable, from another schema, or whose size is not the file's
-is not believed, and the file is read once to know it again. `version_id` stands there only when the file's bytes are
-proven to be that version's: `null` means that someone put the file there by hand (or that CivitAI could not be asked),
-whatever its name claims. Such a file's time is compared too, since people replace what they put somewhere.
+A sidecar is knowledge, never the truth. It is not believed if it is unreadable, has another schema, or has another size
+than the file. Then the file is read once, as if there were no sidecar. `version_id` is set only if the file's bytes are
+verified to be that version's. `null` means that somebody put the file there by hand (or that CivitAI could not be
+asked), whatever its name claims. The time of such a file is compared too, because people replace such files.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from a1111_worker.context import Deadline
-from a1111_worker.domain import Model, ModelKind, ModelRef, RemoteFile
+from a1111_worker.domain import Model, ModelKind, ModelRef
 from a1111_worker.errors import ModelNotFound
 from a1111_worker.files import write_atomically
+from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.safetensors import family_of, lora_hash, read_header
-from a1111_worker.models.volume import KNOWN, USES, CacheDirectory
+from a1111_worker.models.volume import SIDECAR, USES, CacheDirectory
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OUR_FILE = re.compile(r"[A-Za-z0-9-][A-Za-z0-9._-]*\.safetensors")
-_PIECE = 4 << 20
+_CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is known of one model. `wishes` are those of a CivitAI URL (`pruned/fp16`) that this file answers."""
+class ModelRecord:
+    """What is known of one model. `variant_filters` are those of CivitAI URLs (`pruned/fp16`) that select this file."""
 
     kind: ModelKind
     name: str
@@ -58,7 +59,7 @@ class Record:
     version_id: int | None = None
     file_id: int | None = None
     primary: bool = True
-    wishes: tuple[str, ...] = ()
+    variant_filters: tuple[str, ...] = ()
     base_model: str | None = None
     family: str | None = None
     lora_hash: str | None = None
@@ -66,28 +67,33 @@ class Record:
     downloaded_at: str | None = None
 
     def to_json(self) -> bytes:
-        fields = {"schema": SCHEMA, **asdict(self), "kind": self.kind.value}
-        return json.dumps(fields, ensure_ascii=True).encode()
+        document: dict[str, Any] = {"schema": SCHEMA}
+        for field in fields(self):
+            document[_KEYS.get(field.name, field.name)] = getattr(self, field.name)
+        return json.dumps(document, ensure_ascii=True).encode()
 
     @classmethod
-    def from_json(cls, text: bytes) -> Record:
+    def from_json(cls, text: bytes) -> ModelRecord:
         """Raises ValueError for anything that `to_json` did not write."""
         try:
-            fields = json.loads(text)
+            document = json.loads(text)
         except RecursionError as error:
             raise ValueError("nested without end") from error
-        if not isinstance(fields, dict) or type(fields.get("schema")) is not int or fields["schema"] != SCHEMA:
+        if not isinstance(document, dict) or type(document.get("schema")) is not int or document["schema"] != SCHEMA:
             raise ValueError("another schema")
-        given = {name: kind for name, kind in _FIELDS.items() if name in fields}
-        for name, allowed in given.items():
-            if not isinstance(fields[name], allowed) or (isinstance(fields[name], bool) and bool not in allowed):
-                raise ValueError(f"{name} is not what it should be")
-        for name in ("wishes", "trained_words"):
-            if not all(isinstance(word, str) for word in fields.get(name, ())):
-                raise ValueError(f"{name} is not a list of words")
-        values: dict[str, Any] = {name: fields[name] for name in given}
-        values["wishes"] = tuple(values.get("wishes", ()))
-        values["trained_words"] = tuple(values.get("trained_words", ()))
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            key = _KEYS.get(field.name, field.name)
+            if key not in document:
+                continue
+            value, types = document[key], _TYPES[field.name]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ValueError(f"{key} is not what it should be")
+            if isinstance(value, list):
+                if not all(isinstance(word, str) for word in value):
+                    raise ValueError(f"{key} is not a list of words")
+                value = tuple(value)
+            values[field.name] = value
         try:
             record = cls(**(values | {"kind": ModelKind(values.get("kind"))}))
         except TypeError as error:
@@ -95,6 +101,15 @@ class Record:
         if not _SHA256.fullmatch(record.sha256):
             raise ValueError("sha256 is not one")
         return record
+
+    def is_file_of(self, ref: ModelRef) -> bool:
+        """Whether this is, verified, the file of the version that a reference means."""
+        if self.version_id is None or self.version_id != ref.version_id:
+            return False
+        if ref.file_id is not None:
+            return self.file_id == ref.file_id
+        variant = variant_filter(ref)
+        return variant in self.variant_filters if variant else self.primary
 
     def model(self, path: Path, *, downloaded: bool = False, warnings: tuple[str, ...] = ()) -> Model:
         return Model(
@@ -115,7 +130,10 @@ class Record:
         )
 
 
-_FIELDS: dict[str, tuple[type, ...]] = {
+_KEYS = {"variant_filters": "wishes"}
+"""Keys of the JSON that are not called like their field."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "name": (str,),
     "file": (str,),
@@ -126,7 +144,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "version_id": (int, type(None)),
     "file_id": (int, type(None)),
     "primary": (bool,),
-    "wishes": (list,),
+    "variant_filters": (list,),
     "base_model": (str, type(None)),
     "family": (str, type(None)),
     "lora_hash": (str, type(None)),
@@ -135,206 +153,185 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def variant_filter(ref: ModelRef) -> str:
+    """What a CivitAI URL asks for besides the version (`size/fp`), as a record keeps it. Empty: the primary file."""
+    return f"{ref.size or ''}/{ref.fp or ''}" if ref.size or ref.fp else ""
+
+
+@dataclass(frozen=True)
+class Uses:
+    """How often a model was used, and when last, by the volume's clock."""
+
+    count: int
+    last: float
+
+
 class Sidecars:
-    """The sidecars of all shelves. What belongs to a shelf that cannot be written is kept in `notes`, a folder of this
-    container: a shared one would take two images' files of one name and size for the same."""
+    """The sidecars of all cache directories.
 
-    def __init__(self, notes: Path, owner: str) -> None:
+    Those of a directory that cannot be written are kept in `notes`, a folder of this container. In a shared folder,
+    files of one name and size in two images would be taken for the same file.
+    """
+
+    def __init__(self, notes: Path) -> None:
         self._notes = notes
-        self._owner = owner
-        self._read: dict[Path, tuple[tuple[int, int, int], Record]] = {}
-        self._lock = threading.Lock()
+        self._read: dict[Path, tuple[tuple[int, int, int], ModelRecord]] = {}
+        self._lock = threading.Lock()  # guards the dict alone, never a call to the volume
 
-    def look(self, shelf: CacheDirectory, file: str) -> Record | None:
-        """What is known of a model without reading it; None where that is nothing, or there is no such model."""
-        for sidecar in self._sidecars(shelf, file):
-            record = self._from(sidecar, shelf, file)
+    def find(self, directory: CacheDirectory, file: str) -> ModelRecord | None:
+        """What is known of a model without reading it. None if nothing is known, or there is no such model."""
+        for sidecar in self._sidecars(directory, file):
+            record = self._load(sidecar, directory, file)
             if record is not None:
                 return record
         return None
 
-    def claim(self, shelf: CacheDirectory, file: str) -> Record | None:
-        """What was known of a download whose file has another length now: what it was, and where it came from."""
-        for sidecar in self._sidecars(shelf, file):
+    def find_for_changed_file(self, directory: CacheDirectory, file: str) -> ModelRecord | None:
+        """What was known of a downloaded model whose file has another size now: what it was, and where it came from."""
+        for sidecar in self._sidecars(directory, file):
             with contextlib.suppress(OSError, ValueError):
-                record = Record.from_json(sidecar.read_bytes())
-                comes_from = record.version_id or record.url
-                if record.file == file and record.kind is shelf.kind and comes_from is not None:
+                record = ModelRecord.from_json(sidecar.read_bytes())
+                source = record.version_id or record.url
+                if record.file == file and record.kind is directory.kind and source is not None:
                     return record
         return None
 
-    def write(self, shelf: CacheDirectory, record: Record) -> Record:
-        """Keep what is known of a model that has its final name. Not being able to is no failure."""
+    def write(self, directory: CacheDirectory, record: ModelRecord) -> ModelRecord:
+        """Write the sidecar of a model that has its final name. Returns the record as written.
+
+        A sidecar that cannot be written is no failure.
+        """
         try:
-            record = replace(record, mtime=int(shelf.path(record.file).stat().st_mtime))
+            record = replace(record, mtime=int(directory.path(record.file).stat().st_mtime))
         except OSError:
             return record
-        *_, sidecar = self._sidecars(shelf, record.file) if not shelf.writable else [self._beside(shelf, record.file)]
+        sidecar = self._sidecars(directory, record.file)[-1]
         try:
             sidecar.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(sidecar, record.to_json())
         except OSError as error:
-            log.warning("what is known of %s could not be kept: %s", record.file, error.strerror)
+            log.warning("the sidecar of %s could not be written: %s", record.file, error.strerror)
         return record
 
     def rebuild(
         self,
-        shelf: CacheDirectory,
+        directory: CacheDirectory,
         file: str,
         deadline: Deadline,
         *,
         on_progress: Callable[[int, int], None] | None = None,
         keep: bool = True,
-    ) -> Record:
-        """Read a model that nothing is known of: proof of the format, SHA-256, family, A1111's hash. `keep` it, too.
+    ) -> ModelRecord:
+        """Read a model of which nothing is known: its format, SHA-256, family, and A1111's hash.
 
-        Raises ModelRejected where it is not a safetensors file, ModelNotFound where it is gone.
+        `keep`: write its sidecar too. Raises ModelRejected if it is no safetensors file, ModelNotFound if it is gone.
         """
-        path = shelf.path(file)
+        path = directory.path(file)
         began = time.monotonic()
         try:
             header = read_header(path)
             sha256 = sha256_of(path, header.size, deadline, on_progress)
-            record = Record(
-                kind=shelf.kind,
-                name=file.removesuffix(".safetensors"),
+            record = ModelRecord(
+                kind=directory.kind,
+                name=file.removesuffix(SUFFIX),
                 file=file,
                 sha256=sha256,
                 size=header.size,
                 family=family_of(header),
-                lora_hash=lora_hash(path, header) if shelf.kind is ModelKind.LORA else None,
+                lora_hash=lora_hash(path, header) if directory.kind is ModelKind.LORA else None,
             )
         except OSError as error:
             raise ModelNotFound(f"{file} cannot be read from the cache ({error.strerror})") from error
-        took = time.monotonic() - began
-        log.info("read %s to know it: %.1f MB in %.1f s, sha256 %s", file, header.size / 1e6, took, sha256[:12])
-        return self.write(shelf, record) if keep else record
+        seconds = time.monotonic() - began
+        log.info("read all of %s: %.1f MB in %.1f s, sha256 %s", file, header.size / 1e6, seconds, sha256[:12])
+        return self.write(directory, record) if keep else record
 
-    def forget(self, shelf: CacheDirectory, file: str) -> None:
-        """Remove what is known of a model that goes."""
-        shelf.forget(file)
+    def remove(self, directory: CacheDirectory, file: str) -> None:
+        """Remove what is known of a model that is evicted."""
+        directory.remove_sidecars(file)
         with self._lock:
-            for sidecar in self._sidecars(shelf, file):
+            for sidecar in self._sidecars(directory, file):
                 self._read.pop(sidecar, None)
 
-    # How often and when a model was used.
+    # -- how often and when a model was used
 
-    def use(self, shelf: CacheDirectory, file: str) -> None:
-        """Count a use: an appended byte, so that no worker's is lost."""
-        if not shelf.writable:
+    def count_use(self, directory: CacheDirectory, file: str) -> None:
+        """Count a use: an appended byte, so that no worker's use is lost."""
+        if not directory.is_writable:
             return
         with contextlib.suppress(OSError):
-            descriptor = os.open(f"{shelf.path(file)}{USES}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(f"{directory.path(file)}{USES}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(descriptor, b".")
             finally:
                 os.close(descriptor)
 
-    def uses(self, shelf: CacheDirectory, file: str) -> tuple[int, float]:
-        """(how often, when last) by the volume's clock; a model that was never used: when it came."""
+    def uses(self, directory: CacheDirectory, file: str) -> Uses:
+        """How often a model was used, and when last. One that was never used counts from when it came."""
         try:
-            found = Path(f"{shelf.path(file)}{USES}").stat()
+            found = Path(f"{directory.path(file)}{USES}").stat()
         except OSError:
             try:
-                return 0, shelf.path(file).stat().st_mtime
+                return Uses(0, directory.path(file).stat().st_mtime)
             except OSError:
-                return 0, 0.0
-        return found.st_size, found.st_mtime
+                return Uses(0, 0.0)
+        return Uses(found.st_size, found.st_mtime)
 
-    # Which file a URL outside CivitAI gave: its identity is its bytes, which are not known before it was fetched.
+    # -- the file of a URL outside CivitAI: its identity is its bytes, which nobody knows before it is fetched
 
-    def file_of_url(self, shelf: CacheDirectory, url: str) -> str | None:
+    def file_of_url(self, directory: CacheDirectory, url: str) -> str | None:
+        """The file that was fetched from a URL, if it is still there."""
         try:
-            file = (shelf.urls / url_key(url)).read_text("ascii").strip()
+            file = (directory.urls / url_key(url)).read_text("ascii").strip()
         except (OSError, ValueError):
             return None
-        return file if _OUR_FILE.fullmatch(file) and shelf.size(file) is not None else None
+        return file if _OUR_FILE.fullmatch(file) and directory.size(file) is not None else None
 
-    def remember_url(self, shelf: CacheDirectory, url: str, file: str) -> None:
+    def remember_url(self, directory: CacheDirectory, url: str, file: str) -> None:
         with contextlib.suppress(OSError):
-            write_atomically(shelf.urls / url_key(url), file.encode("ascii"))
+            write_atomically(directory.urls / url_key(url), file.encode("ascii"))
 
-    def _beside(self, shelf: CacheDirectory, file: str) -> Path:
-        return shelf.folder / f"{file}{KNOWN}"
-
-    def _sidecars(self, shelf: CacheDirectory, file: str) -> list[Path]:
-        beside = self._beside(shelf, file)
-        if shelf.writable:
+    def _sidecars(self, directory: CacheDirectory, file: str) -> list[Path]:
+        """Where a model's sidecar may lie. The last place is the one that is written."""
+        beside = directory.folder / f"{file}{SIDECAR}"
+        if directory.is_writable:
             return [beside]
-        folder = hashlib.sha256(os.fsencode(shelf.folder.absolute())).hexdigest()[:16]
-        return [beside, self._notes / folder / f"{file}{KNOWN}"]
+        folder = hashlib.sha256(os.fsencode(directory.folder.absolute())).hexdigest()[:16]
+        return [beside, self._notes / folder / f"{file}{SIDECAR}"]
 
-    def _from(self, sidecar: Path, shelf: CacheDirectory, file: str) -> Record | None:
+    def _load(self, sidecar: Path, directory: CacheDirectory, file: str) -> ModelRecord | None:
         try:
             found = os.stat(sidecar)  # noqa: PTH116 - the fast path
-            model = os.stat(shelf.path(file))  # noqa: PTH116 - the same
+            model = os.stat(directory.path(file))  # noqa: PTH116 - the same
         except OSError:
             return None
         state = (found.st_mtime_ns, found.st_size, found.st_ino)
         with self._lock:
-            before, record = self._read.get(sidecar, (None, None))
-        if record is None or before != state:
+            last_state, record = self._read.get(sidecar, (None, None))
+        if record is None or last_state != state:
             try:
-                record = Record.from_json(sidecar.read_bytes())
+                record = ModelRecord.from_json(sidecar.read_bytes())
             except (OSError, ValueError) as error:
-                log.warning("what is known of %s is unreadable and will be found again: %s", file, _reason(error))
+                reason = (error.strerror or "I/O error") if isinstance(error, OSError) else str(error)[:100]
+                log.warning("the sidecar of %s is unreadable, and will be rebuilt: %s", file, reason)
                 return None
             with self._lock:
                 self._read[sidecar] = (state, record)
-        if record.file != file or record.kind is not shelf.kind or record.size != model.st_size:
+        if record.file != file or record.kind is not directory.kind or record.size != model.st_size:
             return None
         if record.version_id is None and record.url is None and record.mtime != int(model.st_mtime):
-            return None  # put there by hand, and replaced since
+            return None  # it was put there by hand, and has been replaced since
         return record
 
 
-def record_of(
-    shelf_kind: ModelKind, part: Path, file: str, remote: RemoteFile, ref: ModelRef, sha256: str, downloaded_at: str
-) -> Record:
-    """What is known of a file that just arrived. Raises ModelRejected where it is not a safetensors file."""
-    header = read_header(part)
-    return Record(
-        kind=shelf_kind,
-        name=remote.name or ref.name or file.removesuffix(".safetensors"),
-        file=file,
-        sha256=sha256,
-        size=header.size,
-        url=remote.url.partition("?")[0].partition("#")[0],
-        version_id=remote.version_id,
-        file_id=remote.file_id,
-        primary=remote.primary,
-        wishes=(wish,) if (wish := wish_of(ref)) else (),
-        base_model=remote.base_model,
-        family=family_of(header, remote.base_model),
-        lora_hash=lora_hash(part, header) if shelf_kind is ModelKind.LORA else None,
-        trained_words=remote.trained_words,
-        downloaded_at=downloaded_at,
-    )
-
-
-def wish_of(ref: ModelRef) -> str:
-    """What a CivitAI URL wishes beside the version, as a record keeps it; empty: the version's primary file."""
-    return f"{ref.size or ''}/{ref.fp or ''}" if ref.size or ref.fp else ""
-
-
-def answers(record: Record, ref: ModelRef) -> bool:
-    """Whether a model is, proven, the file of the version that a reference means."""
-    if record.version_id is None or record.version_id != ref.version_id:
-        return False
-    if ref.file_id is not None:
-        return record.file_id == ref.file_id
-    wish = wish_of(ref)
-    return wish in record.wishes if wish else record.primary
-
-
 def sha256_of(path: Path, size: int, deadline: Deadline, on_progress: Callable[[int, int], None] | None = None) -> str:
-    """The SHA-256 of a file, as long as there is time."""
+    """The SHA-256 of a file. It ends early, with an error, when the deadline does."""
     digest = hashlib.sha256()
     done = 0
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            done += len(piece)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
             deadline.check()
             if on_progress is not None:
                 on_progress(done, size)
@@ -342,9 +339,5 @@ def sha256_of(path: Path, size: int, deadline: Deadline, on_progress: Callable[[
 
 
 def url_key(url: str) -> str:
-    """A URL as a name on disk: nothing of it can be read back."""
+    """A URL as a name on disk, from which nothing of the URL can be read back."""
     return hashlib.sha256(url.encode()).hexdigest()[:32]
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or "I/O error") if isinstance(error, OSError) else str(error)[:100]

@@ -1,28 +1,23 @@
-"""The disk: what lies where, under which name, and how a file gets there. Nothing here knows what a model is.
+"""The folders of models: what lies where, and how a file gets there. Nothing here knows what a model is.
 
     /runpod-volume/models/                          MODELS_DIR: shared by every worker that mounts it
     ├── checkpoints/
     │   ├── jib_mix….safetensors                    a model: it exists when this name exists
-    │   ├── jib_mix….safetensors.json               what is known of it (registry.py)
-    │   ├── jib_mix….safetensors.uses               one byte a use: its size is their count, its mtime the last one
-    │   ├── .parts/v1590699.<owner>.part            not proven yet; beside it what its download remembers
+    │   ├── jib_mix….safetensors.json               its sidecar: what is known of it (sidecars.py)
+    │   ├── jib_mix….safetensors.uses               one byte a use: its size is their count, its mtime the last use
+    │   ├── .parts/v1590699.<owner>.part            a partial file, not verified; beside it what its download remembers
     │   ├── .leases/v1590699                        "I am fetching this": kept fresh by its owner (leases.py)
-    │   ├── .holds/jib_mix….safetensors.<owner>     "I use this": kept fresh by its owner
-    │   ├── .holds/jib_mix….safetensors.evicting    "I am taking this away"
+    │   ├── .holds/jib_mix….safetensors.<owner>     "I use this": kept fresh by its owner (holds.py)
+    │   ├── .holds/jib_mix….safetensors.evicting    "I am evicting this"
     │   ├── .urls/<digest of a URL>                 the file that a URL outside CivitAI gave
-    │   └── .trash/                                 on its way out
+    │   └── .trash/                                 files that are being removed
     ├── loras/…                                     the same again
     └── vae/                                        put there by hand, shown to the WebUI
 
-    /tmp/webui-models/                              WEBUI_MODELS_DIR: of this container alone
-    ├── Stable-diffusion/jib_mix….safetensors  →    links to models, nothing else
-    ├── Lora/…
-    └── VAE/…
-
-**A model exists when its final name exists, and that name appears only by renaming a proven part.** Everything else may
-vanish at any moment without harm: a lost lease costs a second download, a lost sidecar is rebuilt by reading the file
-once, a lost part is fetched again. No lock of the file system is ever asked for: on some network volumes they succeed
-for everybody. Names with a leading dot are the worker's own; nothing that a job, a header or CivitAI says becomes a
+**A model exists when its final name exists, and that name appears only by renaming a verified file.** Everything else
+may vanish at any moment without harm: a lost lease costs a second download, a lost sidecar is rebuilt by reading the
+file once, a lost partial file is fetched again. No lock of the file system is used: on some network volumes every
+worker gets it. Names with a leading dot are the worker's own. Nothing that a job, a header or CivitAI says becomes a
 name except through `slug`.
 """
 
@@ -32,120 +27,69 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 import stat
 import threading
-import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from a1111_worker.domain import ModelKind
+from a1111_worker.errors import VolumeFull
 from a1111_worker.files import NO_ROOM
+from a1111_worker.models.names import SUFFIX, FileIndex
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".safetensors"
-KNOWN = ".json"
+SIDECAR = ".json"
 USES = ".uses"
 
-# -- names -------------------------------------------------------------------------------------------------------------
+SOURCE_FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
+"""The folders that a source may have for a kind: named like ours, or like the WebUI's. A source may also be flat."""
 
-SLUG_LENGTH = 80
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)  # devices, on Windows volumes
-_VERSION = re.compile(r"_([1-9][0-9]{0,15})(?:_([1-9][0-9]{0,15}))?\.safetensors$", re.IGNORECASE)
-_DIGEST = re.compile(r"_([0-9a-f]{16})\.safetensors$")
+_TRASH_SECONDS = 60.0  # the worker that evicts a model may still put it back
 
 
-def slug(text: str, otherwise: str = "model") -> str:
-    """The readable part of a file's name: at most 80 of `[A-Za-z0-9._-]`, whatever the text.
+class UnfinishedDownload(NamedTuple):
+    """A partial file on disk. `key` names what is fetched. `size` is the bytes that it takes on the disk. `written` is
+    the time of its last change, by the volume's clock."""
 
-    Never empty, never starting with a dot, never a device of Windows, and never ending like an id (`_12`), so that
-    what our names say behind it can be read back.
-    """
-    plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode()
-    plain = re.sub(r"\.safetensors$", "", plain.strip(), flags=re.IGNORECASE)
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", plain)
-    plain = re.sub(r"\.{2,}", ".", plain)
-    plain = plain.strip("._-")[:SLUG_LENGTH].rstrip("._-")
-    plain = re.sub(r"_(?=[0-9]+$)", "-", plain)
-    if not plain or _RESERVED.match(plain):
-        plain = f"{otherwise}-{plain}".rstrip("-")[:SLUG_LENGTH]
-    return plain
-
-
-def version_file(name: str, version_id: int, file_id: int | None = None) -> str:
-    """The file of a CivitAI version; with `file_id` one that is not the version's primary file."""
-    ids = f"{version_id}" if file_id is None else f"{version_id}_{file_id}"
-    return f"{slug(name)}_{ids}{SUFFIX}"
-
-
-def digest_file(name: str, sha256: str) -> str:
-    """The file of a model that has no other identity than its bytes."""
-    return f"{slug(name)}_{sha256[:16]}{SUFFIX}"
-
-
-@dataclass(frozen=True)
-class Names:
-    """The models of a folder, by everything that a name says.
-
-    What a name says of ids is a claim: somebody may have put `my_12.safetensors` there by hand.
-    """
-
-    files: frozenset[str] = frozenset()
-    by_stem: dict[str, tuple[str, ...]] = field(default_factory=dict)  # casefolded
-    by_version: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    by_digest: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, listing: Iterable[str]) -> Names:
-        by_stem: dict[str, tuple[str, ...]] = {}
-        by_version: dict[int, tuple[str, ...]] = {}
-        by_digest: dict[str, tuple[str, ...]] = {}
-        files = sorted(name for name in listing if name.endswith(SUFFIX) and not name.startswith("."))
-        for file in files:
-            stem = file[: -len(SUFFIX)].casefold()
-            by_stem[stem] = (*by_stem.get(stem, ()), file)
-            if version := _VERSION.search(file):
-                # `a_12_345` is version 12's file 345, or version 345 of something somebody called `a_12`
-                for claimed in {int(digits) for digits in version.groups() if digits}:
-                    by_version[claimed] = (*by_version.get(claimed, ()), file)
-            if digest := _DIGEST.search(file):
-                by_digest[digest[1]] = (*by_digest.get(digest[1], ()), file)
-        return cls(frozenset(files), by_stem, by_version, by_digest)
-
-    def named(self, name: str) -> tuple[str, ...]:
-        """The files that a bare name means: exactly, else in any case. More than one: it is ambiguous."""
-        stem = name.removesuffix(SUFFIX)
-        if stem + SUFFIX in self.files:
-            return (stem + SUFFIX,)
-        return self.by_stem.get(stem.casefold(), ())
-
-
-# -- one folder --------------------------------------------------------------------------------------------------------
+    key: str
+    path: Path
+    size: int
+    written: float
 
 
 class CacheDirectory:
     """One folder with the models of one kind.
 
-    A shelf that is not `writable` is only looked at. `local` says that no other worker sees it.
+    If it is not `is_writable`, models are only read from it. `is_local`: no other worker sees it. `listdir` returns the
+    names in a folder.
     """
 
-    def __init__(self, folder: Path, kind: ModelKind, *, writable: bool = False, local: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: ModelKind,
+        *,
+        is_writable: bool = False,
+        is_local: bool = False,
+        listdir: Callable[[Path], list[str]] = os.listdir,
+    ) -> None:
         self.folder = folder
         self.kind = kind
-        self.writable = writable
-        self.local = local
-        self._lock = threading.Lock()
-        self._names = Names()
-        self._seen: int | None = None
+        self.is_writable = is_writable
+        self.is_local = is_local
+        self._listdir = listdir
+        self._listing_lock = threading.Lock()  # one thread lists, and the others use its listing
+        self._index: FileIndex | None = None
+        self._listed_at: int | None = None  # the folder's time before the listing
 
     def __repr__(self) -> str:
-        return f"CacheDirectory({str(self.folder)!r}, {self.kind.value}, writable={self.writable})"
+        return f"CacheDirectory({str(self.folder)!r}, {self.kind.value}, is_writable={self.is_writable})"
 
     @property
-    def parts(self) -> Path:
+    def partial_files(self) -> Path:
         return self.folder / ".parts"
 
     @property
@@ -165,161 +109,222 @@ class CacheDirectory:
         return self.folder / ".trash"
 
     def prepare(self) -> None:
-        """Make the folders; raises OSError where nothing can be written."""
-        for folder in (self.folder, self.parts, self.leases, self.holds, self.urls, self.trash):
+        """Make the folders. Raises OSError if nothing can be written."""
+        for folder in (self.folder, self.partial_files, self.leases, self.holds, self.urls, self.trash):
             folder.mkdir(parents=True, exist_ok=True)
+
+    # -- what is there
 
     def path(self, file: str) -> Path:
         return self.folder / file
 
     def size(self, file: str) -> int | None:
-        """In bytes; None where there is no such model."""
+        """The size of a model in bytes, or None if there is no such model."""
         try:
             found = (self.folder / file).stat()
         except OSError:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def names(self, *, fresh: bool = True) -> Names:
-        """What is there. `fresh` looks at the folder's time and lists again where it changed; without it any listing
-        will do, as long as there is one."""
-        with self._lock:
-            if self._seen is not None and not fresh:
-                return self._names
+    def index(self, *, fresh: bool = True) -> FileIndex:
+        """The models that are there.
+
+        `fresh` looks at the folder's time, and lists the folder again if that has changed. Without it the last listing
+        is returned, if there is one; a listing that is under way is not waited for.
+        """
+        index = self._index
+        if index is not None and not fresh:
+            return index
+        with self._listing_lock:
             try:
                 now = self.folder.stat().st_mtime_ns
             except OSError:
-                self._names, self._seen = Names(), None
-                return self._names
-            if now != self._seen:
-                self._names, self._seen = Names.of(_listed(self.folder)), now
-            return self._names
+                self._index, self._listed_at = None, None
+                return FileIndex()
+            if self._index is None or now != self._listed_at:
+                self._index, self._listed_at = FileIndex.of(self._names_in(self.folder)), now
+            return self._index
 
-    def list_again(self) -> Names:
-        """List without trusting the folder's time, which some volumes keep in whole seconds."""
-        with self._lock:
-            self._seen = None
-        return self.names()
+    def refresh(self) -> FileIndex:
+        """List the folder without trusting its time, which some volumes keep in whole seconds."""
+        with self._listing_lock:
+            self._listed_at = None
+        return self.index()
 
     def free(self) -> int:
-        """Bytes that may still be written, an upper bound: a volume's quota may not show."""
+        """Bytes that may still be written. An upper bound: a volume's quota may not show."""
         return shutil.disk_usage(self.folder).free
 
-    # What is written.
+    # -- partial files
 
-    def part(self, key: str, owner: str) -> Path:
-        """Where an owner fetches a file to. `key` names what is fetched, the same for every worker."""
-        return self.parts / f"{key}.{owner}.part"
+    def partial_file(self, key: str, owner: str) -> Path:
+        """The path that an owner downloads to. `key` names what is fetched, the same for every worker."""
+        return self.partial_files / f"{key}.{owner}.part"
 
-    def adopt_part(self, key: str, owner: str) -> bool:
-        """Make a part that someone else left one's own, by rename: of any number of takers one gets it.
+    def adopt_partial_file(self, key: str, owner: str) -> None:
+        """Rename a partial file that another owner left, so that it is this owner's. Only one of many workers gets it.
 
-        The newest one is taken, the others are removed. Only for whoever has the lease of `key`.
+        The newest one is adopted, and the others are removed. The owner's own comes before any other. Call this only
+        with the lease of `key`.
         """
-        mine = self.part(key, owner)
-        left = sorted(self._parts_of(key), key=_mtime, reverse=True)
-        if mine in left:
-            left.remove(mine)
-            taken = True
-        else:
-            taken = False
-        for part in left:
-            if not taken and _renamed(part, mine):
-                for beside in self._beside(part):
-                    _renamed(beside, mine.with_name(mine.name + beside.name[len(part.name) :]))
-                taken = True
+        own = self.partial_file(key, owner)
+        left = sorted(self._partial_files_of(key), key=_mtime, reverse=True)
+        has_own = own in left
+        for path in left:
+            if path == own:
+                continue
+            if not has_own and _rename(path, own):
+                for beside in self._files_beside(path):
+                    _rename(beside, own.with_name(own.name + beside.name[len(path.name) :]))
+                has_own = True
             else:
-                self.drop_part(part)
-        return taken
+                self.remove_partial_file(path)
 
-    def drop_part(self, part: Path) -> None:
-        """Remove a part and all that its download kept beside it."""
-        for path in (*self._beside(part), part):
-            _unlinked(path)
+    def remove_partial_file(self, path: Path) -> None:
+        """Remove a partial file and everything that its download keeps beside it."""
+        for each in (*self._files_beside(path), path):
+            _unlink(each)
 
-    def leftovers(self) -> Iterator[tuple[str, Path, int, float]]:
-        """Every part: (key, path, bytes it takes, when it was last written)."""
-        for name in _listed(self.parts):
+    def unfinished_downloads(self) -> Iterator[UnfinishedDownload]:
+        """Every partial file in the folder, whoever owns it."""
+        for name in self._names_in(self.partial_files):
             if name.endswith(".part"):
+                path = self.partial_files / name
                 with contextlib.suppress(OSError):
-                    found = (self.parts / name).stat()
-                    yield name.split(".", 1)[0], self.parts / name, found.st_blocks * 512, found.st_mtime
+                    found = path.stat()
+                    yield UnfinishedDownload(name.split(".", 1)[0], path, found.st_blocks * 512, found.st_mtime)
 
-    def _parts_of(self, key: str) -> Iterator[Path]:
-        for name in _listed(self.parts):
-            if name.startswith(f"{key}.") and name.endswith(".part"):
-                yield self.parts / name
-
-    def _beside(self, part: Path) -> list[Path]:
-        return [part.with_name(name) for name in _listed(part.parent) if name.startswith(f"{part.name}.")]
-
-    def place(self, part: Path, file: str) -> None:
-        """Let a proven part become the model `file`: written through, renamed, and the rename written through."""
-        if not self.local:  # a container's own disk is lost with the container
-            _sync(part)
-        part.replace(self.folder / file)
-        if not self.local:
+    def place(self, partial_file: Path, file: str) -> None:
+        """Make a verified partial file the model `file`: written through, renamed, and the rename written through."""
+        if not self.is_local:  # a container's own disk is lost with the container
+            _sync(partial_file)
+        partial_file.replace(self.folder / file)
+        if not self.is_local:
             _sync(self.folder)
-        self.drop_part(part)
+        self.remove_partial_file(partial_file)
 
-    def take_away(self, file: str, owner: str) -> Path:
-        """Take a model's name away at once, its bytes are still there: the place in the trash."""
-        self.trash.mkdir(exist_ok=True)  # somebody may have tidied up
-        away = self.trash / f"{owner}-{threading.get_ident()}-{file}"
-        (self.folder / file).rename(away)
-        return away
+    def _partial_files_of(self, key: str) -> Iterator[Path]:
+        for name in self._names_in(self.partial_files):
+            if name.startswith(f"{key}.") and name.endswith(".part"):
+                yield self.partial_files / name
 
-    def put_back(self, away: Path, file: str) -> None:
-        """Undo `take_away`, unless somebody has put the model there again."""
+    def _files_beside(self, path: Path) -> list[Path]:
+        return [path.with_name(name) for name in self._names_in(path.parent) if name.startswith(f"{path.name}.")]
+
+    # -- models that go
+
+    def move_to_trash(self, file: str, owner: str) -> Path:
+        """Take a model's name away at once, and keep its bytes for the moment. Returns its path in the trash."""
+        self.trash.mkdir(exist_ok=True)  # somebody may have removed it
+        trashed = self.trash / f"{owner}-{threading.get_ident()}-{file}"
+        (self.folder / file).rename(trashed)
+        return trashed
+
+    def restore(self, trashed: Path, file: str) -> None:
+        """Undo `move_to_trash`, unless somebody has put a model under that name again."""
         with contextlib.suppress(OSError):
-            os.link(away, self.folder / file)  # unlike a rename it fails where the name exists
-            away.unlink()
+            os.link(trashed, self.folder / file)  # unlike a rename it fails if the name exists
+            trashed.unlink()
             return
-        if not (self.folder / file).exists():  # no hard links here
-            _renamed(away, self.folder / file)
+        if not (self.folder / file).exists():  # this file system has no hard links
+            _rename(trashed, self.folder / file)
 
-    def forget(self, file: str) -> None:
+    def remove_sidecars(self, file: str) -> None:
         """Remove what lies beside a model."""
-        for beside in (KNOWN, USES):
-            _unlinked(self.folder / f"{file}{beside}")
+        for suffix in (SIDECAR, USES):
+            _unlink(self.folder / f"{file}{suffix}")
 
-    def rename(self, file: str, other: str) -> None:
+    def rename(self, file: str, new_name: str) -> None:
         """Give a model another name, with what lies beside it."""
-        (self.folder / file).rename(self.folder / other)
-        for beside in (KNOWN, USES):
-            _renamed(self.folder / f"{file}{beside}", self.folder / f"{other}{beside}")
+        (self.folder / file).rename(self.folder / new_name)
+        for suffix in (SIDECAR, USES):
+            _rename(self.folder / f"{file}{suffix}", self.folder / f"{new_name}{suffix}")
 
     def sweep(self, older_than: float) -> None:
-        """Remove what nobody will come back for: the trash, and parts untouched for `older_than` seconds.
+        """Remove what nobody needs any more: the trash, and partial files untouched for `older_than` seconds.
 
-        By the volume's own clock: a file made now says what time it is there.
+        Also removed are drafts of that age, which a dead writer left, and sidecars without a model. Ages are by the
+        volume's own clock: a file that is made now shows its time.
         """
-        now = _time_there(self.trash)
+        now = _volume_time(self.trash)
         if now is None:
             return
-        for path in (self.trash / name for name in _listed(self.trash)):
+        for path in (self.trash / name for name in self._names_in(self.trash)):
             if 0 < _ctime(path) < now - _TRASH_SECONDS:
-                _unlinked(path)
-        for path in (self.parts / name for name in _listed(self.parts)):
-            if 0 < _mtime(path) < now - older_than and _unlinked(path):
+                _unlink(path)
+        for path in (self.partial_files / name for name in self._names_in(self.partial_files)):
+            if 0 < _mtime(path) < now - older_than and _unlink(path):
                 log.info("removed %s, left unfinished long ago", path.name)
-        listing = set(_listed(self.folder))
+        listing = set(self._names_in(self.folder))
         for name in listing:
             path = self.folder / name
             if name.startswith("."):  # a draft of a writer that died
                 if path.is_file() and 0 < _mtime(path) < now - older_than:
-                    _unlinked(path)
+                    _unlink(path)
                 continue
-            model = name.removesuffix(KNOWN).removesuffix(USES)
+            model = name.removesuffix(SIDECAR).removesuffix(USES)
             if model != name and model.endswith(SUFFIX) and model not in listing and self.size(model) is None:
-                _unlinked(path)
+                _unlink(path)
+
+    def _names_in(self, folder: Path) -> list[str]:
+        try:
+            return self._listdir(folder)  # thirty thousand names, not as many Path objects
+        except OSError:
+            return []
 
 
-_TRASH_SECONDS = 60.0  # whoever takes a model away may still put it back
+class CacheDirectories:
+    """Where models are looked for, in this order: the cache, the local folder, the sources.
+
+    New models are written to the cache. If the cache cannot be written they go to the local folder; if neither can be
+    written, nothing is fetched. A source that is the cache itself, or is not a folder, is left out.
+    """
+
+    def __init__(self, models_dir: Path, local_dir: Path, sources: Sequence[Path], owner: str) -> None:
+        self.models_dir = models_dir
+        self.local_dir = local_dir
+        self.sources = tuple(
+            source for source in dict.fromkeys(sources) if source.is_dir() and not _is_same(source, models_dir)
+        )
+        self._writable: dict[ModelKind, CacheDirectory | None] = {}
+        self._all: dict[ModelKind, list[CacheDirectory]] = {}
+        for kind in ModelKind:
+            cache = _prepare(CacheDirectory(models_dir / kind.folder, kind), owner)
+            self._all[kind] = [cache]
+            self._writable[kind] = cache if cache.is_writable else None
+            if not cache.is_writable:
+                local = _prepare(CacheDirectory(local_dir / kind.folder, kind, is_local=True), owner)
+                self._all[kind].append(local)
+                self._writable[kind] = local if local.is_writable else None
+            for source in self.sources:
+                folders = [source / name for name in SOURCE_FOLDERS[kind] if (source / name).is_dir()]
+                self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
+
+    def of(self, kind: ModelKind) -> list[CacheDirectory]:
+        """Every directory with models of a kind, in the order in which they are searched."""
+        return self._all[kind]
+
+    def for_new(self, kind: ModelKind) -> CacheDirectory:
+        """The directory that new models of a kind are written to. Raises VolumeFull if there is none."""
+        directory = self._writable[kind]
+        if directory is None:
+            raise VolumeFull("there is no folder that models can be written to", hint="set MODELS_DIR to one")
+        return directory
+
+    def writable(self) -> list[CacheDirectory]:
+        return [directory for directory in self._writable.values() if directory is not None]
+
+    def folders(self) -> list[Path]:
+        """Every folder that a model may lie in."""
+        return [directory.folder for directories in self._all.values() for directory in directories]
+
+    def vae_folders(self) -> list[Path]:
+        """The folders with VAEs that somebody put into the cache or a source."""
+        return [root / name for root in (self.models_dir, *self.sources) for name in ("vae", "VAE")]
 
 
 def can_write(folder: Path, owner: str) -> bool:
-    """Whether files can be made in a folder (a full one can be written: something may be freed)."""
+    """Whether files can be made in a folder. A full disk counts as writable: room may be freed on it."""
     probe = folder / f".probe-{owner}"
     try:
         probe.touch()
@@ -329,82 +334,18 @@ def can_write(folder: Path, owner: str) -> bool:
     return True
 
 
-# -- what the WebUI sees -----------------------------------------------------------------------------------------------
-
-_WEBUI_FOLDERS = {ModelKind.CHECKPOINT: "Stable-diffusion", ModelKind.LORA: "Lora"}
-_VAE = "VAE"
-
-
-class WebUIFolder:
-    """The folder the WebUI is started on: links to proven files, one name each. Other files in it are left alone."""
-
-    def __init__(self, root: Path, owner: str) -> None:
-        self._root = root
-        self._owner = owner
-
-    def prepare(self, shelves: Iterable[Path]) -> None:
-        """Make the folders, and remove every link that leads nowhere or anywhere else than into `shelves`."""
-        homes = {os.path.realpath(shelf) for shelf in shelves}
-        for name in (*_WEBUI_FOLDERS.values(), _VAE):
-            folder = self._root / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for link in folder.iterdir():
-                if link.is_symlink() and not (link.exists() and str(link.readlink().parent) in homes):
-                    log.info("removing %s/%s from what the WebUI sees", name, link.name)
-                    link.unlink(missing_ok=True)
-
-    def folder(self, kind: ModelKind) -> Path:
-        return self._root / _WEBUI_FOLDERS[kind]
-
-    def show(self, kind: ModelKind, path: Path) -> Path:
-        """Let the WebUI see a model under its file name."""
-        link = self.folder(kind) / path.name
-        self._link(link, path)
-        return link
-
-    def show_vae(self, path: Path) -> None:
-        self._link(self._root / _VAE / path.name, path)
-
-    def _link(self, link: Path, path: Path) -> None:
-        target = _target(path)
-        with contextlib.suppress(OSError):
-            if link.readlink() == target:
-                return
-        draft = link.with_name(f".{link.name[:120]}.{self._owner}-{threading.get_ident()}")
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(target)
-        draft.replace(link)  # a link under this name may be in use: it changes at once
-
-    def hide(self, kind: ModelKind, path: Path) -> None:
-        """Take a model's link away, if it is this one's."""
-        link = self.folder(kind) / path.name
-        with contextlib.suppress(OSError):
-            if link.readlink() == _target(path):
-                link.unlink()
-
-    def prune(self) -> None:
-        """Remove links whose model another worker has evicted."""
-        for name in (*_WEBUI_FOLDERS.values(), _VAE):
-            for entry in _listed(self._root / name):
-                link = self._root / name / entry
-                with contextlib.suppress(OSError):
-                    if link.is_symlink() and not link.exists():
-                        link.unlink()
-
-
-# -- helpers -----------------------------------------------------------------------------------------------------------
-
-
-def _target(path: Path) -> Path:
-    """Where a link leads: the real folder, but the model's own name, which may itself be somebody's link."""
-    return Path(os.path.realpath(path.parent)) / path.name
-
-
-def _listed(folder: Path) -> list[str]:
+def _prepare(directory: CacheDirectory, owner: str) -> CacheDirectory:
+    """The directory with its folders made, and `is_writable` set if that was possible."""
     try:
-        return os.listdir(folder)  # noqa: PTH208 - thirty thousand names, not as many objects
-    except OSError:
-        return []
+        directory.prepare()
+        directory.is_writable = can_write(directory.folder, owner)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", directory.folder, error.strerror)
+    return directory
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _mtime(path: Path) -> float:
@@ -421,7 +362,7 @@ def _ctime(path: Path) -> float:
         return 0.0
 
 
-def _unlinked(path: Path) -> bool:
+def _unlink(path: Path) -> bool:
     try:
         path.unlink()
     except OSError:
@@ -429,18 +370,7 @@ def _unlinked(path: Path) -> bool:
     return True
 
 
-def _time_there(folder: Path) -> float | None:
-    probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-        return _mtime(probe) or None
-    except OSError:
-        return None
-    finally:
-        _unlinked(probe)
-
-
-def _renamed(source: Path, target: Path) -> bool:
+def _rename(source: Path, target: Path) -> bool:
     try:
         source.rename(target)
     except OSError:
@@ -448,8 +378,23 @@ def _renamed(source: Path, target: Path) -> bool:
     return True
 
 
+def _volume_time(folder: Path) -> float | None:
+    """What time it is on the volume, or None if nothing can be written there."""
+    probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
+    try:
+        probe.touch()
+        return _mtime(probe) or None
+    except OSError:
+        return None
+    finally:
+        _unlink(probe)
+
+
 def _sync(path: Path) -> None:
-    """Written through to the disk. Some network file systems cannot do that to a folder: the rename stands anyway."""
+    """Write a file or a folder through to the disk.
+
+    Some network file systems cannot do that to a folder: the rename stands anyway.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

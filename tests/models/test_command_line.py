@@ -21,7 +21,7 @@ from a1111_worker.domain import ModelKind
 from a1111_worker.errors import WorkerError
 from sandbox.civitai import REGION_BLOCKED
 from sandbox.models import sdxl_lora, sha256_of
-from tests.fleet import DETAIL, KEY, Fleet, lora, soon
+from tests.fleet import DETAIL, KEY, Fleet, lora, soon, timings
 
 ROOT = Path(__file__).parent.parent.parent
 MB = 1_000_000
@@ -46,7 +46,7 @@ class Shell(Fleet):
         command = [sys.executable, str(ROOT / "model_manager.py"), *arguments]
         return subprocess.run(command, env=self.environ(**more), capture_output=True, text=True, timeout=60)
 
-    def told(self, *arguments: str, **more: str) -> Any:
+    def run_json(self, *arguments: str, **more: str) -> Any:
         done = self.run(*arguments, "--json", **more)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -59,7 +59,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         yield shell
 
 
-def test_fetch_says_what_is_there_now_and_what_is_not(shell: Shell) -> None:
+def test_fetch_prints_what_is_there_now_and_what_is_not(shell: Shell) -> None:
     served = shell.serve(77, name="Snow")
 
     shell.serve(78)
@@ -71,33 +71,33 @@ def test_fetch_says_what_is_there_now_and_what_is_not(shell: Shell) -> None:
 
     assert done.returncode == 1
     assert done.stdout.splitlines() == [f"Snow_77.safetensors  0.1 MB  sha256 {sha256_of(served)[:12]}…  fetched"]
-    said = {line.split(": ")[0]: line.split(": ")[1] for line in done.stderr.splitlines()}
-    assert list(said) == ["ftp://x", "civitai:5@78", "nobody"]
-    assert (said["civitai:5@78"], said["nobody"]) == ("MODEL_ACCESS_DENIED", "MODEL_NOT_FOUND")
+    codes = {line.split(": ")[0]: line.split(": ")[1] for line in done.stderr.splitlines()}
+    assert list(codes) == ["ftp://x", "civitai:5@78", "nobody"]
+    assert (codes["civitai:5@78"], codes["nobody"]) == ("MODEL_ACCESS_DENIED", "MODEL_NOT_FOUND")
     assert "Traceback" not in done.stderr
 
 
-def test_fetch_again_says_that_it_was_there(shell: Shell) -> None:
+def test_fetch_again_prints_that_it_was_there(shell: Shell) -> None:
     shell.serve(77, name="Snow")
-    first, second = shell.told("fetch", "77"), shell.told("fetch", "77")
+    first, second = shell.run_json("fetch", "77"), shell.run_json("fetch", "77")
 
     assert [model["downloaded"] for model in (*first["models"], *second["models"])] == [True, False]
     assert second["failed"] == {}
 
 
-def test_prefetch_brings_the_checkpoint_and_the_catalog(shell: Shell) -> None:
+def test_prefetch_fetches_the_checkpoint_and_the_catalog(shell: Shell) -> None:
     shell.serve_checkpoint(size=3 * MB)
     for known in catalog.LORAS:
         shell.serve(known.version_id)
 
-    told = shell.told("prefetch")
+    document = shell.run_json("prefetch")
 
-    files = [model["file"] for model in told["models"]]
+    files = [model["file"] for model in document["models"]]
     assert files == [catalog.CHECKPOINT_FILE, *(known.file for known in catalog.LORAS)]
-    assert not (shell.folder / "shell/webui").exists()  # whoever warms a volume shows nothing to any WebUI
+    assert not (shell.folder / "shell/webui").exists()  # a command shows nothing to any WebUI
 
 
-def test_prefetch_says_what_could_not_be_had(shell: Shell) -> None:
+def test_prefetch_prints_what_could_not_be_fetched(shell: Shell) -> None:
     shell.serve(DETAIL)
     shell.run("fetch", str(DETAIL))
     shell.civitai.fail(REGION_BLOCKED, times=None, on="/api/")
@@ -109,7 +109,7 @@ def test_prefetch_says_what_could_not_be_had(shell: Shell) -> None:
     assert done.stderr.count("MODEL_ACCESS_DENIED") == len(catalog.LORAS)  # eight of the catalog, and the checkpoint
 
 
-def test_list_says_what_is_there_and_how_often_it_was_used(shell: Shell) -> None:
+def test_list_prints_what_is_there_and_how_often_it_was_used(shell: Shell) -> None:
     shell.serve(77, name="Snow")
     shell.put("by hand.safetensors", 1)
     worker = shell.start(checkpoint=None)
@@ -118,7 +118,7 @@ def test_list_says_what_is_there_and_how_often_it_was_used(shell: Shell) -> None
             pass
 
     with worker.hold([lora(77)], JobContext(soon())):
-        rows, text = shell.told("list"), shell.run("list").stdout
+        rows, text = shell.run_json("list"), shell.run("list").stdout
 
     by_file = {row["file"]: row for row in rows}
     assert sorted(by_file) == ["Snow_77.safetensors", "by hand.safetensors"]
@@ -136,9 +136,9 @@ def test_list_says_what_is_there_and_how_often_it_was_used(shell: Shell) -> None
 def test_a_file_of_a_flat_source_is_listed_once(shell: Shell, read_as: ModelKind | None) -> None:
     sdxl_lora(shell.folder / "flat/style.safetensors", 3)
     if read_as is not None:
-        shell.told("fetch", "style", MODEL_SOURCES=str(shell.folder / "flat"))
+        shell.run_json("fetch", "style", MODEL_SOURCES=str(shell.folder / "flat"))
 
-    rows = shell.told("list", MODEL_SOURCES=str(shell.folder / "flat"))
+    rows = shell.run_json("list", MODEL_SOURCES=str(shell.folder / "flat"))
 
     assert [row["file"] for row in rows] == ["style.safetensors"]
     assert read_as is None or rows[0]["kind"] == read_as.value
@@ -172,16 +172,16 @@ def test_verify_finds_what_is_damaged_and_repair_fetches_it_again(shell: Shell) 
         "ok  lora       good.safetensors",
         "BAD lora       html.safetensors",
     }
-    assert repaired.returncode == 1  # one could not be had again
+    assert repaired.returncode == 1  # one file could not be fetched again
     assert "removed" in repaired.stdout
     assert after.returncode == 0
-    assert sorted(verdict["file"] for verdict in json.loads(after.stdout)) == sorted(
+    assert sorted(result["file"] for result in json.loads(after.stdout)) == sorted(
         [catalog.CHECKPOINT_FILE, "Snow_77.safetensors", "Rain_78.safetensors", "good.safetensors"]
     )
     assert sha256_of(model) == sha256_of(served)
 
 
-def test_evict_makes_the_cache_small_enough_or_says_that_it_cannot(shell: Shell) -> None:
+def test_evict_makes_the_cache_small_enough_or_fails(shell: Shell) -> None:
     for number in (1, 2, 3):
         shell.serve(number, size=MB)
     worker = shell.start(checkpoint=None)
@@ -190,7 +190,7 @@ def test_evict_makes_the_cache_small_enough_or_says_that_it_cannot(shell: Shell)
 
     with worker.hold([lora(1)], JobContext(soon())):
         cannot = shell.run("evict", "--to-gb", "0")
-        can = shell.told("evict", "--to-gb", "0.001")
+        can = shell.run_json("evict", "--to-gb", "0.001")
 
     assert cannot.returncode == 1
     assert "VOLUME_FULL" in cannot.stderr
@@ -198,21 +198,21 @@ def test_evict_makes_the_cache_small_enough_or_says_that_it_cannot(shell: Shell)
     assert shell.models_there() == ["Model-1_1.safetensors"]
 
 
-def test_evict_never_takes_the_checkpoint_though_nobody_uses_it(shell: Shell) -> None:
+def test_evict_never_removes_the_checkpoint_though_nobody_uses_it(shell: Shell) -> None:
     shell.serve_checkpoint()
     shell.serve(1)
     shell.run("prefetch", "checkpoint")
     shell.run("fetch", "1")
 
     cannot = shell.run("evict", "--to-gb", "0.001")
-    can = shell.told("evict", "--to-gb", "0.003")
+    can = shell.run_json("evict", "--to-gb", "0.003")
 
     assert (cannot.returncode, "VOLUME_FULL" in cannot.stderr) == (1, True)
-    assert [gone["kind"] for gone in can] == ["lora"]
+    assert [row["kind"] for row in can] == ["lora"]
     assert (shell.models / "checkpoints" / catalog.CHECKPOINT_FILE).exists()
 
 
-def test_remove_takes_a_model_away_unless_it_is_in_use_or_not_there(shell: Shell) -> None:
+def test_remove_removes_a_model_unless_it_is_in_use_or_not_there(shell: Shell) -> None:
     shell.serve(1)
     shell.put("mine.safetensors", 1)
     worker = shell.start(checkpoint=None)
@@ -228,14 +228,14 @@ def test_remove_takes_a_model_away_unless_it_is_in_use_or_not_there(shell: Shell
     assert shell.models_there() == ["Model-1_1.safetensors"]
 
 
-def test_remove_removes_what_it_can_and_says_what_it_cannot(shell: Shell) -> None:
+def test_remove_removes_what_it_can_and_prints_what_it_cannot(shell: Shell) -> None:
     shell.put("a.safetensors", 1)
     shell.put("b.safetensors", 2)
 
     done = shell.run("remove", "a", "nobody", "b", "--json")
 
     assert done.returncode == 1
-    assert [gone["file"] for gone in json.loads(done.stdout)] == ["a.safetensors", "b.safetensors"]
+    assert [row["file"] for row in json.loads(done.stdout)] == ["a.safetensors", "b.safetensors"]
     assert "there is no nobody.safetensors" in done.stderr
     assert shell.models_there() == []
 
@@ -279,7 +279,7 @@ def test_a_model_stays_in_use_as_long_as_its_user_lives(
             file.truncate(1000)
         options = model_manager._parser().parse_args(arguments)
         # As a command has it, but for the minute after which silence is death.
-        manager = shell.start(checkpoint=None, heartbeat=10.0, stale_after=60.0 if lives else 1.0)
+        manager = shell.start(checkpoint=None, timings=timings(heartbeat=10.0, stale_after=60.0 if lives else 1.0))
 
         try:
             status = model_manager._Command(manager, Config.from_env({}), options, soon()).run()
@@ -294,18 +294,18 @@ def test_a_model_stays_in_use_as_long_as_its_user_lives(
         assert not model.exists() or sha256_of(model) == sha256_of(served)
 
 
-def test_paths_says_where_everything_lies(shell: Shell) -> None:
-    told = shell.told("paths")
+def test_paths_prints_where_everything_lies(shell: Shell) -> None:
+    document = shell.run_json("paths")
 
-    assert told["models_dir"] == str(shell.models)
-    assert told["written_to"] == {
+    assert document["models_dir"] == str(shell.models)
+    assert document["written_to"] == {
         "checkpoints": str(shell.models / "checkpoints"),
         "loras": str(shell.models / "loras"),
     }
-    assert told["free"] > 0
+    assert document["free"] > 0
 
 
-def test_a_stopped_command_says_so_and_the_next_one_goes_on(shell: Shell) -> None:
+def test_a_stopped_command_prints_so_and_the_next_one_goes_on(shell: Shell) -> None:
     shell.serve(77, size=4 * MB)
     shell.civitai.storage.rate = 2 * MB
     command = [sys.executable, str(ROOT / "model_manager.py"), "fetch", "77"]
@@ -349,7 +349,7 @@ def test_a_stopped_command_says_so_and_the_next_one_goes_on(shell: Shell) -> Non
         "bad checkpoint",
     ],
 )
-def test_what_a_stranger_types_first(
+def test_a_first_command_is_understood_or_explained(
     shell: Shell, arguments: list[str], settings: dict[str, str], status: int, says: str
 ) -> None:
     done = shell.run(*arguments, **settings)

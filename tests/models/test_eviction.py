@@ -1,4 +1,4 @@
-"""Which models go when room is needed."""
+"""Which models are evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.models.eviction import MARGIN, Entry, plan_eviction, plan_for_a_full_disk
+from a1111_worker.models.eviction import MARGIN, Entry, Eviction, plan_eviction, plan_for_full_disk
 
 GB = 10**9
 
@@ -22,6 +22,10 @@ OLD, MIDDLE, NEW = entry("old", 2 * GB, 1.0), entry("middle", GB, 2.0), entry("n
 HELD, FIXED = entry("held", 5 * GB, 0.0, "in use"), entry("fixed", 6 * GB, 0.0, "the checkpoint")
 
 
+def freed(plan: Eviction) -> int:
+    return sum(entry.size for entry in plan.remove)
+
+
 @pytest.mark.parametrize(
     ("needed", "limit", "free", "removed", "short"),
     [
@@ -29,19 +33,19 @@ HELD, FIXED = entry("held", 5 * GB, 0.0, "in use"), entry("fixed", 6 * GB, 0.0, 
         (GB, None, GB, ["old"], 0),  # none, once the margin is kept
         (3 * GB, None, GB, ["old", "middle"], 0),  # least recently used first, and no more than needed
         (6 * GB, None, GB, ["old", "middle", "new"], 0),
-        (8 * GB, None, GB, [], GB),  # nothing goes where that would not be enough
+        (8 * GB, None, GB, [], GB),  # nothing is evicted if that would not be enough
         (GB, 18 * GB, 99 * GB, [], 0),  # exactly at the limit
         (GB, 17 * GB, 99 * GB, ["old"], 0),
         (GB, 12 * GB, 99 * GB, ["old", "middle", "new"], 0),
-        (GB, 11 * GB, 99 * GB, [], GB),  # held ones and the checkpoint alone are more than that
+        (GB, 11 * GB, 99 * GB, [], GB),  # the held one and the checkpoint alone are more than that
         (0, 12 * GB, 0, ["old", "middle", "new"], 0),  # the limit alone: what the disk has free does not matter
         (0, None, 0, [], 0),
     ],
 )
-def test_what_goes(needed: int, limit: int | None, free: int, removed: list[str], short: int) -> None:
+def test_which_models_are_evicted(needed: int, limit: int | None, free: int, removed: list[str], short: int) -> None:
     plan = plan_eviction([NEW, HELD, OLD, FIXED, MIDDLE], needed, limit=limit, free=free, margin=1)
 
-    assert [gone.file for gone in plan.remove] == removed
+    assert [entry.file for entry in plan.remove] == removed
     assert plan.short == pytest.approx(short, abs=1)
 
 
@@ -52,25 +56,25 @@ def test_what_goes(needed: int, limit: int | None, free: int, removed: list[str]
         (3 * GB, GB, ["old"], 0),  # there is less than needed, and as much as the disk says
         (3 * GB, 99 * GB, ["old", "middle"], 0),  # what it says cannot be: a quota that does not show
         (6 * GB, 99 * GB, ["old", "middle", "new"], 0),
-        (7 * GB, 99 * GB, [], GB),  # nothing goes where that would not be enough
+        (7 * GB, 99 * GB, [], GB),  # nothing is evicted if that would not be enough
         (7 * GB, GB, ["old", "middle", "new"], 0),
-        (0, 99 * GB, ["old"], 0),  # nobody knows how much: a little
+        (0, 99 * GB, ["old"], 0),  # unknown how much: a little
     ],
 )
-def test_what_goes_when_the_disk_turns_out_to_be_full(needed: int, free: int, removed: list[str], short: int) -> None:
-    plan = plan_for_a_full_disk([NEW, HELD, OLD, FIXED, MIDDLE], needed, free=free)
+def test_which_models_are_evicted_from_a_full_disk(needed: int, free: int, removed: list[str], short: int) -> None:
+    plan = plan_for_full_disk([NEW, HELD, OLD, FIXED, MIDDLE], needed, free=free)
 
-    assert [gone.file for gone in plan.remove] == removed
+    assert [entry.file for entry in plan.remove] == removed
     assert plan.short == short
 
 
-def test_a_little_more_than_needed_goes_from_a_full_disk_where_it_can() -> None:
+def test_a_little_more_than_needed_is_evicted_from_a_full_disk_if_possible() -> None:
     small = [entry(name, 10 << 20, 1.0) for name in "abcdefgh"]
 
-    plan = plan_for_a_full_disk(small, 1, free=0)
-    rest = plan_for_a_full_disk(small[:3], 1, free=0)
+    plan = plan_for_full_disk(small, 1, free=0)
+    rest = plan_for_full_disk(small[:3], 1, free=0)
 
-    assert plan.freed >= MARGIN
+    assert freed(plan) >= MARGIN
     assert len(rest.remove) == 3
 
 
@@ -78,7 +82,7 @@ def test_a_plan_says_why() -> None:
     plan = plan_eviction([OLD, NEW], GB, limit=5 * GB, free=99 * GB)
 
     assert plan.why == "1.00 GB needed, over the limit of 5.00 GB"
-    assert plan.freed == 2 * GB
+    assert freed(plan) == 2 * GB
 
 
 entries = st.lists(
@@ -106,7 +110,7 @@ def test_a_plan_is_enough_or_empty_and_never_touches_what_must_stay(
         freeable = sum(one.size for one in there if one.keep is None)
         assert needed - free > freeable or (limit is not None and total + needed - limit > freeable)
     else:
-        assert needed <= free + plan.freed
-        assert limit is None or total - plan.freed + needed <= limit
+        assert needed <= free + freed(plan)
+        assert limit is None or total - freed(plan) + needed <= limit
         survivors = [one for one in there if one.keep is None and one not in plan.remove]
         assert all(gone.last_used <= one.last_used for gone in plan.remove for one in survivors)

@@ -22,7 +22,7 @@ from a1111_worker.domain import HeldModels, Model
 from a1111_worker.errors import VolumeFull
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sha256_of
-from tests.fleet import Fleet, lora
+from tests.fleet import Fleet, lora, timings
 
 VERSIONS = (1, 2, 3, 4, 5)
 SIZE = 70_000
@@ -30,7 +30,7 @@ ROOM = 3  # models that the cache may have
 
 
 class Cache(RuleBasedStateMachine):
-    """Two workers on one folder. What must hold at every moment is said by the invariants."""
+    """Two workers on one folder. The invariants are what must be true at every moment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Cache(RuleBasedStateMachine):
         self.forgotten: set[str] = set()  # held by workers that died
 
     def new_worker(self) -> ModelManager:
-        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, heartbeat=3600, stale_after=600)
+        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, timings=timings(heartbeat=3600, stale_after=600))
 
     def file(self, version: int) -> Path:
         return self.fleet.loras / f"Model-{version}_{version}.safetensors"
@@ -84,12 +84,12 @@ class Cache(RuleBasedStateMachine):
 
     @rule(worker=st.integers(0, 1))
     def crash(self, worker: int) -> None:
-        """The worker is gone without a word: what it held stays held, for as long as it is not known to be dead."""
+        """The worker is gone without a word. What it held stays held until it is known to be dead."""
         dead = self.workers[worker]
         dead._heartbeat.stop()
-        self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._mine}
-        dead._holds._mine.clear()
-        self.held = [one for one in self.held if one[0] is not dead]
+        self.forgotten |= {hold.name.removesuffix(f".{dead.owner}") for hold in dead._holds._own}
+        dead._holds._own.clear()
+        self.held = [held for held in self.held if held[0] is not dead]
         self.workers[worker] = self.new_worker()
 
     @rule(version=st.sampled_from(VERSIONS), how=st.sampled_from(["gone", "cut off", "nonsense"]))
@@ -142,13 +142,13 @@ import hashlib, json, random, sys
 from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import VolumeFull
-from tests.fleet import lora, manager
+from tests.fleet import lora, manager, timings
 
 folder, api, storage, name, operations, limit = sys.argv[1:]
 chance = random.Random(int(name))
 served = json.loads((Path(folder) / "served.json").read_text())
 refused = 0
-how = dict(name=name, checkpoint=None, limit=int(limit), heartbeat=0.2, stale_after=60.0)
+how = dict(name=name, checkpoint=None, limit=int(limit), timings=timings(heartbeat=0.2, stale_after=60.0))
 with manager(Path(folder), api, storage, **how) as worker:
     for _ in range(int(operations)):
         if chance.random() < 0.15:
@@ -248,9 +248,9 @@ def test_processes_that_wake_up_together_fetch_a_file_once(tmp_path: Path) -> No
                 )
                 for n in range(4)
             ]
-            said = [process.communicate(timeout=100)[0].strip() for process in running]
+            outputs = [process.communicate(timeout=100)[0].strip() for process in running]
 
-        assert sorted(said) == ["False", "False", "False", "True"]
+        assert sorted(outputs) == ["False", "False", "False", "True"]
         fleet.civitai.storage.settle()
         assert fleet.civitai.storage.bytes_sent == 4_000_000
         assert fleet.civitai.links_given == 1

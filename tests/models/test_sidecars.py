@@ -15,28 +15,28 @@ import pytest
 from a1111_worker.context import Deadline
 from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.errors import JobCancelled, ModelNotFound, ModelRejected
-from a1111_worker.models.sidecars import Record, Sidecars, answers
+from a1111_worker.models.sidecars import ModelRecord, Sidecars, Uses
 from a1111_worker.models.volume import CacheDirectory
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from tests.disks import read_only
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> CacheDirectory:
-    shelf = CacheDirectory(tmp_path / "loras", ModelKind.LORA, writable=True)
-    shelf.prepare()
-    return shelf
+def directory(tmp_path: Path) -> CacheDirectory:
+    directory = CacheDirectory(tmp_path / "loras", ModelKind.LORA, is_writable=True)
+    directory.prepare()
+    return directory
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Sidecars:
-    return Sidecars(tmp_path / "notes", "me")
+def sidecars(tmp_path: Path) -> Sidecars:
+    return Sidecars(tmp_path / "notes")
 
 
-def kept(shelf: CacheDirectory, registry: Sidecars, file: str = "a_12.safetensors", **facts: Any) -> Record:
+def write(directory: CacheDirectory, sidecars: Sidecars, file: str = "a_12.safetensors", **facts: Any) -> ModelRecord:
     """A record of a real file."""
-    path = sdxl_lora(shelf.path(file), 1)
-    record = Record(
+    path = sdxl_lora(directory.path(file), 1)
+    record = ModelRecord(
         ModelKind.LORA,
         "Ä model",
         file,
@@ -44,30 +44,35 @@ def kept(shelf: CacheDirectory, registry: Sidecars, file: str = "a_12.safetensor
         path.stat().st_size,
         url="https://civitai.com/api/download/models/12",
         version_id=12,
-        wishes=("pruned/fp16",),
+        variant_filters=("pruned/fp16",),
         trained_words=("snow", "“quoted”"),
     )
-    return registry.write(shelf, replace(record, **facts))
+    return sidecars.write(directory, replace(record, **facts))
 
 
-def sidecar(shelf: CacheDirectory, file: str = "a_12.safetensors") -> Path:
-    return shelf.folder / f"{file}.json"
+def sidecar(directory: CacheDirectory, file: str = "a_12.safetensors") -> Path:
+    return directory.folder / f"{file}.json"
 
 
-def test_what_was_written_is_known(shelf: CacheDirectory, registry: Sidecars) -> None:
-    record = kept(shelf, registry)
+def test_a_written_record_is_found(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    record = write(directory, sidecars)
 
-    assert registry.look(shelf, "a_12.safetensors") == record
-    assert Sidecars(shelf.folder, "another worker").look(shelf, "a_12.safetensors") == record
+    assert sidecars.find(directory, "a_12.safetensors") == record
+    assert (
+        Sidecars(
+            directory.folder,
+        ).find(directory, "a_12.safetensors")
+        == record
+    )
 
 
-def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: CacheDirectory, registry: Sidecars) -> None:
-    kept(shelf, registry)
-    whole = sidecar(shelf).read_bytes()
+def test_a_sidecar_cut_off_anywhere_is_not_believed(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    write(directory, sidecars)
+    whole = sidecar(directory).read_bytes()
 
     for length in range(0, len(whole), 5):
-        sidecar(shelf).write_bytes(whole[:length])
-        assert Sidecars(shelf.folder, "me").look(shelf, "a_12.safetensors") is None, whole[:length]
+        sidecar(directory).write_bytes(whole[:length])
+        assert Sidecars(directory.folder).find(directory, "a_12.safetensors") is None, whole[:length]
 
 
 @pytest.mark.parametrize(
@@ -93,77 +98,79 @@ def test_a_sidecar_cut_off_anywhere_is_not_believed(shelf: CacheDirectory, regis
     ],
 )
 def test_a_sidecar_that_says_something_else_is_not_believed(
-    shelf: CacheDirectory, registry: Sidecars, change: dict[str, Any]
+    directory: CacheDirectory, sidecars: Sidecars, change: dict[str, Any]
 ) -> None:
-    kept(shelf, registry)
-    sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | change))
+    write(directory, sidecars)
+    sidecar(directory).write_text(json.dumps(json.loads(sidecar(directory).read_bytes()) | change))
 
-    assert registry.look(shelf, "a_12.safetensors") is None
+    assert sidecars.find(directory, "a_12.safetensors") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b"\x00" * 4096])
-def test_any_sidecar_is_survived(shelf: CacheDirectory, registry: Sidecars, content: bytes) -> None:
-    kept(shelf, registry)
-    sidecar(shelf).write_bytes(content)
+def test_any_sidecar_is_survived(directory: CacheDirectory, sidecars: Sidecars, content: bytes) -> None:
+    write(directory, sidecars)
+    sidecar(directory).write_bytes(content)
 
-    assert registry.look(shelf, "a_12.safetensors") is None
-
-
-def test_unknown_facts_of_the_same_schema_are_passed_over(shelf: CacheDirectory, registry: Sidecars) -> None:
-    record = kept(shelf, registry)
-    sidecar(shelf).write_text(json.dumps(json.loads(sidecar(shelf).read_bytes()) | {"rating": 5}))
-
-    assert registry.look(shelf, "a_12.safetensors") == record
+    assert sidecars.find(directory, "a_12.safetensors") is None
 
 
-def test_a_model_is_known_again_by_reading_it(shelf: CacheDirectory, registry: Sidecars) -> None:
-    path = sdxl_lora(shelf.path("mine.safetensors"), 3)
-    looks: list[tuple[int, int]] = []
+def test_unknown_facts_of_the_same_schema_are_passed_over(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    record = write(directory, sidecars)
+    sidecar(directory).write_text(json.dumps(json.loads(sidecar(directory).read_bytes()) | {"rating": 5}))
 
-    record = registry.rebuild(
-        shelf, "mine.safetensors", Deadline(), on_progress=lambda done, total: looks.append((done, total))
+    assert sidecars.find(directory, "a_12.safetensors") == record
+
+
+def test_a_model_is_known_again_by_reading_it(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    path = sdxl_lora(directory.path("mine.safetensors"), 3)
+    reports: list[tuple[int, int]] = []
+
+    record = sidecars.rebuild(
+        directory, "mine.safetensors", Deadline(), on_progress=lambda done, total: reports.append((done, total))
     )
 
     assert record.sha256 == sha256_of(path)
     assert record.lora_hash == tensor_hash(path)[:12]
     assert (record.family, record.version_id, record.name) == ("sdxl", None, "mine")
-    assert looks[-1] == (path.stat().st_size, path.stat().st_size)
-    assert registry.look(shelf, "mine.safetensors") == record
+    assert reports[-1] == (path.stat().st_size, path.stat().st_size)
+    assert sidecars.find(directory, "mine.safetensors") == record
 
 
-def test_a_file_that_somebody_replaced_by_hand_is_read_again(shelf: CacheDirectory, registry: Sidecars) -> None:
-    path = sdxl_lora(shelf.path("mine.safetensors"), 1)
-    registry.rebuild(shelf, "mine.safetensors", Deadline())
+def test_a_file_that_somebody_replaced_by_hand_is_read_again(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    path = sdxl_lora(directory.path("mine.safetensors"), 1)
+    sidecars.rebuild(directory, "mine.safetensors", Deadline())
     size = path.stat().st_size
 
     sdxl_lora(path, 2)
     os.utime(path, (1_000_000, 1_000_000))
 
     assert path.stat().st_size == size
-    assert registry.look(shelf, "mine.safetensors") is None
+    assert sidecars.find(directory, "mine.safetensors") is None
 
 
-def test_a_downloaded_file_may_be_copied_with_another_time(shelf: CacheDirectory, registry: Sidecars) -> None:
-    record = kept(shelf, registry)
+def test_a_downloaded_file_may_be_copied_with_another_time(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    record = write(directory, sidecars)
 
-    os.utime(shelf.path(record.file), (0, 0))  # as image layers do
+    os.utime(directory.path(record.file), (0, 0))  # as image layers do
 
-    assert registry.look(shelf, record.file) == record
+    assert sidecars.find(directory, record.file) == record
 
 
-def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(shelf: CacheDirectory, registry: Sidecars) -> None:
-    shelf.path("bad.safetensors").write_bytes(b"<html>not a model</html>" * 10)
+def test_what_is_no_model_is_refused_and_what_is_gone_is_not_found(
+    directory: CacheDirectory, sidecars: Sidecars
+) -> None:
+    directory.path("bad.safetensors").write_bytes(b"<html>not a model</html>" * 10)
 
     with pytest.raises(ModelRejected):
-        registry.rebuild(shelf, "bad.safetensors", Deadline())
+        sidecars.rebuild(directory, "bad.safetensors", Deadline())
     with pytest.raises(ModelNotFound):
-        registry.rebuild(shelf, "gone.safetensors", Deadline())
+        sidecars.rebuild(directory, "gone.safetensors", Deadline())
 
-    assert not sidecar(shelf, "bad.safetensors").exists()
+    assert not sidecar(directory, "bad.safetensors").exists()
 
 
-def test_reading_a_model_ends_with_its_job(shelf: CacheDirectory, registry: Sidecars) -> None:
-    sdxl_lora(shelf.path("big.safetensors"), 1, 9_000_000)
+def test_reading_a_model_ends_with_its_job(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    sdxl_lora(directory.path("big.safetensors"), 1, 9_000_000)
     deadline = Deadline()
     seen: list[int] = []
 
@@ -172,99 +179,101 @@ def test_reading_a_model_ends_with_its_job(shelf: CacheDirectory, registry: Side
         deadline.cancel()
 
     with pytest.raises(JobCancelled):
-        registry.rebuild(shelf, "big.safetensors", deadline, on_progress=cancel)
+        sidecars.rebuild(directory, "big.safetensors", deadline, on_progress=cancel)
 
     assert len(seen) == 1
 
 
-def test_a_shelf_that_cannot_be_written_is_known_by_notes_of_this_container(tmp_path: Path, registry: Sidecars) -> None:
+def test_a_directory_that_cannot_be_written_is_known_by_notes_of_this_container(
+    tmp_path: Path, sidecars: Sidecars
+) -> None:
     source = CacheDirectory(tmp_path / "source", ModelKind.CHECKPOINT)
     sdxl_checkpoint(source.path("c.safetensors"))
     with read_only(source.folder):
-        record = registry.rebuild(source, "c.safetensors", Deadline())
-        known = registry.look(source, "c.safetensors")
-        elsewhere = Sidecars(tmp_path / "other container", "other").look(source, "c.safetensors")
+        record = sidecars.rebuild(source, "c.safetensors", Deadline())
+        known = sidecars.find(source, "c.safetensors")
+        elsewhere = Sidecars(tmp_path / "other container").find(source, "c.safetensors")
 
     assert known == record
     assert elsewhere is None
     assert [path.name for path in source.folder.iterdir()] == ["c.safetensors"]
 
 
-def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, registry: Sidecars) -> None:
-    shelf = CacheDirectory(tmp_path / "baked", ModelKind.LORA, writable=True)
-    shelf.prepare()
-    record = kept(shelf, registry)
-    source = CacheDirectory(shelf.folder, ModelKind.LORA)
+def test_a_sidecar_that_lies_beside_a_model_of_a_source_is_used(tmp_path: Path, sidecars: Sidecars) -> None:
+    directory = CacheDirectory(tmp_path / "baked", ModelKind.LORA, is_writable=True)
+    directory.prepare()
+    record = write(directory, sidecars)
+    source = CacheDirectory(directory.folder, ModelKind.LORA)
 
-    assert registry.look(source, record.file) == record
+    assert sidecars.find(source, record.file) == record
 
 
-def test_no_use_of_any_worker_is_lost(shelf: CacheDirectory, registry: Sidecars) -> None:
-    kept(shelf, registry)
+def test_no_use_of_any_worker_is_lost(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    write(directory, sidecars)
     use = (
         "import sys; from pathlib import Path; from a1111_worker.domain import ModelKind;"
         "from a1111_worker.models.sidecars import Sidecars; from a1111_worker.models.volume import CacheDirectory;"
-        "shelf = CacheDirectory(Path(sys.argv[1]), ModelKind.LORA, writable=True);"
-        "[Sidecars(shelf.folder, 'x').use(shelf, 'a_12.safetensors') for _ in range(100)]"
+        "directory = CacheDirectory(Path(sys.argv[1]), ModelKind.LORA, is_writable=True);"
+        "[Sidecars(directory.folder).count_use(directory, 'a_12.safetensors') for _ in range(100)]"
     )
 
-    workers = [subprocess.Popen([sys.executable, "-c", use, str(shelf.folder)]) for _ in range(3)]
+    workers = [subprocess.Popen([sys.executable, "-c", use, str(directory.folder)]) for _ in range(3)]
     codes = [worker.wait() for worker in workers]
 
-    count, last = registry.uses(shelf, "a_12.safetensors")
+    uses = sidecars.uses(directory, "a_12.safetensors")
     assert codes == [0, 0, 0]
-    assert count == 300
-    assert last > 0
+    assert uses.count == 300
+    assert uses.last > 0
 
 
-def test_a_model_that_was_never_used_counts_from_when_it_came(shelf: CacheDirectory, registry: Sidecars) -> None:
-    kept(shelf, registry)
-    os.utime(shelf.path("a_12.safetensors"), (1000, 1000))
+def test_a_model_that_was_never_used_counts_from_when_it_came(directory: CacheDirectory, sidecars: Sidecars) -> None:
+    write(directory, sidecars)
+    os.utime(directory.path("a_12.safetensors"), (1000, 1000))
 
-    assert registry.uses(shelf, "a_12.safetensors") == (0, 1000.0)
-    assert registry.uses(shelf, "gone.safetensors") == (0, 0.0)
+    assert sidecars.uses(directory, "a_12.safetensors") == Uses(0, 1000.0)
+    assert sidecars.uses(directory, "gone.safetensors") == Uses(0, 0.0)
 
 
 def test_a_url_is_remembered_by_its_digest_as_long_as_its_file_is_there(
-    shelf: CacheDirectory, registry: Sidecars
+    directory: CacheDirectory, sidecars: Sidecars
 ) -> None:
-    record = kept(shelf, registry)
+    record = write(directory, sidecars)
     url = "https://models.example/x.safetensors?secret=1"
 
-    registry.remember_url(shelf, url, record.file)
+    sidecars.remember_url(directory, url, record.file)
 
-    assert registry.file_of_url(shelf, url) == record.file
-    assert registry.file_of_url(shelf, url + "0") is None
-    assert not [path for path in shelf.urls.iterdir() if "secret" in path.name or "secret" in path.read_text()]
-    shelf.path(record.file).unlink()
-    assert registry.file_of_url(shelf, url) is None
+    assert sidecars.file_of_url(directory, url) == record.file
+    assert sidecars.file_of_url(directory, url + "0") is None
+    assert not [path for path in directory.urls.iterdir() if "secret" in path.name or "secret" in path.read_text()]
+    directory.path(record.file).unlink()
+    assert sidecars.file_of_url(directory, url) is None
 
 
 @pytest.mark.parametrize("content", ["../../etc/passwd", "", "\x00", "no.safetensors", "é"])
-def test_a_url_never_leads_out_of_the_shelf(shelf: CacheDirectory, registry: Sidecars, content: str) -> None:
-    registry.remember_url(shelf, "https://x", "a.safetensors")
-    (note,) = shelf.urls.iterdir()
+def test_a_url_never_leads_out_of_the_directory(directory: CacheDirectory, sidecars: Sidecars, content: str) -> None:
+    sidecars.remember_url(directory, "https://x", "a.safetensors")
+    (note,) = directory.urls.iterdir()
     note.write_text(content)
 
-    assert registry.file_of_url(shelf, "https://x") is None
+    assert sidecars.file_of_url(directory, "https://x") is None
 
 
 @pytest.mark.parametrize(
-    ("facts", "wish", "expected"),
+    ("facts", "wanted", "expected"),
     [
         ({"primary": True}, {}, True),
         ({"primary": False}, {}, False),  # a version alone means its primary file
         ({"primary": False, "file_id": 7}, {"file_id": 7}, True),
         ({"primary": True, "file_id": 8}, {"file_id": 7}, False),
-        ({"primary": True}, {"size": "pruned", "fp": "fp16"}, True),  # was found to answer this wish
+        ({"primary": True}, {"size": "pruned", "fp": "fp16"}, True),  # this filter is known to select the file
         ({"primary": True}, {"size": "full"}, False),  # CivitAI must be asked which file that is
-        ({"version_id": None}, {}, False),  # nothing is proven
+        ({"version_id": None}, {}, False),  # nothing is verified
         ({"version_id": 13}, {}, False),
     ],
 )
-def test_which_record_answers_a_reference(
-    shelf: CacheDirectory, registry: Sidecars, facts: dict[str, Any], wish: dict[str, Any], expected: bool
+def test_which_record_is_of_the_file_that_a_reference_means(
+    directory: CacheDirectory, sidecars: Sidecars, facts: dict[str, Any], wanted: dict[str, Any], expected: bool
 ) -> None:
-    record = kept(shelf, registry, **facts)
+    record = write(directory, sidecars, **facts)
 
-    assert answers(record, ModelRef(ModelKind.LORA, version_id=12, **wish)) is expected
+    assert record.is_file_of(ModelRef(ModelKind.LORA, version_id=12, **wanted)) is expected

@@ -1,174 +1,73 @@
-"""Names on disk, and how files get there."""
+"""What lies where in the folders of models, and how a file gets there."""
 
 from __future__ import annotations
 
 import os
-import re
+import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.files import write_atomically
-from a1111_worker.models.volume import CacheDirectory, Names, WebUIFolder, can_write, digest_file, slug, version_file
+from a1111_worker.errors import VolumeFull
+from a1111_worker.models.volume import CacheDirectories, CacheDirectory, can_write
 from tests.disks import read_only
-
-SHA = "0d9bd1b873a7863e128b4672e3e245838858f71469a3cec58123c16c06f83bd7"
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> CacheDirectory:
-    shelf = CacheDirectory(tmp_path / "loras", ModelKind.LORA, writable=True)
-    shelf.prepare()
-    return shelf
+def directory(tmp_path: Path) -> CacheDirectory:
+    directory = CacheDirectory(tmp_path / "loras", ModelKind.LORA, is_writable=True)
+    directory.prepare()
+    return directory
 
 
-# -- names
+def test_a_model_is_there_once_its_partial_file_is_placed_and_not_before(directory: CacheDirectory) -> None:
+    partial_file = directory.partial_file("v1", "me")
+    partial_file.write_bytes(b"model")
+    Path(f"{partial_file}.ranges").write_text("{}")
+    before = directory.index().files
 
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Detail Tweaker XL", "Detail_Tweaker_XL"),
-        ("add-detail-xl.safetensors", "add-detail-xl"),  # the ending is ours to write
-        ("../../etc/passwd", "etc_passwd"),
-        ("..", "model"),
-        (".hidden", "hidden"),
-        ("a\x00b", "a_b"),
-        ("Fünny näme", "Funny_name"),
-        ("🦊", "model"),
-        ("名前", "model"),
-        ("", "model"),
-        ("x" * 300, "x" * 80),
-        ("CON", "model-CON"),  # a device on Windows volumes
-        ("con.safetensors", "model-con"),
-        ("nul.v2", "model-nul.v2"),
-        ("console", "console"),
-        ("name_12", "name-12"),  # would read like an id
-        ("v1_0_7", "v1_0-7"),
-        ("<lora:x:1>", "lora_x_1".replace("_1", "-1")),  # nothing that a prompt would read as a tag
-        ("trailing. ", "trailing"),
-        ("a..b", "a.b"),
-    ],
-)
-def test_a_slug_is_what_a_file_may_be_called(text: str, expected: str) -> None:
-    assert slug(text) == expected
-
-
-@given(st.text(max_size=400), st.integers(1, 2**53 - 1), st.none() | st.integers(1, 2**53 - 1))
-def test_any_text_gives_a_name_that_is_safe_and_says_its_ids(text: str, version: int, file: int | None) -> None:
-    name = version_file(text, version, file)
-
-    assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*_[0-9_]+\.safetensors", name)
-    assert len(slug(text)) <= 80
-    assert len(name) <= 130
-    assert Path(name).name == name
-    assert name.split(".")[0].lower() not in {"con", "prn", "aux", "nul", "com1", "lpt1"}
-    assert name in Names.of([name]).by_version[version]
-
-
-@given(st.text(max_size=400))
-def test_a_file_without_a_version_never_claims_one(text: str) -> None:
-    name = digest_file(text, SHA)
-
-    names = Names.of([name])
-
-    assert names.by_digest == {SHA[:16]: (name,)}
-    assert names.by_version == {}
-
-
-def test_what_is_not_a_model_is_not_listed() -> None:
-    names = Names.of(["a.safetensors", "a.safetensors.json", ".parts", ".b.safetensors", "c.ckpt", "c.txt"])
-
-    assert names.files == {"a.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("foo", ("foo.safetensors",)),  # exactly
-        ("Foo", ("Foo.safetensors",)),  # exactly, though there is one that differs by case
-        ("FOO", ("Foo.safetensors", "foo.safetensors")),  # either: ambiguous
-        ("BAR", ("bar.safetensors",)),  # in any case, if that is clear
-        ("bar.safetensors", ("bar.safetensors",)),
-        ("ba", ()),
-        ("../bar", ()),
-    ],
-)
-def test_a_bare_name_means_a_stem(name: str, meant: tuple[str, ...]) -> None:
-    names = Names.of(["foo.safetensors", "Foo.safetensors", "bar.safetensors"])
-
-    assert names.named(name) == meant
-
-
-@pytest.mark.parametrize(
-    ("file", "versions"),
-    [
-        ("detail_12.safetensors", {12}),
-        ("detail_12_345.safetensors", {12, 345}),  # version 12's file 345, or somebody's `detail_12` of version 345
-        ("detail12.safetensors", set()),
-        ("detail_012.safetensors", set()),
-        ("_12.safetensors", {12}),
-        ("detail_12.SAFETENSORS", set()),  # A1111 would not see it
-    ],
-)
-def test_names_claim_versions(file: str, versions: set[int]) -> None:
-    assert set(Names.of([file]).by_version) == versions
-
-
-# -- a shelf
-
-
-def test_a_model_is_there_when_its_part_is_placed_and_not_before(shelf: CacheDirectory) -> None:
-    part = shelf.part("v1", "me")
-    part.write_bytes(b"model")
-    Path(f"{part}.ranges").write_text("{}")
-    before = shelf.names().files
-
-    shelf.place(part, "a_1.safetensors")
+    directory.place(partial_file, "a_1.safetensors")
 
     assert before == set()
-    assert shelf.names().files == {"a_1.safetensors"}
-    assert shelf.path("a_1.safetensors").read_bytes() == b"model"
-    assert list(shelf.parts.iterdir()) == []
+    assert directory.index().files == {"a_1.safetensors"}
+    assert directory.path("a_1.safetensors").read_bytes() == b"model"
+    assert list(directory.partial_files.iterdir()) == []
 
 
-def test_an_adopted_part_keeps_what_is_known_of_it_and_older_ones_go(shelf: CacheDirectory) -> None:
+def test_an_adopted_partial_file_keeps_its_ranges_and_older_ones_are_removed(directory: CacheDirectory) -> None:
     for age, owner in enumerate(["newest", "older", "oldest"]):
-        part = shelf.part("v7", owner)
-        part.write_bytes(owner.encode())
-        Path(f"{part}.ranges").write_text(owner)
-        os.utime(part, (1_000_000 - age, 1_000_000 - age))
-    shelf.part("v77", "other").write_bytes(b"another model's")
+        partial_file = directory.partial_file("v7", owner)
+        partial_file.write_bytes(owner.encode())
+        Path(f"{partial_file}.ranges").write_text(owner)
+        os.utime(partial_file, (1_000_000 - age, 1_000_000 - age))
+    directory.partial_file("v77", "other").write_bytes(b"another model's")
 
-    adopted = shelf.adopt_part("v7", "me")
+    directory.adopt_partial_file("v7", "me")
 
-    assert adopted
-    assert shelf.part("v7", "me").read_text() == "newest"
-    assert Path(f"{shelf.part('v7', 'me')}.ranges").read_text() == "newest"
-    assert len(list(shelf.parts.iterdir())) == 3  # mine with its ranges, and the other model's
-
-
-def test_ones_own_part_is_kept_before_any_other(shelf: CacheDirectory) -> None:
-    shelf.part("v7", "me").write_bytes(b"mine")
-    shelf.part("v7", "dead").write_bytes(b"other")
-
-    shelf.adopt_part("v7", "me")
-
-    assert [path.read_bytes() for path in shelf.parts.iterdir()] == [b"mine"]
+    assert directory.partial_file("v7", "me").read_text() == "newest"
+    assert Path(f"{directory.partial_file('v7', 'me')}.ranges").read_text() == "newest"
+    assert len(list(directory.partial_files.iterdir())) == 3  # mine with its ranges, and the other model's
 
 
-def test_a_listing_follows_what_others_do(shelf: CacheDirectory) -> None:
-    first = shelf.names().files
-    (shelf.folder / "x.safetensors").write_bytes(b"1")
-    os.utime(shelf.folder, (1, 1))  # a volume whose times say nothing
-    shelf.names()
-    (shelf.folder / "y.safetensors").write_bytes(b"1")
-    os.utime(shelf.folder, (1, 1))
+def test_an_owners_own_partial_file_comes_before_any_other(directory: CacheDirectory) -> None:
+    directory.partial_file("v7", "me").write_bytes(b"mine")
+    directory.partial_file("v7", "dead").write_bytes(b"other")
 
-    stale, fresh = shelf.names().files, shelf.list_again().files
+    directory.adopt_partial_file("v7", "me")
+
+    assert [path.read_bytes() for path in directory.partial_files.iterdir()] == [b"mine"]
+
+
+def test_a_listing_follows_what_others_do(directory: CacheDirectory) -> None:
+    first = directory.index().files
+    (directory.folder / "x.safetensors").write_bytes(b"1")
+    os.utime(directory.folder, (1, 1))  # a volume whose times say nothing
+    directory.index()
+    (directory.folder / "y.safetensors").write_bytes(b"1")
+    os.utime(directory.folder, (1, 1))
+
+    stale, fresh = directory.index().files, directory.refresh().files
 
     assert [sorted(files) for files in (first, stale, fresh)] == [
         [],
@@ -177,122 +76,125 @@ def test_a_listing_follows_what_others_do(shelf: CacheDirectory) -> None:
     ]
 
 
-def test_what_was_taken_away_can_be_put_back_but_never_over_a_new_one(shelf: CacheDirectory) -> None:
-    shelf.path("a.safetensors").write_bytes(b"old")
-    away = shelf.take_away("a.safetensors", "me")
-    gone = shelf.size("a.safetensors") is None
+def test_a_model_in_the_trash_can_be_restored_but_never_over_a_new_one(directory: CacheDirectory) -> None:
+    directory.path("a.safetensors").write_bytes(b"old")
+    trashed = directory.move_to_trash("a.safetensors", "me")
+    gone = directory.size("a.safetensors") is None
 
-    shelf.put_back(away, "a.safetensors")
-    back = shelf.path("a.safetensors").read_bytes()
-    away = shelf.take_away("a.safetensors", "me")
-    shelf.path("a.safetensors").write_bytes(b"new")
-    shelf.put_back(away, "a.safetensors")
+    directory.restore(trashed, "a.safetensors")
+    back = directory.path("a.safetensors").read_bytes()
+    trashed = directory.move_to_trash("a.safetensors", "me")
+    directory.path("a.safetensors").write_bytes(b"new")
+    directory.restore(trashed, "a.safetensors")
 
     assert gone
     assert back == b"old"
-    assert shelf.path("a.safetensors").read_bytes() == b"new"
+    assert directory.path("a.safetensors").read_bytes() == b"new"
 
 
-def test_a_sweep_removes_what_nobody_comes_back_for(shelf: CacheDirectory) -> None:
-    now = shelf.folder.stat().st_mtime
-    old, young = shelf.part("v1", "dead"), shelf.part("v2", "alive")
+def test_a_sweep_removes_what_nobody_needs_any_more(directory: CacheDirectory) -> None:
+    now = directory.folder.stat().st_mtime
+    old, young = directory.partial_file("v1", "dead"), directory.partial_file("v2", "alive")
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (now - 1000, now - 1000))
-    shelf.path("a.safetensors").write_bytes(b"model")
+    directory.path("a.safetensors").write_bytes(b"model")
     for name in ("a.safetensors.json", "a.safetensors.uses", "gone.safetensors.json", "gone.safetensors.uses"):
-        shelf.path(name).write_text("{}")
-    draft = shelf.path(".a.safetensors.json.dead-1")
+        directory.path(name).write_text("{}")
+    draft = directory.path(".a.safetensors.json.dead-1")
     draft.write_text("{")
     os.utime(draft, (now - 1000, now - 1000))
-    shelf.path("notes.txt").write_text("not ours")
+    directory.path("notes.txt").write_text("not ours")
 
-    shelf.sweep(older_than=500)
+    directory.sweep(older_than=500)
 
-    left = {path.name for path in shelf.folder.iterdir() if path.is_file()}
+    left = {path.name for path in directory.folder.iterdir() if path.is_file()}
     assert left == {"a.safetensors", "a.safetensors.json", "a.safetensors.uses", "notes.txt"}
-    assert [path.name for path in shelf.parts.iterdir()] == [young.name]
+    assert [path.name for path in directory.partial_files.iterdir()] == [young.name]
 
 
-def test_a_folder_that_cannot_be_written_says_so(shelf: CacheDirectory) -> None:
-    with read_only(shelf.folder):
-        during = can_write(shelf.folder, "me")
+def test_a_folder_that_cannot_be_written_says_so(directory: CacheDirectory) -> None:
+    with read_only(directory.folder):
+        during = can_write(directory.folder, "me")
 
     assert not during
-    assert can_write(shelf.folder, "me")
-    assert not can_write(shelf.folder / "missing", "me")
-    assert not [path.name for path in shelf.folder.iterdir() if path.name.startswith(".probe")]
+    assert can_write(directory.folder, "me")
+    assert not can_write(directory.folder / "missing", "me")
+    assert not [path.name for path in directory.folder.iterdir() if path.name.startswith(".probe")]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
-    target = tmp_path / "a.json"
-    write_atomically(target, b"whole")
-    target.unlink()
-    target.mkdir()  # so that nothing can be renamed to it
+def test_a_slow_listing_delays_no_thread_that_may_use_the_last_one(tmp_path: Path) -> None:
+    is_listing, may_go_on = threading.Event(), threading.Event()
+    is_slow = False
 
-    with pytest.raises(OSError, match=r".*"):
-        write_atomically(target, b"other")
+    def listdir(folder: Path) -> list[str]:
+        if is_slow:
+            is_listing.set()
+            may_go_on.wait(30)
+        return [path.name for path in folder.iterdir()]
 
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    directory = CacheDirectory(tmp_path, ModelKind.LORA, listdir=listdir)
+    directory.path("a.safetensors").touch()
+    directory.index()
+    directory.path("b.safetensors").touch()
+    is_slow = True
+    refreshing = threading.Thread(target=directory.refresh)
+    refreshing.start()
+    assert is_listing.wait(10)
+    seen: list[frozenset[str]] = []
+    looking = threading.Thread(target=lambda: seen.append(directory.index(fresh=False).files))
+    looking.start()
 
+    looking.join(5)
+    is_in_time = bool(seen)
+    may_go_on.set()
+    for thread in (looking, refreshing):
+        thread.join()
 
-# -- what the WebUI sees
-
-
-def test_the_webui_sees_links_to_models_under_their_names(tmp_path: Path, shelf: CacheDirectory) -> None:
-    shelf.path("a.safetensors").write_bytes(b"1")
-    webui = WebUIFolder(tmp_path / "webui", "me")
-    webui.prepare([shelf.folder])
-
-    link = webui.show(ModelKind.LORA, shelf.path("a.safetensors"))
-
-    assert link == tmp_path / "webui/Lora/a.safetensors"
-    assert link.is_symlink()
-    assert link.read_bytes() == b"1"
-    assert sorted(path.name for path in (tmp_path / "webui").iterdir()) == ["Lora", "Stable-diffusion", "VAE"]
-
-
-def test_a_link_changes_at_once_and_is_hidden_only_by_its_own_model(tmp_path: Path, shelf: CacheDirectory) -> None:
-    other = CacheDirectory(tmp_path / "source", ModelKind.LORA)
-    other.folder.mkdir()
-    for where in (shelf, other):
-        where.path("a.safetensors").write_bytes(str(where.folder).encode())
-    webui = WebUIFolder(tmp_path / "webui", "me")
-    webui.prepare([shelf.folder, other.folder])
-    webui.show(ModelKind.LORA, shelf.path("a.safetensors"))
-
-    link = webui.show(ModelKind.LORA, other.path("a.safetensors"))
-    webui.hide(ModelKind.LORA, shelf.path("a.safetensors"))
-
-    assert link.read_bytes() == str(other.folder).encode()
-    webui.hide(ModelKind.LORA, other.path("a.safetensors"))
-    assert not link.is_symlink()
+    assert is_in_time and seen == [{"a.safetensors"}]
+    assert directory.index(fresh=False).files == {"a.safetensors", "b.safetensors"}
 
 
-def test_the_start_removes_links_that_lead_nowhere_or_elsewhere(tmp_path: Path, shelf: CacheDirectory) -> None:
-    webui = WebUIFolder(tmp_path / "webui", "me")
-    webui.prepare([shelf.folder])
-    shelf.path("good.safetensors").write_bytes(b"1")
-    webui.show(ModelKind.LORA, shelf.path("good.safetensors"))
-    folder = webui.folder(ModelKind.LORA)
-    (tmp_path / "secret").write_text("not a model")
-    (folder / "foreign.safetensors").symlink_to(tmp_path / "secret")
-    (folder / "dangling.safetensors").symlink_to(shelf.path("gone.safetensors"))
-    (folder / "Put models here.txt").write_text("the WebUI's own")
-
-    webui.prepare([shelf.folder])
-
-    assert sorted(path.name for path in folder.iterdir()) == ["Put models here.txt", "good.safetensors"]
+# -- the directories of a worker
 
 
-def test_links_of_models_that_went_are_pruned(tmp_path: Path, shelf: CacheDirectory) -> None:
-    webui = WebUIFolder(tmp_path / "webui", "me")
-    webui.prepare([shelf.folder])
-    for name in ("stays.safetensors", "goes.safetensors"):
-        shelf.path(name).write_bytes(b"1")
-        webui.show(ModelKind.LORA, shelf.path(name))
-    shelf.path("goes.safetensors").unlink()
+def test_new_models_go_to_the_cache_and_are_looked_for_there_first(tmp_path: Path) -> None:
+    (tmp_path / "source/Lora").mkdir(parents=True)
 
-    webui.prune()
+    directories = CacheDirectories(tmp_path / "models", tmp_path / "local", [tmp_path / "source"], "me")
 
-    assert [path.name for path in webui.folder(ModelKind.LORA).iterdir()] == ["stays.safetensors"]
+    cache, *sources = directories.of(ModelKind.LORA)
+    assert (cache.folder, cache.is_writable, cache.is_local) == (tmp_path / "models/loras", True, False)
+    assert directories.for_new(ModelKind.LORA) is cache
+    assert [source.folder for source in sources] == [tmp_path / "source/Lora", tmp_path / "source"]
+    assert not any(source.is_writable for source in sources)
+
+
+def test_without_a_writable_cache_new_models_go_to_the_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    directories = CacheDirectories(tmp_path / "file/models", tmp_path / "local", [], "me")
+
+    local = directories.for_new(ModelKind.LORA)
+    assert (local.folder, local.is_local) == (tmp_path / "local/loras", True)
+    assert [directory.is_writable for directory in directories.of(ModelKind.LORA)] == [False, True]
+
+
+def test_without_any_writable_folder_there_is_no_place_for_new_models(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    directories = CacheDirectories(tmp_path / "file/models", tmp_path / "file/local", [], "me")
+
+    assert directories.writable() == []
+    with pytest.raises(VolumeFull):
+        directories.for_new(ModelKind.LORA)
+
+
+def test_a_source_that_is_the_cache_or_is_not_there_is_no_source(tmp_path: Path) -> None:
+    sources = [tmp_path / "models", tmp_path / "missing", tmp_path / "link"]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+
+    directories = CacheDirectories(tmp_path / "models", tmp_path / "local", sources, "me")
+
+    assert directories.sources == ()

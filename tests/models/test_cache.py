@@ -1,0 +1,264 @@
+"""The models on disk, in folders of all kinds: found, held, shown to the WebUI."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from a1111_worker.context import JobContext
+from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFull
+from sandbox.civitai import NO_MODEL
+from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
+from tests.disks import read_only
+from tests.fleet import DETAIL, Fleet, fetch, lora, named, soon
+
+MB = 1_000_000
+
+
+# -- files that somebody put there
+
+
+def test_a_file_put_there_by_hand_is_known_by_its_stem(fleet: Fleet) -> None:
+    path = fleet.put("My Style v2.safetensors", 4)
+    worker = fleet.start()
+
+    models = [fetch(worker, named(name)) for name in ("My Style v2", "my style V2", "My Style v2.safetensors")]
+
+    assert {(model.file, model.sha256, model.version_id) for model in models} == {(path.name, sha256_of(path), None)}
+    assert fleet.asked() == []
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "outcome"),
+    [
+        (["foo", "Foo"], "foo", "foo"),
+        (["foo", "Foo"], "FOO", ModelNotFound),  # either
+        (["foo"], "fo", ModelNotFound),
+        (["foo"], "../loras/foo", ModelNotFound),
+        (["foo"], "", ModelNotFound),
+        ([], "detail_tweaker_xl", ModelNotFound),  # the catalog's, and CivitAI does not have it
+    ],
+)
+def test_a_bare_name_is_clear_or_not_found(
+    fleet: Fleet, there: list[str], name: str, outcome: str | type[ModelError]
+) -> None:
+    for seed, stem in enumerate(there):
+        fleet.put(f"{stem}.safetensors", seed)
+    worker = fleet.start()
+
+    if isinstance(outcome, str):
+        assert fetch(worker, named(name)).stem == outcome
+    else:
+        with pytest.raises(outcome):
+            fetch(worker, named(name))
+
+
+def test_a_name_that_is_almost_known_gets_a_hint(fleet: Fleet) -> None:
+    fleet.put("watercolor.safetensors", 1)
+
+    with pytest.raises(ModelNotFound) as raised:
+        fetch(fleet.start(), named("watercolour"))
+
+    assert raised.value.hint == "did you mean watercolor?"
+
+
+def test_a_file_under_a_catalog_name_is_used_if_its_bytes_are_the_catalogs(fleet: Fleet) -> None:
+    served = fleet.serve(DETAIL, trained_words=["x"])
+    fleet.loras.mkdir(parents=True)
+    shutil.copy(served, fleet.loras / "detail_tweaker_xl.safetensors")
+    worker = fleet.start()
+
+    model = fetch(worker, named("detail_tweaker_xl"))
+    before = len(fleet.asked())
+    again = fetch(fleet.start(), lora(DETAIL))
+
+    assert (model.version_id, model.downloaded, model.trained_words) == (DETAIL, False, ("x",))
+    assert fleet.civitai.links_given == 0
+    assert again.version_id == DETAIL
+    assert len(fleet.asked()) == before  # it was verified once, and not again
+
+
+def test_a_different_file_under_a_catalog_name_is_renamed(fleet: Fleet) -> None:
+    served = fleet.serve(DETAIL)
+    other_file = fleet.put("detail_tweaker_xl.safetensors", 666)
+    sha256 = sha256_of(other_file)
+
+    model = fetch(fleet.start(), named("detail_tweaker_xl"))
+
+    assert model.sha256 == sha256_of(served)
+    new_name = f"detail_tweaker_xl_{sha256[:16]}.safetensors"
+    assert fleet.models_there() == ["detail_tweaker_xl.safetensors", new_name]
+    assert sha256_of(fleet.loras / new_name) == sha256  # nothing is lost
+
+
+def test_a_file_of_other_bytes_that_another_worker_uses_stays(fleet: Fleet) -> None:
+    other_file = fleet.put("detail_tweaker_xl.safetensors", 666, size_bytes=MB)
+    one, other = fleet.start(), fleet.start()
+    fleet.civitai.fail(NO_MODEL, times=None, on="/api/v1/")  # so that it is used, with a warning
+
+    with one.hold([lora(DETAIL)], JobContext(soon())) as held:
+        warned = held.models[lora(DETAIL)].warnings
+        fleet.civitai.heal()
+        fleet.serve(DETAIL, size=MB)
+        with pytest.raises(DownloadFailed, match="another worker uses"):
+            fetch(other, lora(DETAIL))
+
+    assert "could not be verified" in warned[0]
+    assert fleet.models_there() == [other_file.name]
+    assert fleet.debris() == []
+
+
+def test_a_file_that_is_no_model_never_stands_in_for_one(fleet: Fleet) -> None:
+    served = fleet.serve(DETAIL)
+    fleet.loras.mkdir(parents=True)
+    (fleet.loras / "detail_tweaker_xl.safetensors").write_bytes(b"\x80\x04pickle" * 100)
+    worker = fleet.start()
+
+    model = fetch(worker, lora(DETAIL))
+
+    assert model.sha256 == sha256_of(served)
+    (fleet.loras / "bad.safetensors").write_text("<html>")
+    with pytest.raises(ModelRejected):
+        fetch(worker, named("bad"))
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "other"])
+def test_the_hash_that_a_job_gives_verifies_a_file_if_civitai_cannot_be_asked(fleet: Fleet, right: bool) -> None:
+    path = fleet.put("mine_77.safetensors", 1)
+    fleet.civitai.fail(NO_MODEL, times=None, on="/api/v1/")
+    worker = fleet.start()
+    ref = lora(77, sha256=sha256_of(path) if right else "0" * 64)
+
+    if right:
+        assert fetch(worker, ref).warnings == ()
+    else:
+        with pytest.raises(ModelNotFound):
+            fetch(worker, ref)
+
+
+def test_a_file_that_claims_to_be_another_file_of_a_version_is_passed_over(fleet: Fleet) -> None:
+    fleet.serve(77, file_id=1)
+    second = fleet.serve(77, sdxl_lora(fleet.folder / "second.safetensors", 5), file_id=2, sha256="")
+    fleet.put("mine_77.safetensors", 6)
+
+    model = fetch(fleet.start(), lora(77, file_id=2))
+
+    assert model.sha256 == sha256_of(second)
+    assert model.file == "Model-77_77_2.safetensors"
+
+
+def test_a_lost_sidecar_is_found_again_from_civitai_without_fetching(fleet: Fleet) -> None:
+    fleet.serve(77)
+    before = fetch(fleet.start(), lora(77))
+    (fleet.loras / f"{before.file}.json").unlink()
+
+    after = fetch(fleet.start(), lora(77))
+
+    assert replace(after, downloaded=True, path=before.path) == before
+    assert fleet.civitai.links_given == 1
+
+
+# -- folders that cannot be written, and sources
+
+
+def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) -> None:
+    fleet.serve(1)
+    fleet.serve(2)
+    fetch(fleet.start(), lora(1))
+    with read_only(fleet.models):
+        worker = fleet.start()
+
+        with worker.hold([lora(1), lora(2)], JobContext(soon())) as held:
+            there, fetched = held.models[lora(1)], held.models[lora(2)]
+            link = fleet.folder / "container2/webui/Lora" / fetched.file
+            linked = link.read_bytes() == fetched.path.read_bytes()
+        again = fetch(worker, lora(2))
+
+    assert (there.downloaded, there.warnings) == (False, ())
+    assert fetched.downloaded
+    assert fetched.path.is_relative_to(fleet.folder / "container2/local")
+    assert "cannot be written" in fetched.warnings[0]
+    assert linked
+    assert not again.downloaded
+    assert again.warnings == fetched.warnings
+    assert fleet.civitai.resolves == {1: 1, 2: 1}
+
+
+def test_without_a_writable_folder_a_missing_model_is_volume_full(fleet: Fleet) -> None:
+    fleet.serve(1)
+    (fleet.folder / "file").touch()
+    (fleet.folder / "container1").mkdir()
+    (fleet.folder / "container1/local").touch()
+    worker = fleet.start(models_dir=fleet.folder / "file/models")
+
+    with pytest.raises(VolumeFull):
+        fetch(worker, lora(1))
+
+
+@pytest.mark.parametrize("layout", ["loras", "Lora", "."])
+def test_a_source_that_has_the_file_is_used_before_anything_is_fetched(fleet: Fleet, layout: str) -> None:
+    served = fleet.serve(DETAIL)
+    source = fleet.folder / "source"
+    (source / layout).mkdir(parents=True, exist_ok=True)
+    path = source / layout / "detail_tweaker_xl.safetensors"
+    shutil.copy(served, path)
+    with read_only(source):
+        worker = fleet.start(sources=[source])
+
+        model = fetch(worker, lora(DETAIL))
+        before = len(fleet.asked())
+        again = fetch(worker, lora(DETAIL))
+
+    assert (model.path, model.downloaded, model.version_id) == (path, False, DETAIL)
+    assert fleet.civitai.links_given == 0
+    assert (again.path, len(fleet.asked())) == (path, before)
+    assert fleet.models_there() == []
+
+
+def test_a_file_of_a_source_with_other_bytes_is_passed_over(fleet: Fleet) -> None:
+    served = fleet.serve(DETAIL)
+    source = fleet.folder / "source"
+    for name in ("detail_tweaker_xl.safetensors", "other_135867.safetensors"):
+        sdxl_lora(source / name, 5)
+
+    model = fetch(fleet.start(sources=[source]), lora(DETAIL))
+
+    assert model.sha256 == sha256_of(served)
+    assert model.downloaded
+    assert len(list(source.iterdir())) == 2
+
+
+def test_a_checkpoint_in_the_image_is_used_without_asking(fleet: Fleet) -> None:
+    path = sdxl_checkpoint(fleet.folder / "source/checkpoints/jib_mix.safetensors", 3)
+
+    model = fleet.start(sources=[fleet.folder / "source"]).prepare_checkpoint(JobContext(soon()))
+
+    assert model.path == path
+    assert fleet.asked() == []
+
+
+def test_vaes_of_the_cache_and_of_sources_are_shown_to_the_webui(fleet: Fleet) -> None:
+    sdxl_lora(fleet.models / "vae/fine.safetensors", 1)
+    sdxl_lora(fleet.folder / "source/VAE/baked.safetensors", 1)
+    (fleet.models / "vae/bad.safetensors").write_text("<html>")
+
+    fleet.start(sources=[fleet.folder / "source"])
+
+    shown = sorted(path.name for path in (fleet.folder / "container1/webui/VAE").iterdir())
+    assert shown == ["baked.safetensors", "fine.safetensors"]
+
+
+def test_a_model_that_is_gone_between_find_and_hold_is_not_held(fleet: Fleet) -> None:
+    fleet.serve(77)
+    worker = fleet.start()
+    fetch(worker, lora(77))
+    found = worker.cache.find(lora(77), fresh=True)
+    assert found is not None
+
+    (fleet.loras / found.record.file).unlink()
+    held = worker.cache.hold(found, soon())
+
+    assert held is None
+    assert list((fleet.loras / ".holds").iterdir()) == []
