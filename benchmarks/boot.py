@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Row, run
-from sandbox.civitai import CivitAI
+from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_checkpoint
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = 1590699
@@ -42,7 +42,7 @@ import argparse, pathlib, signal, sys, time
 
 time.sleep({seconds})  # as long as A1111's imports take here
 sys.path.insert(0, {root!r})
-from sandbox.webui import WebUI
+from sandbox.webui import SandboxWebUI
 
 parser = argparse.ArgumentParser()
 for flag in ("--port", "--ckpt-dir", "--ckpt"):
@@ -50,7 +50,7 @@ for flag in ("--port", "--ckpt-dir", "--ckpt"):
 asked, _ = parser.parse_known_args()
 models = pathlib.Path(asked.ckpt_dir).parent
 initial = pathlib.Path(asked.ckpt).name if asked.ckpt else None
-with WebUI(models, port=int(asked.port), initial_checkpoint=initial, switch_seconds={switch}):
+with SandboxWebUI(models, port=int(asked.port), initial_checkpoint=initial, switch_seconds={switch}):
     signal.pause()
 """
 
@@ -126,17 +126,17 @@ def one_after_the_other(folder: Path, checkpoint: Path, seconds: float) -> Boote
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path, seconds: float) -> Iterator[tuple[CivitAI, RunPod]]:
+def serving(checkpoint: Path, seconds: float) -> Iterator[tuple[SandboxCivitAI, SandboxRunPod]]:
     """A CivitAI from which the checkpoint takes so many seconds, and a queue without jobs."""
-    with CivitAI() as civitai, RunPod(long_poll=1.0) as queue:
+    with SandboxCivitAI() as civitai, SandboxRunPod(long_poll=1.0) as queue:
         version = civitai.add(CHECKPOINT, checkpoint, name="Bench", base_model="Illustrious", model_type="Checkpoint")
         version.files[0].size, version.files[0].fp = "pruned", "fp16"
         version.files[0].hashes()  # computed once, and not while the clock runs
-        civitai.storage.line_rate = CHECKPOINT_BYTES / seconds
+        civitai.storage.total_rate = CHECKPOINT_BYTES / seconds
         yield civitai, queue
 
 
-def surroundings(folder: Path, civitai: CivitAI, queue: RunPod, seconds: float) -> dict[str, str]:
+def surroundings(folder: Path, civitai: SandboxCivitAI, queue: SandboxRunPod, seconds: float) -> dict[str, str]:
     """The environment of a container in `folder`: an empty volume, and a launch.py in the place of A1111's."""
     (folder / "webui").mkdir(parents=True)
     launch = LAUNCH.format(seconds=seconds, root=str(ROOT), switch=SWITCH_SECONDS)

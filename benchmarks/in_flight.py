@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks.place import place, worker
 from benchmarks.report import Row, run
-from sandbox.civitai import CivitAI
+from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_lora
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 
 GENERATION, STEPS = 2.0, 10
 LORA_BYTES = 300_000
@@ -67,12 +67,12 @@ def measure(quick: bool) -> list[Row]:
 def gaps(in_flight: int, jobs: int, *, with_loras: bool = False) -> Gaps:
     pace = ("--image-bytes", "2000000", "--step-seconds", str(GENERATION / STEPS))
     with tempfile.NamedTemporaryFile(prefix="journal-") as journal, place(*pace, "--journal", journal.name) as here:
-        civitai = CivitAI()
+        civitai = SandboxCivitAI()
         for number in range(jobs + 1):
             path = sdxl_lora(here.folder / f"{number}.safetensors", number, LORA_BYTES)
             civitai.add(FIRST_LORA + number, path, name=f"LoRA {number}")
         civitai.storage.rate = LORA_BYTES  # bytes a second: each LoRA takes one
-        with civitai, RunPod(long_poll=5.0) as queue:
+        with civitai, SandboxRunPod(long_poll=5.0) as queue:
             origins = f"{civitai.url},{civitai.storage.url}"
             sources = {"CIVITAI_URL": civitai.url, "STORAGE_HOSTS": origins, "MODEL_HOSTS": origins}
             with worker(here, queue, JOBS_IN_FLIGHT=str(in_flight), **sources):

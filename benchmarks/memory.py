@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.place import place, worker
 from benchmarks.report import Row, run
-from sandbox.runpod import COMPLETED, RunPod
+from sandbox.runpod import COMPLETED, SandboxRunPod
 
 JOBS, QUICK_JOBS = 50, 8
 IMAGE_BYTES = 14_800_000  # 19.7 MB as base64: just below what RunPod takes of /runsync
@@ -23,7 +23,11 @@ MB = 1_000_000
 
 def measure(quick: bool) -> list[Row]:
     jobs = QUICK_JOBS if quick else JOBS
-    with place("--image-bytes", str(IMAGE_BYTES)) as here, RunPod(long_poll=1.0) as queue, worker(here, queue) as pid:
+    with (
+        place("--image-bytes", str(IMAGE_BYTES)) as here,
+        SandboxRunPod(long_poll=1.0) as queue,
+        worker(here, queue) as pid,
+    ):
         queue.wait_for_worker(timeout=60)
         before = resident(pid)
         run_jobs(queue, 2)
@@ -42,7 +46,7 @@ def measure(quick: bool) -> list[Row]:
     ]
 
 
-def run_jobs(queue: RunPod, count: int) -> None:
+def run_jobs(queue: SandboxRunPod, count: int) -> None:
     """All queued at once, and their results forgotten here as soon as they are there."""
     job = {"prompt": "a lighthouse", "steps": 1, "width": 64, "height": 64}
     for job_id in [queue.submit({**job, "seed": number}, sync=True) for number in range(count)]:

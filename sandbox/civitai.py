@@ -630,12 +630,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pass
 
 
-# -- the names until rename_sandbox.py has run
-CivitAI = SandboxCivitAI
-Fault = ServerFault
-Storage = SandboxStorage
-__all__ += ["CivitAI", "Fault", "Storage"]
-# -- until here
-
 if __name__ == "__main__":
     main()

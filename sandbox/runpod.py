@@ -429,9 +429,3 @@ def _strict_json(body: bytes) -> Any:
 
 def _too_large(limit: int) -> str:
     return f"exceeded max body size of {limit // _MIB or 1}MiB"
-
-
-# -- the names until rename_sandbox.py has run
-Job = QueuedJob
-RunPod = SandboxRunPod
-# -- until here

@@ -242,8 +242,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-# -- the names until rename_sandbox.py has run
-Asked = ReceivedRequest
-# -- until here

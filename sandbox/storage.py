@@ -214,21 +214,6 @@ class SandboxStorage(StorageKnobs, Traffic, FaultyServer):
         with self._idle:
             self._idle.wait_for(lambda: self._active == 0, timeout)
 
-    # -- the names until rename_sandbox.py has run
-
-    def settle(self, timeout: float = 10.0) -> None:
-        self.wait_until_idle(timeout)
-
-    @property
-    def line_rate(self) -> float | None:
-        return self.total_rate
-
-    @line_rate.setter
-    def line_rate(self, rate: float | None) -> None:
-        self.total_rate = rate
-
-    # -- until here
-
     @property
     def connections(self) -> dict[str, int]:
         """How many connections each path has had."""
@@ -583,9 +568,3 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
 def _disposition(file_name: str) -> str:
     return f'attachment; filename="{quote(file_name, safe=" !#$&()+,;=@[]{}~")}"'
-
-
-# -- the names until rename_sandbox.py has run
-Fault = ServerFault
-Storage = SandboxStorage
-# -- until here

@@ -463,11 +463,5 @@ class _SeparateProcess(SandboxWebUI):
         os._exit(0)
 
 
-# -- the names until rename_sandbox.py has run
-Canned = CannedAnswer
-Fault = WebUIFault
-WebUI = SandboxWebUI
-# -- until here
-
 if __name__ == "__main__":
     sys.exit(main())

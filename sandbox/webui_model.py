@@ -21,7 +21,7 @@ from sandbox.webui_knobs import WebUIKnobs
 _RESTRICTED = frozenset({"api_enable_requests", "api_forbid_local_requests", "api_useragent"})
 
 
-class WebUIOptions:
+class OptionStore:
     """A1111's `opts`. `data` holds only the options that were ever set."""
 
     def __init__(self, defaults: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class ModelSlot:
     def __init__(
         self,
         files: ModelFiles,
-        options: WebUIOptions,
+        options: OptionStore,
         knobs: WebUIKnobs,
         pause: Callable[[float], None],
         initial: str | None = None,

@@ -18,7 +18,7 @@ from sandbox import draw
 from sandbox.webui_errors import WebUIError
 from sandbox.webui_files import ActiveLora, Checkpoint, HashCache, ModelFiles
 from sandbox.webui_knobs import WebUIKnobs
-from sandbox.webui_model import ModelSlot, WebUIOptions
+from sandbox.webui_model import ModelSlot, OptionStore
 
 VERSIONS = ("1.9.3", "1.10.1")
 
@@ -157,7 +157,7 @@ class Process:
         self.knobs = knobs
         self.tables = _tables(version)
         self.files = ModelFiles(models_dir, hashes)
-        self.options = WebUIOptions(self.tables["options"])
+        self.options = OptionStore(self.tables["options"])
         self.model = ModelSlot(self.files, self.options, knobs, self.pause, initial)
         self.active_loras: list[ActiveLora] = []
         self.lock = FifoLock()

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import requests
 from boto3.session import Session
 
-from sandbox.server import Asked, Exchange, Server
+from sandbox.server import Exchange, ReceivedRequest, Server
 
 KEY_ID, SECRET = "the-key-id", "the/secret+access-key"
 REFUSED = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>no, %s</Message></Error>"
@@ -36,7 +36,7 @@ class S3Fault:
     on: str = ""
     times: int = 1_000_000
 
-    def applies_to(self, asked: Asked) -> bool:
+    def applies_to(self, asked: ReceivedRequest) -> bool:
         return self.times > 0 and asked.method == self.method and self.on in asked.path
 
 
@@ -80,7 +80,7 @@ class FaultyProxy(Server):
             headers.pop(ours, None)
         exchange.send(answer.status_code, answer.content, headers)
 
-    def _ask(self, asked: Asked) -> requests.Response:
+    def _ask(self, asked: ReceivedRequest) -> requests.Response:
         query = f"?{urlencode(asked.query)}" if asked.query else ""
         headers = {name: value for name, value in asked.headers.items() if name not in ("connection", "expect")}
         with requests.Session() as session:

@@ -18,7 +18,7 @@ from a1111_worker.models.manager import CacheTimings, ModelManager
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
-from sandbox.civitai import CivitAI
+from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.server import Exchange
 
@@ -44,7 +44,7 @@ def named(name: str, **more: Any) -> ModelRef:
     return catalog.resolve(ModelRef(ModelKind.LORA, name=name, **more))
 
 
-class Site(CivitAI):
+class Site(SandboxCivitAI):
     """A CivitAI at which something may happen just before it gives a link."""
 
     before_a_link: Callable[[], None] | None = None

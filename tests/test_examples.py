@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 from tests.support import world
 from tests.test_docs import API, ROOT, blocks
 from tests.test_runpod import Endpoint
@@ -27,9 +27,9 @@ PNG, WEBP = b"\x89PNG", b"RIFF"
 
 
 @pytest.fixture(scope="module")
-def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPod]:
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxRunPod]:
     folder = tmp_path_factory.mktemp("examples")
-    with world(folder, boot=False) as servers, RunPod(long_poll=0.5, client_key=KEY) as queue:
+    with world(folder, boot=False) as servers, SandboxRunPod(long_poll=0.5, client_key=KEY) as queue:
         endpoint = Endpoint(servers, queue, folder / "worker.log")
         endpoint.start()
         try:
@@ -44,7 +44,7 @@ def example(language: str) -> str:
     return found
 
 
-def run(command: list[str], queue: RunPod, folder: Path) -> str:
+def run(command: list[str], queue: SandboxRunPod, folder: Path) -> str:
     """Run an example as its caller would. Returns what it printed."""
     done = subprocess.run(
         command,
@@ -65,7 +65,7 @@ def run(command: list[str], queue: RunPod, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_curl_example_runs(queue: RunPod, tmp_path: Path) -> None:
+def test_the_curl_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     shutil.copy(ROOT / "test_input.json", tmp_path)
     script = example("sh").replace(RUNPOD, f"{queue.url}/v2")
 
@@ -76,7 +76,7 @@ def test_the_curl_example_runs(queue: RunPod, tmp_path: Path) -> None:
     assert answers[0]["output"]["worker"]["loras"][0]["loaded"] is True
 
 
-def test_the_python_example_runs(queue: RunPod, tmp_path: Path) -> None:
+def test_the_python_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     printed = run([sys.executable, "-c", example("python")], queue, tmp_path)
 
     assert (tmp_path / "1.png").read_bytes().startswith(PNG)
@@ -84,7 +84,7 @@ def test_the_python_example_runs(queue: RunPod, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="the JavaScript example needs Node.js, which is not installed")
-def test_the_javascript_example_runs(queue: RunPod, tmp_path: Path) -> None:
+def test_the_javascript_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     script = tmp_path / "example.mjs"
     script.write_text(example("js").replace(RUNPOD, f"{queue.url}/v2"))
 

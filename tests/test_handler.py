@@ -24,7 +24,7 @@ from handler import Worker
 from sandbox import civitai as c
 from sandbox.models import sd15_lora, sdxl_lora
 from sandbox.server import Exchange
-from sandbox.webui import Canned, Fault
+from sandbox.webui import CannedAnswer, WebUIFault
 from tests.support import CHECKPOINT, DETAIL, HAND, QUICK, SMALL, World, quick_manager, world
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def test_a_second_pass_with_another_lora_verifies_both(tmp_path: Path, version: 
 def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     caplog.handler.addFilter(logs.add_job_id)
-    shared.webui.fail_next = [Fault.OUT_OF_MEMORY]
+    shared.webui.fail_next = [WebUIFault.OUT_OF_MEMORY]
 
     shared.ask("job-77")
 
@@ -327,7 +327,7 @@ def test_a_strange_name_beside_an_id_never_reaches_the_disk(shared: World, name:
 # -- LoRAs that are not available --------------------------------------------------------------------------------------
 
 # what CivitAI answers to every request for this version, and what the job must end with
-CIVITAI_RESPONSES: list[tuple[c.Fault, str, bool]] = [
+CIVITAI_RESPONSES: list[tuple[c.ServerFault, str, bool]] = [
     (c.BAD_REQUEST, "DOWNLOAD_FAILED", True),
     (c.LOGIN_REQUIRED, "MODEL_ACCESS_DENIED", False),
     (c.DOWNLOADS_DISABLED, "MODEL_ACCESS_DENIED", False),
@@ -345,7 +345,9 @@ CIVITAI_RESPONSES: list[tuple[c.Fault, str, bool]] = [
 
 
 @pytest.mark.parametrize(("response", "code", "retryable"), CIVITAI_RESPONSES, ids=lambda value: str(value)[:40])
-def test_a_lora_that_is_not_available_ends_the_job(fresh: World, response: c.Fault, code: str, retryable: bool) -> None:
+def test_a_lora_that_is_not_available_ends_the_job(
+    fresh: World, response: c.ServerFault, code: str, retryable: bool
+) -> None:
     fresh.civitai.fail(response, times=None, on="/api/download/")
 
     answer = fresh.ask(loras=[{"version_id": HAND}])
@@ -358,19 +360,19 @@ def test_a_lora_that_is_not_available_ends_the_job(fresh: World, response: c.Fau
 
 
 # what the storage sends in the file's place, and what the job must end with
-STORAGE_RESPONSES: list[tuple[c.Fault, str]] = [
+STORAGE_RESPONSES: list[tuple[c.ServerFault, str]] = [
     (c.HTML_PAGE, "MODEL_REJECTED"),  # a login page
-    (c.Fault(cut_after=1000), "DOWNLOAD_FAILED"),  # half a file, every time
-    (c.Fault(extra=1000), "DOWNLOAD_FAILED"),  # lengths that contradict each other
+    (c.ServerFault(cut_after=1000), "DOWNLOAD_FAILED"),  # half a file, every time
+    (c.ServerFault(extra=1000), "DOWNLOAD_FAILED"),  # lengths that contradict each other
     (c.STORE_ERROR, "DOWNLOAD_FAILED"),
-    (c.Fault(stall_after=1000), "DOWNLOAD_FAILED"),  # nothing for 60 s
+    (c.ServerFault(stall_after=1000), "DOWNLOAD_FAILED"),  # nothing for 60 s
     (c.redirect("http://169.254.169.254/latest/meta-data"), "MODEL_REJECTED"),
     (c.redirect("https://10.0.0.1/x"), "MODEL_REJECTED"),
 ]
 
 
 @pytest.mark.parametrize(("response", "code"), STORAGE_RESPONSES, ids=lambda value: str(value)[:60])
-def test_a_broken_download_ends_the_job_and_leaves_nothing(fresh: World, response: c.Fault, code: str) -> None:
+def test_a_broken_download_ends_the_job_and_leaves_nothing(fresh: World, response: c.ServerFault, code: str) -> None:
     fresh.civitai.storage.fail(response, times=None)
 
     answer = fresh.ask(loras=[{"version_id": HAND}])
@@ -433,36 +435,36 @@ def test_the_key_is_sent_to_civitais_api_alone(fresh: World) -> None:
 # -- a WebUI that fails -----------------------------------------------------------------------------------------------
 
 
-HTML = Canned(200, b"<html>hello</html>", "text/html")
+HTML = CannedAnswer(200, b"<html>hello</html>", "text/html")
 
 # what the next txt2img answers, and what its job must end with
-WEBUI_RESPONSES: list[tuple[Fault | Canned, str]] = [
+WEBUI_RESPONSES: list[tuple[WebUIFault | CannedAnswer, str]] = [
     (
-        Canned(500, {"error": "TypeError", "detail": "", "body": "", "errors": "in /opt/webui/x.py"}),
+        CannedAnswer(500, {"error": "TypeError", "detail": "", "body": "", "errors": "in /opt/webui/x.py"}),
         "GENERATION_FAILED",
     ),
-    (Fault.BAD_GATEWAY, "WEBUI_LOST"),
+    (WebUIFault.BAD_GATEWAY, "WEBUI_LOST"),
     (HTML, "WEBUI_LOST"),
-    (Fault.CUT, "WEBUI_LOST"),  # half an answer
-    (Fault.RESET, "WEBUI_LOST"),
-    (Fault.NO_IMAGES, "GENERATION_FAILED"),
-    (Fault.OTHER_CHECKPOINT, "CHECKPOINT_NOT_LOADED"),
-    (Fault.OUT_OF_MEMORY, "OUT_OF_MEMORY"),
-    (Fault.NANS, "GENERATION_FAILED"),
-    (Fault.BLACK, "GENERATION_FAILED"),  # --disable-nan-check, or a checkpoint that makes nothing else
+    (WebUIFault.CUT, "WEBUI_LOST"),  # half an answer
+    (WebUIFault.RESET, "WEBUI_LOST"),
+    (WebUIFault.NO_IMAGES, "GENERATION_FAILED"),
+    (WebUIFault.OTHER_CHECKPOINT, "CHECKPOINT_NOT_LOADED"),
+    (WebUIFault.OUT_OF_MEMORY, "OUT_OF_MEMORY"),
+    (WebUIFault.NANS, "GENERATION_FAILED"),
+    (WebUIFault.BLACK, "GENERATION_FAILED"),  # --disable-nan-check, or a checkpoint that makes nothing else
     (
-        Canned(422, {"error": "HTTPException", "detail": "Script 'x' not found", "body": "", "errors": ""}),
+        CannedAnswer(422, {"error": "HTTPException", "detail": "Script 'x' not found", "body": "", "errors": ""}),
         "INVALID_REQUEST",
     ),
     (
-        Canned(404, {"error": "HTTPException", "detail": "Sampler not found", "body": "", "errors": ""}),
+        CannedAnswer(404, {"error": "HTTPException", "detail": "Sampler not found", "body": "", "errors": ""}),
         "INVALID_REQUEST",
     ),
 ]
 
 
 @pytest.mark.parametrize(("response", "code"), WEBUI_RESPONSES, ids=lambda value: str(value)[:60])
-def test_a_webui_that_fails_costs_one_job(shared: World, response: Fault | Canned, code: str) -> None:
+def test_a_webui_that_fails_costs_one_job(shared: World, response: WebUIFault | CannedAnswer, code: str) -> None:
     before = len(shared.generations())
     shared.webui.fail_next = [response]
 
@@ -475,7 +477,7 @@ def test_a_webui_that_fails_costs_one_job(shared: World, response: Fault | Canne
 
 
 def test_a_job_may_allow_a_black_image(shared: World) -> None:
-    shared.webui.fail_next = [Fault.BLACK]
+    shared.webui.fail_next = [WebUIFault.BLACK]
 
     answer = shared.ask(allow_blank=True)
 
@@ -483,7 +485,7 @@ def test_a_job_may_allow_a_black_image(shared: World) -> None:
 
 
 def test_a_bare_404_is_waited_out(shared: World) -> None:
-    shared.webui.fail_next = [Fault.NOT_FOUND, Fault.NOT_FOUND]
+    shared.webui.fail_next = [WebUIFault.NOT_FOUND, WebUIFault.NOT_FOUND]
 
     answer = shared.ask()
 
@@ -492,7 +494,7 @@ def test_a_bare_404_is_waited_out(shared: World) -> None:
 
 def test_a_bare_404_that_stays_ends_the_job_after_three_tries(shared: World) -> None:
     before = len(shared.generations())
-    shared.webui.fail_next = [Fault.NOT_FOUND] * 3
+    shared.webui.fail_next = [WebUIFault.NOT_FOUND] * 3
 
     answer = shared.ask()
 
@@ -596,7 +598,7 @@ def test_a_cancelled_generation_is_interrupted_and_its_answer_awaited(fresh: Wor
 
 def test_a_cancelled_download_stops_and_generates_nothing(fresh: World) -> None:
     downloading = threading.Event()
-    fresh.civitai.storage.fail(c.Fault(rate=1000.0), times=None)
+    fresh.civitai.storage.fail(c.ServerFault(rate=1000.0), times=None)
 
     def watching(exchange: Exchange) -> bool:
         downloading.set()
@@ -624,7 +626,7 @@ def test_a_job_whose_time_is_up_is_interrupted_and_times_out(tmp_path: Path) -> 
 
 def test_a_webui_that_hangs_even_when_interrupted_is_lost(tmp_path: Path) -> None:
     with world(tmp_path, GENERATION_TIMEOUT="0.3") as it:
-        it.webui.fail_next = [Fault.HANG]
+        it.webui.fail_next = [WebUIFault.HANG]
 
         answer = it.ask()
         it.webui.release()

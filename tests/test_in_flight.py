@@ -64,7 +64,7 @@ def test_jobs_generate_one_after_the_other_in_the_order_they_came(it: World) -> 
 
 
 def test_a_download_for_one_job_does_not_keep_the_gpu_from_another(it: World) -> None:
-    it.civitai.storage.fail(c.Fault(rate=100_000.0), times=None)  # three seconds for a LoRA
+    it.civitai.storage.fail(c.ServerFault(rate=100_000.0), times=None)  # three seconds for a LoRA
 
     async def scene() -> None:
         slow = asyncio.ensure_future(it.worker.handle(job("slow", loras=[{"version_id": HAND}])))
@@ -188,7 +188,7 @@ def test_two_jobs_with_the_same_lora_download_it_once(it: World) -> None:
 
 
 def test_a_download_that_another_job_waits_for_survives_a_cancellation(it: World) -> None:
-    it.civitai.storage.fail(c.Fault(rate=300_000.0), times=None)
+    it.civitai.storage.fail(c.ServerFault(rate=300_000.0), times=None)
     downloading = threading.Event()
 
     def watching(exchange: Exchange) -> bool:

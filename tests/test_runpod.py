@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sandbox.runpod import RunPod
+from sandbox.runpod import SandboxRunPod
 from tests.support import DETAIL, SMALL, World, world
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 class Endpoint:
     """A RunPod endpoint with one worker: the real handler.py, started as the image starts it."""
 
-    def __init__(self, it: World, queue: RunPod, log: Path) -> None:
+    def __init__(self, it: World, queue: SandboxRunPod, log: Path) -> None:
         self.world = it
         self.queue = queue
         self._log = log
@@ -73,7 +73,7 @@ class Endpoint:
 
 @contextlib.contextmanager
 def endpoint(folder: Path, **settings: str) -> Iterator[Endpoint]:
-    with world(folder, boot=False) as it, RunPod(long_poll=0.5) as queue:
+    with world(folder, boot=False) as it, SandboxRunPod(long_poll=0.5) as queue:
         its = Endpoint(it, queue, folder / "worker.log")
         its.start(**settings)
         try:
@@ -195,7 +195,7 @@ def test_stopped_by_term_a_job_too_long_for_the_grace_is_cancelled_with_an_answe
 
 
 def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) -> None:
-    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+    with world(tmp_path, boot=False) as it, SandboxRunPod(long_poll=0.5) as queue:
         it.webui.crash()
         its = Endpoint(it, queue, tmp_path / "worker.log")
         job = queue.submit({"prompt": "a lighthouse"})
@@ -211,7 +211,7 @@ def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) ->
 
 
 def test_a_boot_that_fails_for_any_reason_answers_the_jobs_that_the_worker_is_not_ready(tmp_path: Path) -> None:
-    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+    with world(tmp_path, boot=False) as it, SandboxRunPod(long_poll=0.5) as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
         job = queue.submit({"prompt": "a lighthouse"})
         its.start(CIVITAI_API_KEY="")
@@ -258,7 +258,7 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with world(tmp_path, boot=False) as it, RunPod() as queue:
+    with world(tmp_path, boot=False) as it, SandboxRunPod() as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
         environ = {name: value for name, value in its.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
         process = subprocess.Popen(
@@ -324,7 +324,7 @@ UNUSABLE_BUCKETS = [
 def test_a_bucket_setting_that_can_never_work_ends_the_start_with_one_line(
     tmp_path: Path, setting: dict[str, str], line: str, is_on_runpod: bool
 ) -> None:
-    with world(tmp_path, boot=False) as it, RunPod(long_poll=0.5) as queue:
+    with world(tmp_path, boot=False) as it, SandboxRunPod(long_poll=0.5) as queue:
         environ = {**Endpoint(it, queue, tmp_path / "worker.log").environ, **BUCKET, **setting}
         if not is_on_runpod:
             environ = {name: value for name, value in environ.items() if not name.startswith("RUNPOD_")}

@@ -1,0 +1,25 @@
+"""A reference to a model becomes a verified file in the cache, and the file stays there while a job uses it.
+
+The modules, the public one first:
+
+    manager             the models of one worker: `hold` and the checkpoint, and what the command line does
+    references          the ways to name a model, each reduced to ids
+    cache               the models that are on disk: found, held, shown to the WebUI, evicted
+    fetcher             how a missing model gets into the cache: once in this process, once in the fleet, verified
+    single_flight       one fetch of a file at a time in this process
+    targets             what is fetched, and what its file is called
+    civitai             the client of CivitAI's API
+    civitai_files       which file of a version is meant
+    civitai_responses   what each response means: tried again, or which error
+    safetensors         what a safetensors file says about itself: valid or not, its architecture, A1111's hash
+    sidecars            what is known of each model
+    volume              the folders of models, and how a file gets there
+    names               the names of model files
+    webui_folder        the links that the WebUI sees
+    leases              one worker of the fleet fetches a file
+    holds               a model that a worker uses is not evicted
+    liveness            which workers are alive
+    space               room for what is downloaded
+    eviction            which models are evicted: the decision
+    progress            the progress of several files, as one
+"""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sandbox.webui import WebUI
+from sandbox.webui import SandboxWebUI
 
 FLAGS = json.loads((Path(__file__).parent / "sandbox" / "data" / "1.10.1" / "cmd-flags.json").read_bytes())
 
@@ -45,7 +45,7 @@ def main() -> None:
         log(f"torch {importlib.import_module('torch').__version__}")
     models = Path(options.ckpt_dir).parent
     initial = None if options.skip_load_model_at_start else Path(options.ckpt).name
-    webui = WebUI(models, port=int(options.port), initial_checkpoint=initial, step_seconds=0.05)
+    webui = SandboxWebUI(models, port=int(options.port), initial_checkpoint=initial, step_seconds=0.05)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with webui:
         log(f"listening on {webui.url}, LD_PRELOAD={os.environ.get('LD_PRELOAD', '')}, loading {initial}")

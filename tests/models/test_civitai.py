@@ -38,8 +38,8 @@ QUICK = CivitAITimings(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_m
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[sandbox.CivitAI]:
-    with sandbox.CivitAI(key=KEY) as service:
+def service(tmp_path: Path) -> Iterator[sandbox.SandboxCivitAI]:
+    with sandbox.SandboxCivitAI(key=KEY) as service:
         service.add(
             135867,
             sdxl_lora(tmp_path / "add-detail-xl.safetensors"),
@@ -52,7 +52,7 @@ def service(tmp_path: Path) -> Iterator[sandbox.CivitAI]:
 
 
 def client_of(
-    *services: sandbox.CivitAI, key: str | None = KEY, timings: CivitAITimings = QUICK, **options: Any
+    *services: sandbox.SandboxCivitAI, key: str | None = KEY, timings: CivitAITimings = QUICK, **options: Any
 ) -> CivitAI:
     urls = [service.url for service in services]
     policy = EgressPolicy([*urls, *(service.storage.url for service in services)])
@@ -73,7 +73,7 @@ def message_and_hint(error: WorkerError) -> str:
 # -- describe ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_version_is_described_by_its_metadata(service: sandbox.CivitAI) -> None:
+def test_a_version_is_described_by_its_metadata(service: sandbox.SandboxCivitAI) -> None:
     path = service.versions[135867].files[0].path
 
     remote = client_of(service).describe(LORA, Deadline())
@@ -92,7 +92,7 @@ def test_a_version_is_described_by_its_metadata(service: sandbox.CivitAI) -> Non
     )
 
 
-def test_a_version_is_asked_for_once_while_it_is_cached(service: sandbox.CivitAI, tmp_path: Path) -> None:
+def test_a_version_is_asked_for_once_while_it_is_cached(service: sandbox.SandboxCivitAI, tmp_path: Path) -> None:
     client, forgetful = client_of(service), client_of(service, cache_seconds=0.0)
 
     first = [client.describe(LORA, Deadline()) for _ in range(3)]
@@ -104,7 +104,7 @@ def test_a_version_is_asked_for_once_while_it_is_cached(service: sandbox.CivitAI
 
 
 def test_a_model_without_a_version_means_its_newest_version_with_a_warning(
-    service: sandbox.CivitAI, tmp_path: Path
+    service: sandbox.SandboxCivitAI, tmp_path: Path
 ) -> None:
     older = service.add(99, sdxl_lora(tmp_path / "old.safetensors", seed=1), model_id=122359)
     older.published_at = "2023-01-01T00:00:00.000Z"
@@ -129,7 +129,7 @@ def test_a_model_without_a_version_means_its_newest_version_with_a_warning(
     ],
 )
 def test_a_model_must_be_of_the_kind_that_was_asked_for(
-    kind: ModelKind, listed: str, fits: bool, service: sandbox.CivitAI
+    kind: ModelKind, listed: str, fits: bool, service: sandbox.SandboxCivitAI
 ) -> None:
     service.versions[135867].model_type = listed
     client, ref = client_of(service), ModelRef(kind, version_id=135867)
@@ -141,7 +141,9 @@ def test_a_model_must_be_of_the_kind_that_was_asked_for(
             client.describe(ref, Deadline())
 
 
-def test_a_version_that_may_not_be_downloaded_is_denied_before_a_link_is_asked_for(service: sandbox.CivitAI) -> None:
+def test_a_version_that_may_not_be_downloaded_is_denied_before_a_link_is_asked_for(
+    service: sandbox.SandboxCivitAI,
+) -> None:
     service.versions[135867].usage_control = "Generation"
 
     with pytest.raises(ModelAccessDenied, match="has disabled its download"):
@@ -150,7 +152,7 @@ def test_a_version_that_may_not_be_downloaded_is_denied_before_a_link_is_asked_f
     assert service.links_given == 0
 
 
-def test_an_archived_version_is_not_found(service: sandbox.CivitAI) -> None:
+def test_an_archived_version_is_not_found(service: sandbox.SandboxCivitAI) -> None:
     service.versions[135867].archived = True
 
     with pytest.raises(ModelNotFound, match="archived"):
@@ -165,15 +167,15 @@ def test_an_archived_version_is_not_found(service: sandbox.CivitAI) -> None:
         sandbox.HTML_PAGE,
         sandbox.RESET,
         sandbox.BAD_REQUEST,
-        sandbox.Fault(200, b'{"id": 135867, "files": [', {"content-type": "application/json"}),
-        sandbox.Fault(200, b"[" * 100_000, {"content-type": "application/json"}),
+        sandbox.ServerFault(200, b'{"id": 135867, "files": [', {"content-type": "application/json"}),
+        sandbox.ServerFault(200, b"[" * 100_000, {"content-type": "application/json"}),
         sandbox.json_fault(200, ["no object"]),
         sandbox.json_fault(200, {"id": 4711, "files": []}),  # another version's metadata
         sandbox.redirect("http://127.0.0.1:9/elsewhere"),
     ],
 )
 def test_a_file_without_metadata_is_tried_with_a_warning(
-    fault: sandbox.Fault, service: sandbox.CivitAI, caplog: pytest.LogCaptureFixture
+    fault: sandbox.ServerFault, service: sandbox.SandboxCivitAI, caplog: pytest.LogCaptureFixture
 ) -> None:
     service.fail(fault, times=None, on="/api/v1/")
     ref = ModelRef(ModelKind.LORA, version_id=135867, size="full", fp="fp16", sha256="ab" * 32)
@@ -189,7 +191,9 @@ def test_a_file_without_metadata_is_tried_with_a_warning(
     assert "tried without it" in caplog.text
 
 
-def test_a_file_without_metadata_is_selected_by_its_variant_filter(service: sandbox.CivitAI, tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_selected_by_its_variant_filter(
+    service: sandbox.SandboxCivitAI, tmp_path: Path
+) -> None:
     service.add(135867, sdxl_lora(tmp_path / "b.safetensors", seed=2), size="pruned", fp="fp16", file_id=7)
     service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
     client = client_of(service)
@@ -206,7 +210,9 @@ def test_a_file_without_metadata_is_selected_by_its_variant_filter(service: sand
     assert ["add-detail-xl" in link for link in links] == [True, False, False]
 
 
-def test_if_no_file_fits_the_variant_filter_any_model_file_of_the_version_is_taken(service: sandbox.CivitAI) -> None:
+def test_if_no_file_fits_the_variant_filter_any_model_file_of_the_version_is_taken(
+    service: sandbox.SandboxCivitAI,
+) -> None:
     service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
     client = client_of(service)
     ref = dataclasses.replace(LORA, size="pruned", fp="fp32")  # which it does not have
@@ -216,14 +222,14 @@ def test_if_no_file_fits_the_variant_filter_any_model_file_of_the_version_is_tak
     assert "add-detail-xl" in link
 
 
-def test_a_model_without_a_version_needs_metadata(service: sandbox.CivitAI) -> None:
+def test_a_model_without_a_version_needs_metadata(service: sandbox.SandboxCivitAI) -> None:
     service.fail(sandbox.SERVER_ERROR, times=None, on="/api/v1/")
 
     with pytest.raises(DownloadFailed, match=r"CivitAI failed when it was asked for CivitAI model 122359 \(500\)"):
         client_of(service).describe(ModelRef(ModelKind.LORA, model_id=122359), Deadline())
 
 
-def test_a_file_of_another_host_is_its_url(service: sandbox.CivitAI) -> None:
+def test_a_file_of_another_host_is_its_url(service: sandbox.SandboxCivitAI) -> None:
     client = CivitAI(policy=EgressPolicy([service.url, "https://cdn.example.com"]), urls=[service.url], key=KEY)
     ref = ModelRef(ModelKind.LORA, url="https://cdn.example.com/a/My%20style.safetensors?v=2", sha256="cd" * 32)
 
@@ -234,7 +240,7 @@ def test_a_file_of_another_host_is_its_url(service: sandbox.CivitAI) -> None:
     assert service.asked == []
 
 
-def test_a_url_of_a_host_that_is_not_listed_is_the_caller_s_error(service: sandbox.CivitAI) -> None:
+def test_a_url_of_a_host_that_is_not_listed_is_the_caller_s_error(service: sandbox.SandboxCivitAI) -> None:
     ref = ModelRef(ModelKind.LORA, url="https://evil.example.com/a.safetensors?sig=secret")
 
     with pytest.raises(InvalidRequest, match=r"https://evil\.example\.com is not among") as refused:
@@ -243,7 +249,7 @@ def test_a_url_of_a_host_that_is_not_listed_is_the_caller_s_error(service: sandb
     assert "secret" not in message_and_hint(refused.value)
 
 
-def test_a_bare_name_is_not_looked_up_on_civitai(service: sandbox.CivitAI) -> None:
+def test_a_bare_name_is_not_looked_up_on_civitai(service: sandbox.SandboxCivitAI) -> None:
     with pytest.raises(ModelNotFound, match="'some style' is neither"):
         client_of(service).describe(ModelRef(ModelKind.LORA, name="some style"), Deadline())
 
@@ -251,7 +257,7 @@ def test_a_bare_name_is_not_looked_up_on_civitai(service: sandbox.CivitAI) -> No
 # -- link --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_leads_to_the_storage_and_the_key_is_sent_only_to_the_api(service: sandbox.CivitAI) -> None:
+def test_a_link_leads_to_the_storage_and_the_key_is_sent_only_to_the_api(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
 
     link = client.link(client.describe(LORA, Deadline()), Deadline())
@@ -266,7 +272,7 @@ def test_a_link_leads_to_the_storage_and_the_key_is_sent_only_to_the_api(service
     assert service.storage.asked == []
 
 
-def test_without_a_key_none_is_sent(service: sandbox.CivitAI) -> None:
+def test_without_a_key_none_is_sent(service: sandbox.SandboxCivitAI) -> None:
     service.key = None
     client = client_of(service, key=None)
 
@@ -275,7 +281,7 @@ def test_without_a_key_none_is_sent(service: sandbox.CivitAI) -> None:
     assert not any("authorization" in asked.headers for asked in service.asked)
 
 
-def test_a_link_is_never_cached(service: sandbox.CivitAI) -> None:
+def test_a_link_is_never_cached(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
 
@@ -286,9 +292,9 @@ def test_a_link_is_never_cached(service: sandbox.CivitAI) -> None:
 
 
 def test_redirects_between_the_api_s_own_origins_are_followed_with_the_key(
-    service: sandbox.CivitAI, tmp_path: Path
+    service: sandbox.SandboxCivitAI, tmp_path: Path
 ) -> None:
-    with sandbox.CivitAI(key=KEY, storage=service.storage) as red:
+    with sandbox.SandboxCivitAI(key=KEY, storage=service.storage) as red:
         red.versions = service.versions
         service.redirects = [2]
         client = client_of(service, red)
@@ -303,7 +309,7 @@ def test_redirects_between_the_api_s_own_origins_are_followed_with_the_key(
 
 
 # What CivitAI answers to a download → the error, its sentence or hint, how often one origin is asked.
-LINK_REFUSALS: dict[str, tuple[sandbox.Fault, type[ModelError], str, int]] = {
+LINK_REFUSALS: dict[str, tuple[sandbox.ServerFault, type[ModelError], str, int]] = {
     "400": (sandbox.BAD_REQUEST, DownloadFailed, "did not understand", 1),
     "401, a wrong key": (sandbox.LOGIN_REQUIRED, ModelAccessDenied, "refused the worker's API key", 1),
     "401, downloads disabled": (sandbox.DOWNLOADS_DISABLED, ModelAccessDenied, "has disabled its download", 1),
@@ -327,7 +333,7 @@ LINK_REFUSALS: dict[str, tuple[sandbox.Fault, type[ModelError], str, int]] = {
     "200, a page": (sandbox.HTML_PAGE, DownloadFailed, "something else than was asked", 3),
     "200, JSON": (sandbox.json_fault(200, {"url": "…"}), DownloadFailed, "something else than was asked", 3),
     "200, a page of 9 MB": (
-        sandbox.Fault(200, b"x" * 9_000_000, {"content-type": "text/plain"}),
+        sandbox.ServerFault(200, b"x" * 9_000_000, {"content-type": "text/plain"}),
         DownloadFailed,
         "something else",
         3,
@@ -335,7 +341,7 @@ LINK_REFUSALS: dict[str, tuple[sandbox.Fault, type[ModelError], str, int]] = {
     "RST": (sandbox.RESET, DownloadFailed, "no connection to CivitAI", 3),
     "FIN": (sandbox.CUT, DownloadFailed, "no connection to CivitAI", 3),
     "half a refusal": (
-        sandbox.Fault(404, b"{", {"content-length": "9", "connection": "close"}),
+        sandbox.ServerFault(404, b"{", {"content-length": "9", "connection": "close"}),
         DownloadFailed,
         "no connection to CivitAI",
         3,
@@ -346,13 +352,13 @@ LINK_REFUSALS: dict[str, tuple[sandbox.Fault, type[ModelError], str, int]] = {
         "refused the worker's",
         1,
     ),
-    "a redirect without a place": (sandbox.Fault(307), DownloadFailed, "not understood", 1),
+    "a redirect without a place": (sandbox.ServerFault(307), DownloadFailed, "not understood", 1),
 }
 
 
 @pytest.mark.parametrize(("fault", "error", "sentence", "asks"), LINK_REFUSALS.values(), ids=LINK_REFUSALS)
 def test_every_refusal_of_a_download_has_its_error(
-    fault: sandbox.Fault, error: type[ModelError], sentence: str, asks: int, service: sandbox.CivitAI
+    fault: sandbox.ServerFault, error: type[ModelError], sentence: str, asks: int, service: sandbox.SandboxCivitAI
 ) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
@@ -369,7 +375,7 @@ def test_every_refusal_of_a_download_has_its_error(
     assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == asks
 
 
-def test_a_download_that_needs_a_key_says_which_setting_it_is(service: sandbox.CivitAI) -> None:
+def test_a_download_that_needs_a_key_says_which_setting_it_is(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service, key=None)
     remote = client.describe(LORA, Deadline())
 
@@ -379,7 +385,7 @@ def test_a_download_that_needs_a_key_says_which_setting_it_is(service: sandbox.C
     assert "CIVITAI_API_KEY" in (refused.value.hint or "")
 
 
-def test_a_refused_key_has_another_message_than_a_missing_one(service: sandbox.CivitAI) -> None:
+def test_a_refused_key_has_another_message_than_a_missing_one(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service, key="another-key")
     remote = client.describe(LORA, Deadline())
 
@@ -397,7 +403,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> No
     assert key not in str(refused.value)
 
 
-def test_passing_failures_are_tried_again_until_there_is_a_link(service: sandbox.CivitAI) -> None:
+def test_passing_failures_are_tried_again_until_there_is_a_link(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
     for fault in (sandbox.SERVER_ERROR, sandbox.RESET, sandbox.NOT_FOUND, sandbox.HTML_PAGE, sandbox.CLOUDFLARE_522):
         service.fail(fault, on="/api/download/")
@@ -409,10 +415,10 @@ def test_passing_failures_are_tried_again_until_there_is_a_link(service: sandbox
 
 
 def test_a_version_that_the_first_origin_hides_is_asked_for_at_the_second_without_a_pause(
-    service: sandbox.CivitAI,
+    service: sandbox.SandboxCivitAI,
 ) -> None:
     timings = dataclasses.replace(QUICK, shortest=60.0, longest=60.0)  # a wait would be noticed
-    with sandbox.CivitAI(key=KEY) as com:
+    with sandbox.SandboxCivitAI(key=KEY) as com:
         client = client_of(com, service, timings=timings)
 
         remote = client.describe(LORA, Deadline())
@@ -424,7 +430,7 @@ def test_a_version_that_the_first_origin_hides_is_asked_for_at_the_second_withou
 
 
 def test_a_404_is_believed_after_every_origin_and_two_more_tries() -> None:
-    with sandbox.CivitAI() as com, sandbox.CivitAI() as red:
+    with sandbox.SandboxCivitAI() as com, sandbox.SandboxCivitAI() as red:
         with pytest.raises(ModelNotFound, match=r"does not have CivitAI version 135867 \(404\)"):
             client_of(com, red).describe(LORA, Deadline())
 
@@ -433,9 +439,9 @@ def test_a_404_is_believed_after_every_origin_and_two_more_tries() -> None:
 
 @pytest.mark.parametrize("fault", [sandbox.REGION_BLOCKED, sandbox.LOGIN_REQUIRED, sandbox.TOO_MANY, sandbox.ARCHIVED])
 def test_a_refusal_that_is_the_same_everywhere_is_not_asked_elsewhere(
-    fault: sandbox.Fault, service: sandbox.CivitAI
+    fault: sandbox.ServerFault, service: sandbox.SandboxCivitAI
 ) -> None:
-    with sandbox.CivitAI(key=KEY) as red:
+    with sandbox.SandboxCivitAI(key=KEY) as red:
         client = client_of(service, red)
         remote = client.describe(LORA, Deadline())
         service.fail(fault, times=None, on="/api/download/")
@@ -446,8 +452,8 @@ def test_a_refusal_that_is_the_same_everywhere_is_not_asked_elsewhere(
         assert red.asked == []
 
 
-def test_an_origin_that_is_down_is_passed_over(service: sandbox.CivitAI) -> None:
-    with sandbox.CivitAI() as gone:
+def test_an_origin_that_is_down_is_passed_over(service: sandbox.SandboxCivitAI) -> None:
+    with sandbox.SandboxCivitAI() as gone:
         pass
     client = client_of(gone, service)
 
@@ -461,7 +467,7 @@ def test_an_origin_that_is_down_is_passed_over(service: sandbox.CivitAI) -> None
 
 # Retry-After of the first answer.
 @pytest.mark.parametrize("retry_after", [None, "0", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "-5", ""])
-def test_a_429_is_waited_out(retry_after: str | None, service: sandbox.CivitAI) -> None:
+def test_a_429_is_waited_out(retry_after: str | None, service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
     service.fail(
@@ -487,7 +493,7 @@ def test_a_429_is_waited_out(retry_after: str | None, service: sandbox.CivitAI) 
     ],
 )
 def test_a_429_is_waited_out_within_bounds(
-    retry_after: str | None, too_many: float, left: float, asks: int, service: sandbox.CivitAI
+    retry_after: str | None, too_many: float, left: float, asks: int, service: sandbox.SandboxCivitAI
 ) -> None:
     client = client_of(service, timings=dataclasses.replace(QUICK, shortest=0.01, longest=0.01, too_many=too_many))
     remote = client.describe(LORA, Deadline())
@@ -502,7 +508,7 @@ def test_a_429_is_waited_out_within_bounds(
     assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == asks
 
 
-def test_a_retry_after_of_a_server_error_is_honoured_within_bounds(service: sandbox.CivitAI) -> None:
+def test_a_retry_after_of_a_server_error_is_honoured_within_bounds(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
     service.fail(sandbox.json_fault(503, {}, **{"retry-after": "3600"}), times=None, on="/api/download/")
@@ -542,7 +548,7 @@ def test_an_answer_that_trickles_is_given_up() -> None:
         assert len(server.asked) == 3
 
 
-def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
+def test_silence_is_given_up(service: sandbox.SandboxCivitAI) -> None:
     service.fail(sandbox.SILENCE, times=None, on="/api/download/")
     client = client_of(service, timings=dataclasses.replace(QUICK, answer=0.1))
     remote = client.describe(LORA, Deadline())
@@ -551,7 +557,7 @@ def test_silence_is_given_up(service: sandbox.CivitAI) -> None:
         client.link(remote, Deadline())
 
 
-def test_the_job_s_time_ends_a_request(service: sandbox.CivitAI) -> None:
+def test_the_job_s_time_ends_a_request(service: sandbox.SandboxCivitAI) -> None:
     service.fail(sandbox.SILENCE, times=None, on="/api/download/")
     client = client_of(service, timings=dataclasses.replace(QUICK, answer=60.0))
     remote = client.describe(LORA, Deadline())
@@ -570,7 +576,7 @@ def test_the_job_s_time_ends_a_request(service: sandbox.CivitAI) -> None:
     ],
 )
 def test_a_cancelled_job_waits_for_nothing(
-    fault: sandbox.Fault, timings: CivitAITimings, service: sandbox.CivitAI
+    fault: sandbox.ServerFault, timings: CivitAITimings, service: sandbox.SandboxCivitAI
 ) -> None:
     service.fail(fault, times=None, on="/api/download/")
     client = client_of(service, timings=timings)
@@ -585,7 +591,7 @@ def test_a_cancelled_job_waits_for_nothing(
     cancelling.join()
 
 
-def test_a_cancelled_job_sends_no_request(service: sandbox.CivitAI) -> None:
+def test_a_cancelled_job_sends_no_request(service: sandbox.SandboxCivitAI) -> None:
     deadline = Deadline()
     deadline.cancel()
 
@@ -613,7 +619,7 @@ REFUSED_TARGETS = [
 
 
 @pytest.mark.parametrize("target", REFUSED_TARGETS)
-def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service: sandbox.CivitAI) -> None:
+def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service: sandbox.SandboxCivitAI) -> None:
     client = CivitAI(
         policy=EgressPolicy([service.url, "https://b2.civitai.com"]), urls=[service.url], key=KEY, timings=QUICK
     )
@@ -627,7 +633,7 @@ def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service:
     assert sum(asked.path.startswith("/api/download/") for asked in service.asked) == 1
 
 
-def test_a_circle_of_redirects_ends(service: sandbox.CivitAI) -> None:
+def test_a_circle_of_redirects_ends(service: sandbox.SandboxCivitAI) -> None:
     service.redirects = [-1]
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
@@ -636,7 +642,7 @@ def test_a_circle_of_redirects_ends(service: sandbox.CivitAI) -> None:
         client.link(remote, Deadline())
 
 
-def test_a_chain_of_20_redirects_ends(service: sandbox.CivitAI) -> None:
+def test_a_chain_of_20_redirects_ends(service: sandbox.SandboxCivitAI) -> None:
     service.redirects = [20]
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
@@ -645,8 +651,8 @@ def test_a_chain_of_20_redirects_ends(service: sandbox.CivitAI) -> None:
         client.link(remote, Deadline())
 
 
-def test_the_key_is_not_sent_to_another_origin_that_may_be_reached(service: sandbox.CivitAI) -> None:
-    with sandbox.CivitAI() as other:
+def test_the_key_is_not_sent_to_another_origin_that_may_be_reached(service: sandbox.SandboxCivitAI) -> None:
+    with sandbox.SandboxCivitAI() as other:
         client = CivitAI(policy=EgressPolicy([service.url, other.url]), urls=[service.url], key=KEY, timings=QUICK)
         remote = client.describe(LORA, Deadline())
         service.fail(sandbox.redirect(f"{other.url}/file?sig=1"), on="/api/download/")
@@ -657,11 +663,11 @@ def test_the_key_is_not_sent_to_another_origin_that_may_be_reached(service: sand
         assert other.asked == []
 
 
-def test_a_mirror_may_hand_out_the_file_itself(service: sandbox.CivitAI) -> None:
+def test_a_mirror_may_hand_out_the_file_itself(service: sandbox.SandboxCivitAI) -> None:
     client = client_of(service)
     remote = client.describe(LORA, Deadline())
     service.fail(
-        sandbox.Fault(200, b"x" * 1_000_000, {"content-type": "application/octet-stream"}), on="/api/download/"
+        sandbox.ServerFault(200, b"x" * 1_000_000, {"content-type": "application/octet-stream"}), on="/api/download/"
     )
 
     link = client.link(remote, Deadline())
@@ -669,7 +675,7 @@ def test_a_mirror_may_hand_out_the_file_itself(service: sandbox.CivitAI) -> None
     assert link == f"{service.url}/api/download/models/135867?fileId=99264"
 
 
-def test_a_link_is_never_logged(service: sandbox.CivitAI, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_is_never_logged(service: sandbox.SandboxCivitAI, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="a1111_worker")
     service.fail(sandbox.SERVER_ERROR, on="/api/download/")
     client = client_of(service)
@@ -683,7 +689,7 @@ def test_a_link_is_never_logged(service: sandbox.CivitAI, caplog: pytest.LogCapt
     assert link not in caplog.text
 
 
-def test_sixteen_threads_share_a_client(service: sandbox.CivitAI, tmp_path: Path) -> None:
+def test_sixteen_threads_share_a_client(service: sandbox.SandboxCivitAI, tmp_path: Path) -> None:
     for number in range(1, 17):
         service.add(number, sdxl_checkpoint(tmp_path / f"{number}.safetensors", seed=number), model_type="Checkpoint")
     client = client_of(service)

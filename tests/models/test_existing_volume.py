@@ -12,7 +12,7 @@ from pathlib import Path
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
 from sandbox.models import sha256_of
-from sandbox.storage import Fault
+from sandbox.storage import ServerFault
 from tests.fleet import Fleet, fetch, lora, named, soon, timings, wait_until
 
 MB = 1_000_000
@@ -108,7 +108,7 @@ def test_a_dead_workers_lease_is_waited_for_and_its_partial_file_is_completed(fl
     partial_file = fleet.loras / ".parts/v2.worker-19836-a3981f90.part"
     partial_file.write_bytes(content[:1_120_000] + bytes(880_000))
     Path(f"{partial_file}.ranges").write_text(RANGES.replace("SHA256", sha256_of(served)))
-    fleet.civitai.storage.fail(Fault(etag='"c0a6c67f1ce6562078d96348d1ab9a3d"'), times=None)
+    fleet.civitai.storage.fail(ServerFault(etag='"c0a6c67f1ce6562078d96348d1ab9a3d"'), times=None)
     reports: list[Progress] = []
 
     with fleet.start(timings=timings(stale_after=0.3)).hold([lora(2)], JobContext(soon(), reports.append)) as held:
@@ -116,7 +116,7 @@ def test_a_dead_workers_lease_is_waited_for_and_its_partial_file_is_completed(fl
 
     assert reports[0].detail == "another worker is fetching Model 2, 56 %; 0 of 1 ready, 1 of 2 MB"
     assert model.sha256 == sha256_of(served)
-    fleet.civitai.storage.settle()
+    fleet.civitai.storage.wait_until_idle()
     assert fleet.civitai.storage.bytes_sent == 880_000
     assert fleet.debris() == []
 

@@ -18,7 +18,7 @@ from a1111_worker.errors import JobCancelled, JobTimeout, ModelAccessDenied, Mod
 from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import SERVER_ERROR
 from sandbox.models import sha256_of
-from sandbox.storage import Fault
+from sandbox.storage import ServerFault
 from tests.fleet import TUNING, Fleet, fetch, lora, named, soon, timings, wait_until
 
 MB = 1_000_000
@@ -118,7 +118,7 @@ def test_many_jobs_and_workers_that_need_one_file_fetch_it_once(fleet: Fleet) ->
 
     assert sum(downloaded) == 1
     assert fleet.civitai.resolves == {77: 1}
-    fleet.civitai.storage.settle()
+    fleet.civitai.storage.wait_until_idle()
     assert fleet.civitai.storage.bytes_sent == 3 * MB
     assert any("another worker is fetching Model 77" in progress.detail for progress in seen)
     assert any("another job is fetching Model 77" in progress.detail for progress in seen)
@@ -326,7 +326,7 @@ from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from tests.fleet import TUNING, lora, manager
 
-tuning = replace(TUNING, connections=1, piece_least=100_000, piece_most=100_000)
+tuning = replace(TUNING, connections=1, min_range_bytes=100_000, max_range_bytes=100_000)
 with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, tuning=tuning) as worker:
     with worker.hold([lora(77)], JobContext(Deadline(30))) as held:
         print(held.models[lora(77)].downloaded)
@@ -336,14 +336,14 @@ with manager(Path(sys.argv[1]), *sys.argv[2:], name="paused", checkpoint=None, t
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(),  # it goes on where it was paused
-        Fault(etag='"another"'),  # it starts over
-        Fault(whole=True),  # it starts over, in one stream
+        ServerFault(),  # it goes on where it was paused
+        ServerFault(etag='"another"'),  # it starts over
+        ServerFault(whole=True),  # it starts over, in one stream
     ],
     ids=["goes on", "starts over", "one stream"],
 )
 def test_a_paused_worker_leaves_the_model_alone_that_another_made_of_its_partial_file(
-    fleet: Fleet, fault: Fault
+    fleet: Fleet, fault: ServerFault
 ) -> None:
     served, storage = fleet.serve(77, size=4 * MB), fleet.civitai.storage
     storage.rate = 4 * MB

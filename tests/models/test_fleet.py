@@ -251,7 +251,7 @@ def test_processes_that_wake_up_together_fetch_a_file_once(tmp_path: Path) -> No
             outputs = [process.communicate(timeout=100)[0].strip() for process in running]
 
         assert sorted(outputs) == ["False", "False", "False", "True"]
-        fleet.civitai.storage.settle()
+        fleet.civitai.storage.wait_until_idle()
         assert fleet.civitai.storage.bytes_sent == 4_000_000
         assert fleet.civitai.links_given == 1
         assert fleet.debris() == []

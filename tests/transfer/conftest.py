@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.storage import Storage
+from sandbox.storage import SandboxStorage
 from tests.transfer.download_setup import DownloadSetup, download_setup
 
 
 @pytest.fixture
 def download(tmp_path: Path) -> Iterator[DownloadSetup]:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         yield download_setup(tmp_path, storage)
 
 

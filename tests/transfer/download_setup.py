@@ -14,7 +14,7 @@ from a1111_worker.context import Deadline, JobContext
 from a1111_worker.transfer.download import Downloader, Fetched, OnBytes, Source
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import MiB, Tuning
-from sandbox.storage import Storage
+from sandbox.storage import SandboxStorage
 
 ROOT = Path(__file__).parent.parent.parent
 KiB = 1024
@@ -49,7 +49,7 @@ EXACT = dataclasses.replace(QUICK, min_steal_bytes=SIZE)
 class Links:
     """Signs links to one file of a storage, and counts them."""
 
-    def __init__(self, storage: Storage, key: str) -> None:
+    def __init__(self, storage: SandboxStorage, key: str) -> None:
         self._storage = storage
         self._key = key
         self.count = 0
@@ -63,7 +63,7 @@ class Links:
 class DownloadSetup:
     """A storage with one file in it, and a folder to download it to."""
 
-    storage: Storage
+    storage: SandboxStorage
     folder: Path
     content: bytes = dataclasses.field(repr=False)
     key: str
@@ -109,7 +109,7 @@ class DownloadSetup:
         self.storage.replace(self.key, newer)
 
 
-def download_setup(tmp_path: Path, storage: Storage, size: int = SIZE) -> DownloadSetup:
+def download_setup(tmp_path: Path, storage: SandboxStorage, size: int = SIZE) -> DownloadSetup:
     block = random.Random(size).randbytes(min(size, 8 * MiB))
     content = (block * (size // len(block) + 1))[:size] if size else b""
     file = tmp_path / "model.safetensors"

@@ -23,7 +23,7 @@ from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.partial_file import ranges_file
 from a1111_worker.transfer.ranges import MiB, Tuning
 from sandbox.server import Exchange, Server
-from sandbox.storage import CUT, HTML_PAGE, RESET, SILENCE, SLOW_DOWN, STORE_ERROR, Fault, Storage
+from sandbox.storage import CUT, HTML_PAGE, RESET, SILENCE, SLOW_DOWN, STORE_ERROR, SandboxStorage, ServerFault
 from tests.transfer.download_setup import EXACT, QUICK, SIZE, DownloadSetup, KiB, Links, download_setup
 
 # --- a network as it should be
@@ -53,7 +53,7 @@ def test_how_many_connections_a_file_begins_with(
     tmp_path: Path, size: int, connections: int, is_size_known: bool
 ) -> None:
     untuned = dataclasses.replace(EXACT, measure_seconds=60, min_speed=1)  # so it keeps the number it began with
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, size)
         storage.rate = 5 * size / connections  # slow enough that all of them are at work together
 
@@ -66,7 +66,7 @@ def test_how_many_connections_a_file_begins_with(
 
 @pytest.mark.parametrize("size", [1, 2, 64 * KiB - 1, 64 * KiB, 64 * KiB + 1, 320 * KiB, MiB + 1])
 def test_a_file_of_any_size_is_fetched(tmp_path: Path, size: int) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, size)
 
         fetched = download.fetch(EXACT)
@@ -76,7 +76,7 @@ def test_a_file_of_any_size_is_fetched(tmp_path: Path, size: int) -> None:
 
 
 def test_backblaze_which_has_no_etags_is_read_in_ranges_too(tmp_path: Path) -> None:
-    with Storage(form="b2") as storage:
+    with SandboxStorage(form="b2") as storage:
         download = download_setup(tmp_path, storage)
 
         fetched = download.fetch()
@@ -97,7 +97,7 @@ def test_every_request_names_the_worker_and_refuses_compression(download: Downlo
 
 def test_progress_only_grows_and_is_reported_by_one_thread(download: DownloadSetup) -> None:
     reports: list[tuple[int, int | None, int]] = []
-    download.storage.line_rate = 4e6
+    download.storage.total_rate = 4e6
 
     download.fetch(on_bytes=lambda done, total: reports.append((done, total, threading.get_ident())))
 
@@ -135,17 +135,17 @@ def test_the_log_names_the_storage_and_never_the_signed_link(
 # --- networks that break: the right file in the end, by the same download
 
 
-def fetch_from_a_bad_storage(download: DownloadSetup, misbehave: Callable[[Storage], None]) -> Fetched:
+def fetch_from_a_bad_storage(download: DownloadSetup, misbehave: Callable[[SandboxStorage], None]) -> Fetched:
     misbehave(download.storage)
     return download.fetch()
 
 
-def fails(fault: Fault, times: int | None = 1) -> Callable[[Storage], None]:
+def fails(fault: ServerFault, times: int | None = 1) -> Callable[[SandboxStorage], None]:
     return lambda storage: storage.fail(fault, times=times)
 
 
-def sets(**knobs: Any) -> Callable[[Storage], None]:
-    def misbehave(storage: Storage) -> None:
+def sets(**knobs: Any) -> Callable[[SandboxStorage], None]:
+    def misbehave(storage: SandboxStorage) -> None:
         for name, value in knobs.items():
             setattr(storage, name, value)
 
@@ -160,10 +160,10 @@ def sets(**knobs: Any) -> Callable[[Storage], None]:
         fails(SILENCE),  # until the read times out
         fails(STORE_ERROR),
         fails(STORE_ERROR, 3),
-        fails(Fault(status=522, body=b"<html>", headers={"content-type": "text/html"})),  # Cloudflare's own page
+        fails(ServerFault(status=522, body=b"<html>", headers={"content-type": "text/html"})),  # Cloudflare's own page
         fails(SLOW_DOWN),
-        fails(Fault(status=429, headers={"retry-after": "3600"})),  # a longer pause than it is given
-        fails(Fault(status=408)),
+        fails(ServerFault(status=429, headers={"retry-after": "3600"})),  # a longer pause than it is given
+        fails(ServerFault(status=408)),
         sets(cut_after=[0, 1, 1000, 200_000]),  # FIN
         sets(reset_after=[0, 1, 1000, 200_000]),  # RST
         sets(stall_after=[0, 1000, 100_000]),  # nothing comes any more
@@ -171,16 +171,16 @@ def sets(**knobs: Any) -> Callable[[Storage], None]:
         sets(reset_every=300_000),
         sets(max_connections=1),  # 503 for every other
         sets(max_connections=3),
-        fails(Fault(missing=100)),  # a length that does not fit the range
-        fails(Fault(extra=100)),  # more bytes than the range: they are not part of the next answer
-        fails(Fault(shift=1000)),  # another range than the one asked for
-        fails(Fault(content_range="bytes 5-99/100")),
-        fails(Fault(content_range="nonsense")),
+        fails(ServerFault(missing=100)),  # a length that does not fit the range
+        fails(ServerFault(extra=100)),  # more bytes than the range: they are not part of the next answer
+        fails(ServerFault(shift=1000)),  # another range than the one asked for
+        fails(ServerFault(content_range="bytes 5-99/100")),
+        fails(ServerFault(content_range="nonsense")),
         sets(latency=0.02),
     ],
 )
 def test_a_network_that_breaks_costs_time_but_no_bytes(
-    download: DownloadSetup, misbehave: Callable[[Storage], None]
+    download: DownloadSetup, misbehave: Callable[[SandboxStorage], None]
 ) -> None:
     fetched = fetch_from_a_bad_storage(download, misbehave)
 
@@ -191,16 +191,16 @@ def test_a_network_that_breaks_costs_time_but_no_bytes(
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(whole=True),  # it ignores Range: 200 and the whole file
-        Fault(whole=True, framing="chunked"),
-        Fault(whole=True, framing="close"),  # and it does not say how long that is
-        Fault(
+        ServerFault(whole=True),  # it ignores Range: 200 and the whole file
+        ServerFault(whole=True, framing="chunked"),
+        ServerFault(whole=True, framing="close"),  # and it does not say how long that is
+        ServerFault(
             content_range=f"bytes 0-{64 * KiB - 1}/*"
         ),  # it does not say how long the file is: it is requested without a range
-        Fault(status=416),
+        ServerFault(status=416),
     ],
 )
-def test_a_server_without_ranges_is_read_in_one_stream(download: DownloadSetup, fault: Fault) -> None:
+def test_a_server_without_ranges_is_read_in_one_stream(download: DownloadSetup, fault: ServerFault) -> None:
     download.storage.fail(fault, times=None if fault.whole else 1)
 
     fetched = download.fetch()
@@ -211,8 +211,8 @@ def test_a_server_without_ranges_is_read_in_one_stream(download: DownloadSetup, 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_stream_without_ranges_that_is_cut_starts_over(download: DownloadSetup, framing: Any) -> None:
-    download.storage.fail(Fault(whole=True, framing=framing, cut_after=500_000), times=2)
-    download.storage.fail(Fault(whole=True, framing=framing), times=None)
+    download.storage.fail(ServerFault(whole=True, framing=framing, cut_after=500_000), times=2)
+    download.storage.fail(ServerFault(whole=True, framing=framing), times=None)
 
     fetched = download.fetch()
 
@@ -221,7 +221,7 @@ def test_a_stream_without_ranges_that_is_cut_starts_over(download: DownloadSetup
 
 
 def test_ranges_may_come_in_chunks(download: DownloadSetup) -> None:
-    download.storage.fail(Fault(framing="chunked"), times=None)
+    download.storage.fail(ServerFault(framing="chunked"), times=None)
 
     fetched = download.fetch(EXACT)
 
@@ -235,7 +235,7 @@ def test_a_server_that_ignores_ranges_once_costs_one_answer(download: DownloadSe
     download.part.unlink()
     ranges_file(download.part).unlink()
     answers = len(download.storage.ranges)
-    download.storage.at(download.storage.bytes_sent + 600_000, lambda: download.storage.fail(Fault(whole=True)))
+    download.storage.at(download.storage.bytes_sent + 600_000, lambda: download.storage.fail(ServerFault(whole=True)))
 
     fetched = download.fetch()
 
@@ -255,7 +255,7 @@ def test_a_file_that_is_replaced_midway_is_never_mixed(download: DownloadSetup) 
 
 
 def test_a_file_that_is_replaced_by_a_shorter_one_is_never_mixed(tmp_path: Path) -> None:
-    with Storage(form="b2") as storage:  # no ETag: only the size shows it
+    with SandboxStorage(form="b2") as storage:  # no ETag: only the size shows it
         download = download_setup(tmp_path, storage)
         newer = random.Random(2).randbytes(SIZE - 1000)
         storage.at(SIZE // 2, lambda: download.replace_content(newer))
@@ -314,7 +314,7 @@ def test_more_connections_are_opened_if_each_is_slow(download: DownloadSetup) ->
 
 
 def test_all_files_together_use_no_more_connections_than_the_limit(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         storage.rate = 1e6
         keys = []
         for number in range(5):
@@ -342,7 +342,7 @@ def test_all_files_together_use_no_more_connections_than_the_limit(tmp_path: Pat
 
 
 def test_a_file_that_is_only_prepared_gives_its_connections_to_an_urgent_one(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         storage.rate = 500_000
         download = download_setup(tmp_path, storage)
         urgent = tmp_path / "urgent.safetensors"
@@ -380,7 +380,7 @@ def test_a_file_that_is_only_prepared_gives_its_connections_to_an_urgent_one(tmp
 class Race:
     """Two files over one downloader. The second one begins when bytes of the first one have come."""
 
-    storage: Storage
+    storage: SandboxStorage
     folder: Path
     tuning: Tuning
     finished: list[str] = dataclasses.field(default_factory=list)
@@ -414,7 +414,7 @@ class Race:
 
 
 def test_a_file_gives_its_connections_beyond_its_share_to_another_one_at_once(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         storage.rate = 500_000
         # It has only four ranges: no connection ends one of them before the file is there.
         tuning = dataclasses.replace(
@@ -428,7 +428,7 @@ def test_a_file_gives_its_connections_beyond_its_share_to_another_one_at_once(tm
 
 
 def test_which_job_is_next_may_change_while_its_files_are_fetched(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         storage.rate = 500_000
         tuning = dataclasses.replace(QUICK, connections=1, min_speed=1, stall_seconds=60)
         race, is_second_fetched = Race(storage, tmp_path, tuning), threading.Event()
@@ -465,7 +465,7 @@ def test_a_link_that_is_always_refused_is_renewed_three_times(download: Download
 
 @pytest.mark.parametrize("status", [400, 401, 403])
 def test_a_link_refused_in_any_way_is_renewed(download: DownloadSetup, status: int) -> None:
-    download.storage.fail(Fault(status=status))
+    download.storage.fail(ServerFault(status=status))
 
     fetched = download.fetch()
 
@@ -484,7 +484,7 @@ def test_an_old_link_is_not_used_for_another_request(download: DownloadSetup) ->
 
 @pytest.mark.parametrize("status", [404, 410])
 def test_a_file_that_is_gone_from_the_storage_is_tried_with_one_more_link(download: DownloadSetup, status: int) -> None:
-    download.storage.fail(Fault(status=status), times=None)
+    download.storage.fail(ServerFault(status=status), times=None)
 
     with pytest.raises(ModelNotFound, match="gone"):
         download.fetch()
@@ -541,21 +541,21 @@ def test_a_redirect_to_an_origin_that_is_not_allowed_is_rejected(download: Downl
     ("misbehave", "error", "words"),
     [
         (fails(HTML_PAGE, None), ModelRejected, "web page"),
-        (fails(Fault(framing="gzip"), None), DownloadFailed, "compressed"),
-        (fails(Fault(status=418), None), DownloadFailed, "418"),
+        (fails(ServerFault(framing="gzip"), None), DownloadFailed, "compressed"),
+        (fails(ServerFault(status=418), None), DownloadFailed, "418"),
         (fails(STORE_ERROR, None), DownloadFailed, "500"),
         (fails(SLOW_DOWN, None), DownloadFailed, "busy"),
         (fails(RESET, None), DownloadFailed, "broke"),
         (fails(SILENCE, None), DownloadFailed, "silent|kB came"),
-        (fails(Fault(stall_after=0), None), DownloadFailed, "kB came|early|silent|broke"),
-        (fails(Fault(rate=1.0), None), DownloadFailed, "kB came|early"),  # a byte a second, forever
-        (fails(Fault(cut_after=1), None), DownloadFailed, "early|kB came"),
-        (fails(Fault(shift=1), None), DownloadFailed, "another part"),
-        (fails(Fault(whole=True, framing="length", cut_after=5000), None), DownloadFailed, "early"),
+        (fails(ServerFault(stall_after=0), None), DownloadFailed, "kB came|early|silent|broke"),
+        (fails(ServerFault(rate=1.0), None), DownloadFailed, "kB came|early"),  # a byte a second, forever
+        (fails(ServerFault(cut_after=1), None), DownloadFailed, "early|kB came"),
+        (fails(ServerFault(shift=1), None), DownloadFailed, "another part"),
+        (fails(ServerFault(whole=True, framing="length", cut_after=5000), None), DownloadFailed, "early"),
     ],
 )
 def test_a_network_that_never_works_fails_in_words(
-    download: DownloadSetup, misbehave: Callable[[Storage], None], error: type[ModelError], words: str
+    download: DownloadSetup, misbehave: Callable[[SandboxStorage], None], error: type[ModelError], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
         fetch_from_a_bad_storage(download, misbehave)
@@ -575,7 +575,7 @@ def test_a_file_of_another_size_is_rejected_before_its_bytes(download: DownloadS
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
 def test_a_stream_of_another_size_is_not_accepted(download: DownloadSetup, size: int) -> None:
-    download.storage.fail(Fault(whole=True, framing="close"), times=None)
+    download.storage.fail(ServerFault(whole=True, framing="close"), times=None)
 
     with pytest.raises((ModelRejected, DownloadFailed), match=r"more bytes|early"):
         download.fetch(size=size)
@@ -589,7 +589,7 @@ def test_a_file_above_the_size_limit_is_rejected_before_its_bytes(download: Down
 
 
 def test_a_stream_without_an_end_stops_at_the_size_limit(download: DownloadSetup) -> None:
-    download.storage.fail(Fault(whole=True, framing="chunked"), times=None)
+    download.storage.fail(ServerFault(whole=True, framing="chunked"), times=None)
 
     with pytest.raises(ModelRejected, match="more bytes"):
         download.fetch(dataclasses.replace(QUICK, max_file_bytes=500_000))
@@ -598,7 +598,7 @@ def test_a_stream_without_an_end_stops_at_the_size_limit(download: DownloadSetup
 
 
 def test_an_empty_file_is_rejected(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, 0)
 
         with pytest.raises(ModelRejected, match="empty"):
@@ -632,9 +632,11 @@ def test_a_cancelled_download_stops_and_keeps_what_it_has(download: DownloadSetu
 
 @pytest.mark.parametrize(
     "misbehave",
-    [fails(SILENCE, None), sets(stall_after=[0] * 99), sets(latency=30.0), fails(Fault(status=503), None)],
+    [fails(SILENCE, None), sets(stall_after=[0] * 99), sets(latency=30.0), fails(ServerFault(status=503), None)],
 )
-def test_a_download_that_waits_is_cancelled_too(download: DownloadSetup, misbehave: Callable[[Storage], None]) -> None:
+def test_a_download_that_waits_is_cancelled_too(
+    download: DownloadSetup, misbehave: Callable[[SandboxStorage], None]
+) -> None:
     patient = dataclasses.replace(
         QUICK, stall_seconds=60, patience_seconds=60, pause=30, pause_most=30, poll_seconds=60
     )

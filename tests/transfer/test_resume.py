@@ -21,7 +21,7 @@ from a1111_worker.context import Deadline
 from a1111_worker.errors import JobCancelled, ModelRejected, VolumeFull
 from a1111_worker.transfer.partial_file import PartialFile, ranges_file
 from a1111_worker.transfer.ranges import MiB
-from sandbox.storage import Fault, Storage
+from sandbox.storage import SandboxStorage, ServerFault
 from tests.transfer.download_setup import EXACT, QUICK, ROOT, SIZE, DownloadSetup, download_setup
 
 
@@ -179,7 +179,7 @@ except VolumeFull as error:
     ],
 )
 def test_a_full_disk_is_explained_in_words(download: DownloadSetup, framing: Any, is_left: bool) -> None:
-    download.storage.fail(Fault(whole=True, framing=framing), times=None)
+    download.storage.fail(ServerFault(whole=True, framing=framing), times=None)
     command = [sys.executable, "-c", _WITH_LIMIT, download.storage.sign(download.key), str(download.part), "1000000"]
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -224,7 +224,7 @@ downloader.fetch(Source("a model", lambda: sys.argv[1]), Path(sys.argv[2]), JobC
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_download_that_is_killed_at_random_moments_goes_on_where_it_was(download: DownloadSetup, kills: int) -> None:
-    download.storage.line_rate = 8e6
+    download.storage.total_rate = 8e6
     seed = random.Random(kills)
     lost_before = 0
     for _ in range(kills):
@@ -243,7 +243,7 @@ def test_a_download_that_is_killed_at_random_moments_goes_on_where_it_was(downlo
         lost = download.storage.bytes_sent - _saved_bytes(download)
         assert lost - lost_before <= 16 * (QUICK.max_range_bytes + QUICK.buffer_bytes)
         lost_before = max(lost_before, lost)
-    download.storage.line_rate = None
+    download.storage.total_rate = None
 
     fetched = download.fetch(EXACT)
 
@@ -273,7 +273,7 @@ print((int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) 
 
 @pytest.mark.slow
 def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
-    with Storage() as storage:
+    with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, 400 * MiB)
         command = [sys.executable, "-c", _FETCH + _PEAK, storage.sign(download.key), str(download.part), "{}"]
 

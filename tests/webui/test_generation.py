@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.webui import Canned, Fault
+from sandbox.webui import CannedAnswer, WebUIFault
 from tests.support import QUICK, world
 from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
 
-LOWVRAM = Canned(
+LOWVRAM = CannedAnswer(
     500,
     {"error": "AttributeError", "detail": "", "body": "", "errors": "'NoneType' object has no attribute 'lowvram'"},
 )
@@ -32,7 +32,7 @@ def test_a_webui_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
 
 def test_a_webui_that_hangs_in_a_job_is_killed_and_the_next_job_succeeds(tmp_path: Path) -> None:
     with supervised(tmp_path, GENERATION_TIMEOUT="0.3") as (it, start_sh):
-        it.webui.fail_next = [Fault.HANG]
+        it.webui.fail_next = [WebUIFault.HANG]
 
         lost, after = it.ask(), it.ask()
 
@@ -57,7 +57,7 @@ def test_an_answer_that_stops_after_its_head_takes_no_longer_than_the_job_has(tm
 def test_a_job_whose_time_is_up_leaves_a_generation_that_does_not_end_to_the_next(tmp_path: Path) -> None:
     with supervised(tmp_path, JOB_TIMEOUT="1") as (it, start_sh):
         it.worker.readiness.timings = replace(QUICK, interrupt_patience=0.05, interrupt_grace=0.5)
-        it.webui.fail_next = [Fault.HANG]
+        it.webui.fail_next = [WebUIFault.HANG]
 
         ended = it.ask()
         restarted = start_sh.restarted
@@ -83,7 +83,7 @@ def test_a_webui_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
 
 def test_out_of_memory_frees_the_gpu_and_touches_nothing_else(tmp_path: Path) -> None:
     with supervised(tmp_path) as (it, start_sh):
-        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+        it.webui.fail_next = [WebUIFault.OUT_OF_MEMORY]
         before = len(it.webui.asked)
 
         lost, after = it.ask(), it.ask()
@@ -104,11 +104,11 @@ def test_out_of_memory_frees_the_gpu_and_touches_nothing_else(tmp_path: Path) ->
 @pytest.mark.parametrize(("between", "fit"), [(0, False), (2, False), (3, True)])
 def test_the_second_out_of_memory_within_three_jobs_ends_the_worker(tmp_path: Path, between: int, fit: bool) -> None:
     with world(tmp_path) as it:
-        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+        it.webui.fail_next = [WebUIFault.OUT_OF_MEMORY]
         it.ask()
         for _ in range(between):
             it.ask()
-        it.webui.fail_next = [Fault.OUT_OF_MEMORY]
+        it.webui.fail_next = [WebUIFault.OUT_OF_MEMORY]
 
         again = it.ask()
 
@@ -136,7 +136,7 @@ def test_a_broken_webui_that_start_sh_does_not_own_is_left_alone(tmp_path: Path)
 
 def test_another_checkpoint_in_an_answer_is_switched_back_by_the_next_job(tmp_path: Path) -> None:
     with world(tmp_path) as it:
-        it.webui.fail_next = [Fault.OTHER_CHECKPOINT]
+        it.webui.fail_next = [WebUIFault.OTHER_CHECKPOINT]
 
         lost, after = it.ask(), it.ask()
 
