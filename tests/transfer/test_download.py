@@ -246,8 +246,7 @@ def test_a_server_that_ignores_ranges_once_costs_one_answer(download: DownloadSe
 
 def test_a_file_that_is_replaced_midway_is_never_mixed(download: DownloadSetup) -> None:
     download.storage.rate = 4e6
-    newer = random.Random(2).randbytes(SIZE)
-    download.storage.at(SIZE // 2, lambda: download.replace_content(newer))
+    download.replace_content(random.Random(2).randbytes(SIZE), at=SIZE // 2)
 
     fetched = download.fetch()
 
@@ -257,8 +256,7 @@ def test_a_file_that_is_replaced_midway_is_never_mixed(download: DownloadSetup) 
 def test_a_file_that_is_replaced_by_a_shorter_one_is_never_mixed(tmp_path: Path) -> None:
     with Storage(form="b2") as storage:  # no ETag: only the size shows it
         download = download_setup(tmp_path, storage)
-        newer = random.Random(2).randbytes(SIZE - 1000)
-        storage.at(SIZE // 2, lambda: download.replace_content(newer))
+        download.replace_content(random.Random(2).randbytes(SIZE - 1000), at=SIZE // 2)
 
         fetched = download.fetch()
 
