@@ -238,12 +238,12 @@ class DownloadState:
         )
 
     def _range_size(self, ranges: ByteRanges) -> int:
-        least, most = self.tuning.min_range_bytes, self.tuning.max_range_bytes
+        most: float = self.tuning.max_range_bytes
         count = max(len(self.connections), min(self.allowed_connections, self.tuning.start_connections))
         if self.hasher:
             backlog = ranges.contiguous - self.hasher.hashed_bytes
-            most = longest_range(backlog, self.hasher.speed, self.throughput.rate, count, least, most)
-        return range_size(ranges.unclaimed, count, least, most)
+            most = min(most, longest_range(backlog, self.hasher.speed, self.throughput.rate, count))
+        return range_size(ranges.unclaimed, count, self.tuning.min_range_bytes, most)
 
     def _open(self, response: RangeResponse, total: int | None) -> ByteRange:
         """The first answer of a download says what the file is. Have room for it."""

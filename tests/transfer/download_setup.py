@@ -101,12 +101,15 @@ class DownloadSetup:
         if (fetched.size, fetched.sha256) != (len(self.content), self.sha256):
             pytest.fail(f"{fetched} is reported of {len(self.content):,} bytes with the SHA-256 {self.sha256}")
 
-    def replace_content(self, content: bytes) -> None:
-        """Have other bytes in the storage from now on, under the same links."""
+    def replace_content(self, content: bytes, *, at: int = 0) -> None:
+        """Have other bytes in the storage, under the same links, as soon as it has sent `at` bytes."""
         self.content = content
         newer = self.folder.parent / "newer.safetensors"
         newer.write_bytes(content)
-        self.storage.replace(self.key, newer)
+        if at:
+            self.storage.at(at, lambda: self.storage.replace(self.key, newer))
+        else:
+            self.storage.replace(self.key, newer)
 
 
 def download_setup(tmp_path: Path, storage: SandboxStorage, size: int = SIZE) -> DownloadSetup:
