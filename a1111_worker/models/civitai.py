@@ -32,13 +32,13 @@ from a1111_worker.models.civitai_files import (
     ANY_MODEL_FILE,
     download_path,
     newest_version,
-    printable_line,
     remote_file,
     remote_file_without_metadata,
 )
 from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
 from a1111_worker.origins import OriginRefused, origin_of
 from a1111_worker.retry import Backoff
+from a1111_worker.text import printable, quoted
 from a1111_worker.transfer.egress import EgressPolicy, Route, open_session
 
 log = logging.getLogger(__name__)
@@ -117,11 +117,11 @@ class CivitAI:
         CivitAI counts every link against its daily limit: ask once a file, and again if the storage refuses the link.
         """
         if remote.version_id is None:
-            self._check_allowed(remote.url, repr(remote.name))
+            self._check_allowed(remote.url, quoted(remote.name, 120))
             return remote.url
         # By file id, if it is known: CivitAI may answer 404 to its own query, if one word of it does not match.
         query = f"fileId={remote.file_id}" if remote.file_id is not None else urlsplit(remote.url).query
-        label = f"{printable_line(remote.name)!r} (version {remote.version_id})"
+        label = f"{quoted(remote.name, 120)} (version {remote.version_id})"
         path = download_path(remote.version_id)
         try:
             return self._get(f"{path}?{query}", label, deadline, self._read_link)
@@ -144,7 +144,7 @@ class CivitAI:
             )
         self._check_allowed(ref.url, ref.label)
         name = ref.name or PurePosixPath(unquote(urlsplit(ref.url).path)).stem or "a model"
-        return RemoteFile(url=ref.url, name=printable_line(name), sha256=ref.sha256)
+        return RemoteFile(url=ref.url, name=printable(name), sha256=ref.sha256)
 
     def _check_allowed(self, url: str, label: str) -> None:
         try:

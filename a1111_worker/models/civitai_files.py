@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import ModelNotFound, ModelRejected
 from a1111_worker.models.civitai_responses import Refusal, Refused, as_dict, as_text, error_of
+from a1111_worker.text import printable
 
 ANY_MODEL_FILE = {"type": "Model", "format": "SafeTensor"}
 """The query of a download if no file is known: any file of the model itself that is safetensors."""
@@ -40,7 +41,7 @@ def remote_file(version: Mapping[str, Any], ref: ModelRef, api_url: str, warning
     listed_type = as_text(model.get("type"))
     if listed_type and listed_type.casefold() not in _LISTED_TYPES[ref.kind]:
         raise ModelRejected(
-            f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {printable_line(listed_type)}"
+            f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {printable(listed_type)}"
         )
     if as_text(version.get("usageControl")) not in ("", "Download"):
         raise error_of(Refused(Refusal.DISABLED), ref.label)
@@ -52,14 +53,14 @@ def remote_file(version: Mapping[str, Any], ref: ModelRef, api_url: str, warning
     size, size_at_most = size_of(file.get("sizeKB"))
     return RemoteFile(
         url=download_url(api_url, version_id, {"fileId": file_id} if file_id is not None else ANY_MODEL_FILE),
-        name=printable_line(as_text(model.get("name"))) or ref.name or f"CivitAI version {version_id}",
+        name=printable(as_text(model.get("name"))) or ref.name or f"CivitAI version {version_id}",
         version_id=version_id,
         file_id=file_id,
         primary=file.get("primary") is True,
         size=size,
         size_at_most=size_at_most,
         sha256=ref.sha256 or sha256,
-        base_model=printable_line(as_text(version.get("baseModel"))) or None,
+        base_model=printable(as_text(version.get("baseModel"))) or None,
         trained_words=_trained_words(version.get("trainedWords")),
         warnings=(*warnings, *doubts),
     )
@@ -71,7 +72,7 @@ def remote_file_without_metadata(version_id: int, ref: ModelRef, api_url: str, w
     query = {"fileId": ref.file_id} if ref.file_id is not None else {**ANY_MODEL_FILE, **variant_filter}
     return RemoteFile(
         url=download_url(api_url, version_id, query),
-        name=printable_line(ref.name or "") or f"CivitAI version {version_id}",
+        name=printable(ref.name or "") or f"CivitAI version {version_id}",
         version_id=version_id,
         file_id=ref.file_id,
         sha256=ref.sha256,
@@ -134,12 +135,6 @@ def download_url(api_url: str, version_id: int, query: Mapping[str, Any]) -> str
     return f"{api_url}{download_path(version_id)}?{urlencode(query)}"
 
 
-def printable_line(text: str) -> str:
-    """One printable line of at most 120 characters."""
-    whole = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(character if character.isprintable() else " " for character in whole).split())[:120]
-
-
 def _matches(file: Mapping[str, Any], ref: ModelRef) -> tuple[bool, bool]:
     """Whether a file has the size and the fp of the variant filter."""
     metadata = as_dict(file.get("metadata"))
@@ -187,5 +182,5 @@ def _sha256(file: Mapping[str, Any]) -> str | None:
 
 
 def _trained_words(value: object) -> tuple[str, ...]:
-    words = [printable_line(word) for word in value if isinstance(word, str)] if isinstance(value, list) else []
+    words = [printable(word) for word in value if isinstance(word, str)] if isinstance(value, list) else []
     return tuple(word for word in words if word)[:100]

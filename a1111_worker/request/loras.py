@@ -14,7 +14,7 @@ from a1111_worker.errors import Complaint
 from a1111_worker.models.references import BadReference, parse_name, parse_reference
 from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
 from a1111_worker.request.schema import LORA_KEYS, LORA_SCALE, MAX_LORAS, unknown_lora_key
-from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, printable
+from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _parse_item(path: str, item: Any, model_hosts: Collection[str]) -> tuple[Lor
     if isinstance(item, dict):
         # One more than a job's complaints may be: then the parser says that there are more.
         unknown = islice((key for key in item if key not in LORA_KEYS), MAX_PROBLEMS + 1)
-        problems += [(f".{printable(key)}", unknown_lora_key(key)) for key in unknown]
+        problems += [(f".{shown(key)}", unknown_lora_key(key)) for key in unknown]
         try:
             scale = None if item.get("scale") is None else float(LORA_SCALE.check(item["scale"]))
         except InvalidValue as error:
@@ -196,4 +196,4 @@ def _ignored_scale(tag: Tag, path: str, earlier: LoraRequest) -> str | None:
 
 
 def _label(tag: Tag) -> str:
-    return f"<{printable(tag.type)}:{printable(tag.name)}>"
+    return f"<{shown(tag.type)}:{shown(tag.name)}>"

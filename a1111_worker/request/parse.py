@@ -22,7 +22,7 @@ from a1111_worker.request.values import (
     describe_value,
     has_lone_surrogate,
     json_problems,
-    printable,
+    shown,
 )
 
 DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
@@ -111,7 +111,7 @@ class _Parser:
                 continue
             problems = json_problems(value, budget)
             for path, message in problems:
-                self._complain(printable(name) + path, message)
+                self._complain(shown(name) + path, message)
             if budget.is_exceeded or self._is_full:
                 break
             if not problems or (name == "loras" and isinstance(value, list)):  # its valid items are still checked
@@ -128,7 +128,7 @@ class _Parser:
             if value is None and name != "prompt":
                 continue
             if field is None:
-                self._complain(printable(name), unknown_field(name, self._fields))
+                self._complain(shown(name), unknown_field(name, self._fields))
             elif field.kind is FieldClass.REFUSED:
                 if not field.ignores(value):
                     self._complain(name, f"is refused: {field.reason}")
@@ -231,7 +231,7 @@ class _Parser:
 
 def _in_input_order(complaints: Iterable[Complaint], raw: dict[Any, Any]) -> list[Complaint]:
     """Complaints in the order of the input's fields: missing fields first, complaints about the whole input last."""
-    order = {printable(name): index for index, name in enumerate(raw)}
+    order = {shown(name): index for index, name in enumerate(raw)}
 
     def position(complaint: Complaint) -> int:
         if complaint.path == "input":

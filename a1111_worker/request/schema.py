@@ -31,7 +31,7 @@ from a1111_worker.request.values import (
     number,
     object_of,
     one_of,
-    printable,
+    shown,
     text,
 )
 from a1111_worker.similar import nearest
@@ -307,7 +307,7 @@ def _check_script(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise mismatch('an object like {"args": […]}', value)
     unknown = islice((key for key in value if key != "args"), MAX_PROBLEMS)
-    problems = [(f".{printable(key)}", unknown_name(key, ("args",))) for key in unknown]
+    problems = [(f".{shown(key)}", unknown_name(key, ("args",))) for key in unknown]
     if "args" in value and not isinstance(value["args"], (list, tuple)):
         problems.append((".args", f"must be a list, not {describe_value(value['args'])}"))
     if problems:

@@ -32,6 +32,7 @@ from a1111_worker.errors import (
     WebUISilent,
     WorkerError,
 )
+from a1111_worker.text import printable
 from a1111_worker.webui.responses import (
     ListedCheckpoint,
     Sampler,
@@ -259,10 +260,9 @@ def parse_error(status: int, body: bytes) -> WorkerError:
 
 def without_paths(text: str, limit: int = 300) -> str:
     """A text of the WebUI as a caller may see it: a single line of at most `limit` characters, no container path."""
-    shown = " ".join(text.split())
+    shown = printable(text, 20 * limit)  # bounded before it is searched, and long enough to hold what paths hide
     shown = _QUOTED_PATH.sub(r"\1<path>\1", shown)
-    shown = _BARE_PATH.sub("<path>", shown)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return printable(_BARE_PATH.sub("<path>", shown), limit)
 
 
 def _parse_exception(name: str, text: str) -> WorkerError:

@@ -10,6 +10,7 @@ from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.loras import name_means, read_tags, scale_of
+from a1111_worker.text import printable, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -147,7 +148,7 @@ def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
         return {}
     return {
         "alwayson_scripts": {
-            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{name}"): arguments
+            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{printable(name, 60)}"): arguments
             for name, arguments in scripts.items()
         }
     }
@@ -197,5 +198,5 @@ def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> G
     read = read_tags(body["prompt"], "styles", request.loras)
     if read.complaints:
         raise InvalidRequest(read.complaints)
-    merged = f"the styles {', '.join(names)} bring LoRAs and were written into the prompt"
+    merged = f"the styles {quoted_list(names)} bring LoRAs and were written into the prompt"
     return replace(request, body=body, loras=read.loras, warnings=(*request.warnings, *read.warnings, merged))
