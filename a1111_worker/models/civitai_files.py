@@ -50,9 +50,7 @@ def remote_file(
     model = as_dict(version.get("model"))
     listed_type = as_text(model.get("type"))
     if listed_type and listed_type.casefold() not in _LISTED_TYPES[ref.kind]:
-        raise ModelRejected(
-            f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {show(listed_type)}"
-        )
+        raise ModelRejected(f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {show(listed_type)}")
     if as_text(version.get("usageControl")) not in ("", "Download"):
         raise error_of(Refused(Refusal.DISABLED), ref.label)
     file, doubts = choose_file(_dicts(version.get("files")), ref)
