@@ -104,11 +104,12 @@ def test_all_unknown_names_are_reported_at_once() -> None:
 
 
 def test_names_are_sent_in_the_webuis_case() -> None:
-    request = parse(script_name="X/Y/Z Plot", vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}})
+    matrix = {"script_name": "Prompt Matrix", "script_args": [False, False, "positive", "comma", 0]}
+    request = parse(vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}}, **matrix)
 
     body = resolve(request, lists()).body
 
-    assert body["script_name"] == "x/y/z plot"
+    assert body["script_name"] == "prompt matrix"
     assert body["override_settings"]["sd_vae"] == "sdxl_vae.safetensors"
     assert list(body["alwayson_scripts"]) == ["Hypertile"]
 
