@@ -61,6 +61,9 @@ class Limits:
     has_bucket: bool = False
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class FieldClass(str, Enum):
     """What the worker does with a field."""
 

@@ -48,6 +48,7 @@ from a1111_worker.webui.responses import (
     parse_progress,
     parse_samplers,
     parse_schedulers,
+    parse_script_axes,
     parse_scripts,
     parse_styles,
     parse_vaes,
@@ -130,6 +131,10 @@ class WebUI:
     def scripts(self) -> tuple[str, ...]:
         """The names of the scripts for txt2img."""
         return self._get("/scripts", parse_scripts)
+
+    def script_axes(self) -> tuple[str, ...]:
+        """The axes of the script "X/Y/Z plot", in the order of their numbers."""
+        return self._get("/script-info", parse_script_axes)
 
     def styles(self) -> tuple[Style, ...]:
         return self._get("/prompt-styles", parse_styles)

@@ -139,8 +139,9 @@ def parse_scripts(answer: Any) -> tuple[str, ...]:
 def parse_script_axes(answer: Any) -> tuple[str, ...]:
     """The axes of "X/Y/Z plot" for txt2img, in the order of their numbers. Empty if there is no such script."""
     for entry in _entries(answer):
-        if entry.get("name") == "x/y/z plot" and entry.get("is_img2img") is False:
-            return _texts(_entries(entry.get("args"))[0], "choices")
+        if _text(entry, "name") == "x/y/z plot" and entry.get("is_img2img") is False:
+            arguments = _entries(entry.get("args"))
+            return _texts(arguments[0] if arguments else {}, "choices")
     return ()
 
 
