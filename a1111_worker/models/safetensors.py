@@ -103,12 +103,10 @@ def lora_hash(path: Path, header: Header) -> str:
     """The 12 digits that A1111 1.9.3 and 1.10.1 print for this LoRA in "Lora hashes" (network.py, hashes.py).
 
     They are the start of `sshs_model_hash` if the trainer wrote one, else of the SHA-256 of everything after the
-    header. They are not a part of the file's own SHA-256. A1111 prints whatever `sshs_model_hash` says: with ", " in it
-    a file can speak for another one. So ModelRejected if it is no hash.
+    header. They are not a part of the file's own SHA-256. ModelRejected: see `check_lora`.
     """
+    check_lora(header)
     if header.own_hash:
-        if not _HASH.fullmatch(header.own_hash):
-            raise ModelRejected("the file's metadata would break the proof of its use: sshs_model_hash is not a hash")
         return header.own_hash[:12]
     digest = hashlib.sha256()
     with open_model(path) as file:
@@ -118,19 +116,29 @@ def lora_hash(path: Path, header: Header) -> str:
     return digest.hexdigest()[:12]
 
 
+def check_lora(header: Header) -> None:
+    """Raise ModelRejected if A1111 would apply nothing of a LoRA, whatever the checkpoint, or could not prove its use.
+
+    A1111 prints whatever `sshs_model_hash` says: with ", " in it a file can speak for another one.
+    """
+    if header.own_hash and not _HASH.fullmatch(header.own_hash):
+        raise ModelRejected("the file's metadata would break the proof of its use: sshs_model_hash is not a hash")
+    if header.is_inert:
+        raise ModelRejected(
+            "the WebUI applies nothing of this LoRA: its tensors have diffusers' names (unet.…, text_encoder.…)",
+            hint="convert it to kohya's form (lora_unet_…)",
+        )
+
+
 _HASH = re.compile(r"[0-9A-Fa-f]{12,64}")
 
 
 def matched_layers(lora: Header, checkpoint: Header) -> tuple[int, int] | None:
     """How many of a LoRA's layers the checkpoint has in the right size, of how many. None if that is unknown.
 
-    ModelRejected if A1111 would apply nothing of it, whatever the checkpoint: it is in diffusers' form.
+    ModelRejected: see `check_lora`.
     """
-    if lora.is_inert:
-        raise ModelRejected(
-            "the WebUI applies nothing of this LoRA: its tensors have diffusers' names (unet.…, text_encoder.…)",
-            hint="convert it to kohya's form (lora_unet_…)",
-        )
+    check_lora(lora)
     return count_matches(lora.lora_layers, checkpoint.checkpoint_layers)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from a1111_worker.errors import ModelRejected
 from a1111_worker.models.layers import checkpoint_layers, count_matches, lora_layers
-from a1111_worker.models.safetensors import Header, matched_layers, parse_header
+from a1111_worker.models.safetensors import Header, check_lora, matched_layers, parse_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -192,6 +192,8 @@ def test_the_form_of_a_lora_decides_what_can_be_told(tensors: Shapes, matched: t
 def test_a_lora_in_diffusers_form_is_refused_whatever_the_checkpoint(names: list[str]) -> None:
     lora = header_of(dict.fromkeys(names, (4, 640)))
 
+    with pytest.raises(ModelRejected, match=r"diffusers' names"):
+        check_lora(lora)
     for checkpoint in (CHECKPOINT, header_of({"x": (1,)})):
         with pytest.raises(ModelRejected, match=r"diffusers' names") as refused:
             matched_layers(lora, checkpoint)
