@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a1111_worker.domain import GenerationRequest
 from a1111_worker.errors import Complaint, DownloadFailed, InvalidRequest
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
 from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.client import without_paths
+from a1111_worker.webui.composition import WebUILists, resolve
 from a1111_worker.webui.samplers import resolve_name
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +85,19 @@ def test_a_callers_key_is_bounded_and_printable_in_a_complaint(job: object, key:
     assert len(refused.value.message) < 2_000
     assert refused.value.message.isprintable()
     assert all(complaint.path.isprintable() and len(complaint.path) <= 200 for complaint in refused.value.complaints)
+
+
+@pytest.mark.parametrize("key", [MEGABYTES, HOSTILE], ids=["9 MB", "escapes"])
+def test_a_script_that_the_webui_does_not_have_is_bounded_and_printable_in_its_complaint(key: str) -> None:
+    nothing = WebUILists(samplers=(), schedulers=(), upscalers=(), scripts=(HOSTILE,) * 50, styles={}, vaes=())
+    request = GenerationRequest({"alwayson_scripts": {key.replace("\ud800", ""): {"args": []}}})
+
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(request, nothing)
+
+    (complaint,) = refused.value.complaints
+    assert complaint.path.startswith("alwayson_scripts.") and len(complaint.path) < 100
+    assert len(refused.value.message) < 2_000 and refused.value.message.isprintable()
 
 
 def test_an_error_is_bounded_and_printable_whatever_it_is_made_of() -> None:
