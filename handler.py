@@ -83,7 +83,9 @@ class Worker:
             ready_timeout=config.webui_ready_timeout,
             timings=timings,
         )
-        self.generator = Generator(self._webui, self.readiness, generation_timeout=config.generation_timeout)
+        self.generator = Generator(
+            self._webui, self.readiness, generation_timeout=config.generation_timeout, limits=self.limits
+        )
         self.delivery = Delivery(Bucket(config.bucket) if config.bucket else None)
         self.gpu = GpuQueue()
         self._preparation = PreparationOrder()

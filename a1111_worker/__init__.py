@@ -9,6 +9,7 @@ Modules that several packages need, in reading order:
     context         what travels with a job: deadline and cancellation, progress, priority, timings
     catalog         the models that the worker knows by name
     prompt          `<lora:name:0.8>` in a prompt, as A1111 reads it
+    text            other people's text, made fit to be shown
     images          A1111's base64 PNGs in other formats, and whether an image shows anything
     origins         scheme, host and port; CivitAI's storage
     similar         what a complaint suggests instead of an unknown name

@@ -38,15 +38,18 @@ CHECKPOINT_FILE = "jib_mix_illustrious_realistic_v2.safetensors"
 CHECKPOINT_NAME = "Jib Mix Illustrious Realistic"
 
 
+_BY_VERSION = {lora.version_id: lora for lora in LORAS}
+_BY_NAME = {name.casefold(): lora for lora in LORAS for name in (lora.title, lora.stem)}
+
+
 def lora_of_version(version_id: int) -> KnownLora | None:
     """The catalog's LoRA of a CivitAI version, None if the catalog has none."""
-    return next((lora for lora in LORAS if lora.version_id == version_id), None)
+    return _BY_VERSION.get(version_id)
 
 
 def lora_named(name: str) -> KnownLora | None:
     """The catalog's LoRA that a bare name means: its title or its file's stem, in any case."""
-    key = name.strip().removesuffix(".safetensors").casefold()
-    return next((lora for lora in LORAS if key in (lora.title.casefold(), lora.stem.casefold())), None)
+    return _BY_NAME.get(name.strip().removesuffix(".safetensors").casefold())
 
 
 def resolve(ref: ModelRef) -> ModelRef:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from a1111_worker.errors import ModelError
+from a1111_worker.text import quoted
 
 
 class ModelKind(str, Enum):
@@ -52,7 +53,7 @@ class ModelRef:
     def label(self) -> str:
         """How a message names the model. Never by its URL, because that may be signed."""
         if self.name:
-            return f"{self.name!r}"
+            return quoted(self.name, 200)
         if self.version_id is not None:
             return f"CivitAI version {self.version_id}"
         if self.model_id is not None:

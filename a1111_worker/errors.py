@@ -31,7 +31,7 @@
 Every error has a code that never changes, a message of one sentence, and a hint if someone can act on it. A class that
 docs/subsystems/api-gateway.md does not list has the code of its parent: only our own code needs to tell the two apart.
 An error from below is translated at the place where it enters our code. No path, key, signed URL or traceback is ever
-put into a message or a hint.
+put into a message or a hint. Both are printable and of bounded length, whatever names they repeat.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from a1111_worker.text import printable
+
+MAX_MESSAGE = 3_900  # characters; with its code before it, an error stays below 4,000
+MAX_PATH = 200
+MAX_COMPLAINT = 600
 
 
 class WorkerError(Exception):
@@ -49,27 +55,21 @@ class WorkerError(Exception):
     refresh_worker: bool = False
 
     def __init__(self, message: str, *, hint: str | None = None, refresh_worker: bool | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message, MAX_MESSAGE)
+        self.hint = hint and printable(hint, MAX_MESSAGE)
+        super().__init__(self.message)
         if refresh_worker is not None:
             self.refresh_worker = refresh_worker
 
     def answer(self) -> dict[str, Any]:
         """The failed job's answer: `error` is always a non-empty string (the SDK drops anything else)."""
-        answer: dict[str, Any] = {"error": json_safe(f"{self.code}: {self.message}"), "code": self.code}
+        answer: dict[str, Any] = {"error": f"{self.code}: {self.message}", "code": self.code}
         if self.hint:
-            answer["hint"] = json_safe(self.hint)
+            answer["hint"] = self.hint
         answer["retryable"] = self.retryable
         if self.refresh_worker:
             answer["refresh_worker"] = True
         return answer
-
-
-def json_safe(text: str, limit: int = 4000) -> str:
-    """Text that any JSON parser takes and a person can read: no lone surrogates, at most `limit` characters."""
-    text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ class InvalidRequest(WorkerError):
     code = "INVALID_REQUEST"
 
     def __init__(self, complaints: str | Sequence[Complaint], *, hint: str | None = None) -> None:
-        self.complaints = (Complaint("", complaints),) if isinstance(complaints, str) else tuple(complaints)
+        given = (Complaint("", complaints),) if isinstance(complaints, str) else complaints
+        self.complaints = tuple(
+            Complaint(printable(one.path, MAX_PATH), printable(one.message, MAX_COMPLAINT)) for one in given
+        )
         super().__init__("; ".join(str(complaint) for complaint in self.complaints), hint=hint)
 
 

@@ -9,6 +9,10 @@ import logging
 import time
 from collections.abc import Iterator
 
+from a1111_worker.text import printable
+
+MAX_LINE = 8_000  # characters of a message
+
 _job_id: contextvars.ContextVar[str] = contextvars.ContextVar("job_id", default="")
 
 
@@ -39,10 +43,15 @@ def add_job_id(record: logging.LogRecord) -> bool:
     return True
 
 
+def _message(record: logging.LogRecord) -> str:
+    """A record's message as one printable line: no name in it can forge a line, or steer a terminal."""
+    return printable(record.getMessage(), MAX_LINE)
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         job = f"{record.__dict__['job']} | " if record.__dict__["job"] else ""
-        line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname:<7} {job}{record.getMessage()}"
+        line = f"{self.formatTime(record, '%H:%M:%S')} {record.levelname:<7} {job}{_message(record)}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -52,7 +61,7 @@ class _JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname,
             "requestId": record.__dict__["job"] or None,
-            "message": record.getMessage(),
+            "message": _message(record),
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)

@@ -12,6 +12,8 @@ The modules, the public one first:
     civitai_files       which file of a version is meant
     civitai_responses   what each response means: tried again, or which error
     safetensors         what a safetensors file says about itself: valid or not, its architecture, A1111's hash
+    tensors             the format of a safetensors header, and its limits
+    layers              which layers of a checkpoint a LoRA changes
     sidecars            what is known of each model
     volume              the folders of models, and how a file gets there
     names               the names of model files

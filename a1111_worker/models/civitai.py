@@ -32,13 +32,13 @@ from a1111_worker.models.civitai_files import (
     ANY_MODEL_FILE,
     download_path,
     newest_version,
-    printable_line,
     remote_file,
     remote_file_without_metadata,
 )
 from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
 from a1111_worker.origins import OriginRefused, origin_of
 from a1111_worker.retry import Backoff
+from a1111_worker.text import printable, quoted
 from a1111_worker.transfer.egress import EgressPolicy, Route, open_session
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class CivitAI:
         self._origins = frozenset(origin_of(url) for url in self._urls)
         self._policy = policy
         self._headers = {"Accept": "application/json, */*"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._keyed = bool(key)
+        self._key = key
         self._timings = timings
         self._session = open_session(EgressPolicy(self._origins, ca_file=policy.ca_file), connections=16)
         self._versions = _VersionCache(cache_seconds)
@@ -109,7 +109,7 @@ class CivitAI:
         except DownloadFailed as error:
             log.warning("CivitAI gave no metadata of version %s (%s): its file is tried without it", version_id, error)
             return remote_file_without_metadata(version_id, ref, self._urls[0], warnings)
-        return remote_file(version, ref, self._urls[0], warnings)
+        return remote_file(version, ref, self._urls[0], warnings, self._show)
 
     def link(self, remote: RemoteFile, deadline: Deadline) -> str:
         """A URL of the file's bytes. It needs no key, is valid for a while, and is a secret itself if it is signed.
@@ -117,11 +117,11 @@ class CivitAI:
         CivitAI counts every link against its daily limit: ask once a file, and again if the storage refuses the link.
         """
         if remote.version_id is None:
-            self._check_allowed(remote.url, repr(remote.name))
+            self._check_allowed(remote.url, quoted(remote.name, 120))
             return remote.url
         # By file id, if it is known: CivitAI may answer 404 to its own query, if one word of it does not match.
         query = f"fileId={remote.file_id}" if remote.file_id is not None else urlsplit(remote.url).query
-        label = f"{printable_line(remote.name)!r} (version {remote.version_id})"
+        label = f"{quoted(remote.name, 120)} (version {remote.version_id})"
         path = download_path(remote.version_id)
         try:
             return self._get(f"{path}?{query}", label, deadline, self._read_link)
@@ -144,13 +144,17 @@ class CivitAI:
             )
         self._check_allowed(ref.url, ref.label)
         name = ref.name or PurePosixPath(unquote(urlsplit(ref.url).path)).stem or "a model"
-        return RemoteFile(url=ref.url, name=printable_line(name), sha256=ref.sha256)
+        return RemoteFile(url=ref.url, name=printable(name), sha256=ref.sha256)
 
     def _check_allowed(self, url: str, label: str) -> None:
         try:
             self._policy.check(url)
         except OriginRefused as error:
             raise InvalidRequest(f"the URL of {label} may not be fetched: {error}", hint="see MODEL_HOSTS") from error
+
+    def _show(self, text: str) -> str:
+        """A text of CivitAI as it may be shown: without the key, which an answer may repeat."""
+        return printable(text.replace(self._key, "[key]") if self._key else text)
 
     # -- requests
 
@@ -217,7 +221,7 @@ class CivitAI:
                 response = self._hop(route)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise Refused(Refusal.NO_CONNECTION) from error
-        if refused := refusal_of(response, keyed=self._keyed):
+        if refused := refusal_of(response, keyed=bool(self._key)):
             raise refused
         return response
 
@@ -232,7 +236,7 @@ class CivitAI:
         if origin_of(route.url) not in self._origins:
             return CivitAIResponse(url, status, location=route.url)
         if urlsplit(route.url).path.startswith("/login"):  # what CivitAI does with browsers
-            raise Refused(Refusal.KEY_REFUSED if self._keyed else Refusal.NO_KEY)
+            raise Refused(Refusal.KEY_REFUSED if self._key else Refusal.NO_KEY)
         return None
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 from urllib.parse import urlencode
 
 from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import ModelNotFound, ModelRejected
 from a1111_worker.models.civitai_responses import Refusal, Refused, as_dict, as_text, error_of
+from a1111_worker.text import printable
 
 ANY_MODEL_FILE = {"type": "Model", "format": "SafeTensor"}
 """The query of a download if no file is known: any file of the model itself that is safetensors."""
@@ -33,15 +35,22 @@ def newest_version(model: Mapping[str, Any], ref: ModelRef) -> int:
     return int(max(published, key=lambda version: as_text(version.get("publishedAt")))["id"])
 
 
-def remote_file(version: Mapping[str, Any], ref: ModelRef, api_url: str, warnings: Sequence[str] = ()) -> RemoteFile:
-    """The file of a version that `ref` means, as its metadata describes it. A ModelError if it is not available."""
+def remote_file(
+    version: Mapping[str, Any],
+    ref: ModelRef,
+    api_url: str,
+    warnings: Sequence[str] = (),
+    show: Callable[[str], str] = printable,
+) -> RemoteFile:
+    """The file of a version that `ref` means, as its metadata describes it. A ModelError if it is not available.
+
+    `show` makes a text of CivitAI fit to be shown.
+    """
     version_id = int(version["id"])
     model = as_dict(version.get("model"))
     listed_type = as_text(model.get("type"))
     if listed_type and listed_type.casefold() not in _LISTED_TYPES[ref.kind]:
-        raise ModelRejected(
-            f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {printable_line(listed_type)}"
-        )
+        raise ModelRejected(f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {show(listed_type)}")
     if as_text(version.get("usageControl")) not in ("", "Download"):
         raise error_of(Refused(Refusal.DISABLED), ref.label)
     file, doubts = choose_file(_dicts(version.get("files")), ref)
@@ -52,15 +61,15 @@ def remote_file(version: Mapping[str, Any], ref: ModelRef, api_url: str, warning
     size, size_at_most = size_of(file.get("sizeKB"))
     return RemoteFile(
         url=download_url(api_url, version_id, {"fileId": file_id} if file_id is not None else ANY_MODEL_FILE),
-        name=printable_line(as_text(model.get("name"))) or ref.name or f"CivitAI version {version_id}",
+        name=show(as_text(model.get("name"))) or ref.name or f"CivitAI version {version_id}",
         version_id=version_id,
         file_id=file_id,
         primary=file.get("primary") is True,
         size=size,
         size_at_most=size_at_most,
         sha256=ref.sha256 or sha256,
-        base_model=printable_line(as_text(version.get("baseModel"))) or None,
-        trained_words=_trained_words(version.get("trainedWords")),
+        base_model=show(as_text(version.get("baseModel"))) or None,
+        trained_words=_trained_words(version.get("trainedWords"), show),
         warnings=(*warnings, *doubts),
     )
 
@@ -71,7 +80,7 @@ def remote_file_without_metadata(version_id: int, ref: ModelRef, api_url: str, w
     query = {"fileId": ref.file_id} if ref.file_id is not None else {**ANY_MODEL_FILE, **variant_filter}
     return RemoteFile(
         url=download_url(api_url, version_id, query),
-        name=printable_line(ref.name or "") or f"CivitAI version {version_id}",
+        name=printable(ref.name or "") or f"CivitAI version {version_id}",
         version_id=version_id,
         file_id=ref.file_id,
         sha256=ref.sha256,
@@ -134,12 +143,6 @@ def download_url(api_url: str, version_id: int, query: Mapping[str, Any]) -> str
     return f"{api_url}{download_path(version_id)}?{urlencode(query)}"
 
 
-def printable_line(text: str) -> str:
-    """One printable line of at most 120 characters."""
-    whole = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(character if character.isprintable() else " " for character in whole).split())[:120]
-
-
 def _matches(file: Mapping[str, Any], ref: ModelRef) -> tuple[bool, bool]:
     """Whether a file has the size and the fp of the variant filter."""
     metadata = as_dict(file.get("metadata"))
@@ -186,6 +189,6 @@ def _sha256(file: Mapping[str, Any]) -> str | None:
     return value if re.fullmatch(r"[0-9a-f]{64}", value) else None
 
 
-def _trained_words(value: object) -> tuple[str, ...]:
-    words = [printable_line(word) for word in value if isinstance(word, str)] if isinstance(value, list) else []
-    return tuple(word for word in words if word)[:100]
+def _trained_words(value: object, show: Callable[[str], str]) -> tuple[str, ...]:
+    words = (show(word) for word in value if isinstance(word, str)) if isinstance(value, list) else ()
+    return tuple(islice((word for word in words if word), 100))

@@ -1,71 +1,160 @@
 """What a safetensors file says about itself: whether it is valid, its architecture, the hash that A1111 prints for it.
 
-    8 bytes   length of the header, little endian, at most 100,000,000
-    header    JSON: {"__metadata__": {"key": "text", …},
-                     "tensor": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, …}
+    8 bytes   length of the header, little endian, at most 16,000,000
+    header    JSON: what each tensor is called, its type and shape, and where its bytes are (`tensors`)
     data      every tensor's bytes at its offsets: no hole, no overlap, nothing before, between or after
 
 All this is known without reading a tensor. Nothing in such a file can run, so the WebUI is given no other kind of file.
-The rules are those of the `safetensors` package 0.8. Four more things are refused: a key that appears twice, a tensor
-described by more than its three fields, a file without tensors, and what makes A1111's own reader fail.
+
+Parsing a header takes 50 to 100 ms a megabyte, and most of that time nothing else in the process runs. A header above
+1 MB is parsed in a child process, which has a limit of memory and time and returns the few facts of `Header`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import math
+import os
 import re
+import resource
+import stat
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from a1111_worker.errors import ModelRejected
+from a1111_worker.models.layers import Layers, checkpoint_layers, count_matches, is_inert, lora_layers
+from a1111_worker.models.tensors import Tensors, parse_table
 
-HEADER_LIMIT = 100_000_000
-"""The package's own limit (MAX_HEADER_SIZE)."""
+HEADER_LIMIT = 16_000_000
+"""Bytes. A checkpoint of SDXL has 0.3 MB; a LoRA may have some MB if its trainer wrote down every tag."""
+
+IN_PROCESS_LIMIT = 1_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class ChildLimits:
+    """What a child process may use to parse a header: bytes of address space, and seconds.
+
+    No header below HEADER_LIMIT needs more than 3 s and 0.6 GB. The rest is for a machine that is busy.
+    """
+
+    memory: int = 1 << 30
+    seconds: float = 120.0
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+# Neither the environment nor installed packages change what the child imports: the standard library and this file.
+_CHILD = f"import sys; sys.path.append({str(_ROOT)!r}); from a1111_worker.models.safetensors import main; main()"
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a valid file. The tensors' bytes begin at `data_offset`; they and the file end at `size`."""
+    """What the header of a valid file says. The tensors' bytes begin at `data_offset`; they and the file end at `size`.
 
-    metadata: Mapping[str, str] = field(repr=False)
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(repr=False)
-    data_offset: int
+    `families` are those whose tensors look like these, and `declared_family` is what the trainer wrote. `own_hash` is
+    the `sshs_model_hash` that A1111 prints unchecked, "" if there is none. `is_inert`, `lora_layers` and
+    `checkpoint_layers`: see `layers`.
+    """
+
     size: int
+    data_offset: int
+    families: tuple[str, ...] = ()
+    declared_family: str | None = None
+    own_hash: str = ""
+    is_inert: bool = False
+    lora_layers: Layers | None = field(default=None, repr=False)
+    checkpoint_layers: Layers = field(default_factory=dict, repr=False)
 
 
 def read_header(path: Path) -> Header:
-    """The header of a complete and valid safetensors file. Otherwise ModelRejected says what is wrong with the file."""
-    with path.open("rb") as file:
-        size = path.stat().st_size
+    """The header of a complete and valid safetensors file. Otherwise ModelRejected says what is wrong with the file.
+
+    OSError: it cannot be read, and nothing is known of it.
+    """
+    with open_model(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = _header_length(file, size)
         text = file.read(length)
     if len(text) < length:  # it shrank while it was read
         raise ModelRejected("the file is cut off inside its header")
-    content = _parse(text)
-    metadata = _metadata(content.pop("__metadata__", None))
-    tensors = _tensors(content, size - 8 - length)
-    return Header(metadata, tensors, 8 + length, size)
+    return parse_header(text, size) if length <= IN_PROCESS_LIMIT else parse_in_child(text, size)
+
+
+def open_model(path: Path) -> BinaryIO:
+    """Open a model for reading. ModelRejected if it is not a regular file: reading a FIFO or a device may never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device that is not there
+            raise ModelRejected("it is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ModelRejected("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def lora_hash(path: Path, header: Header) -> str:
     """The 12 digits that A1111 1.9.3 and 1.10.1 print for this LoRA in "Lora hashes" (network.py, hashes.py).
 
-    They are the start of `sshs_model_hash` if the trainer wrote one (whatever it says: A1111 does not check it), else
-    of the SHA-256 of everything after the header. They are not a part of the file's own SHA-256.
+    They are the start of `sshs_model_hash` if the trainer wrote one, else of the SHA-256 of everything after the
+    header. They are not a part of the file's own SHA-256. ModelRejected: see `check_lora`.
     """
-    trainers_hash = header.metadata.get("sshs_model_hash")
-    if trainers_hash:
-        return trainers_hash[:12]
+    check_lora(header)
+    if header.own_hash:
+        return header.own_hash[:12]
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open_model(path) as file:
         file.seek(header.data_offset)
         while chunk := file.read(2 * 1024 * 1024):
             digest.update(chunk)
     return digest.hexdigest()[:12]
+
+
+def check_lora(header: Header) -> None:
+    """Raise ModelRejected if A1111 would apply nothing of a LoRA, whatever the checkpoint, or could not prove its use.
+
+    A1111 prints whatever `sshs_model_hash` says: with ", " in it a file can speak for another one.
+    """
+    if header.own_hash and not _HASH.fullmatch(header.own_hash):
+        raise ModelRejected("the file's metadata would break the proof of its use: sshs_model_hash is not a hash")
+    if header.is_inert:
+        raise ModelRejected(
+            "the WebUI applies nothing of this LoRA: its tensors have diffusers' names (unet.…, text_encoder.…)",
+            hint="convert it to kohya's form (lora_unet_…)",
+        )
+
+
+_HASH = re.compile(r"[0-9A-Fa-f]{12,64}")
+
+
+def matched_layers(lora: Header, checkpoint: Header) -> tuple[int, int] | None:
+    """How many of a LoRA's layers the checkpoint has in the right size, of how many. None if that is unknown.
+
+    ModelRejected: see `check_lora`.
+    """
+    check_lora(lora)
+    return count_matches(lora.lora_layers, checkpoint.checkpoint_layers)
+
+
+def parse_header(text: bytes, size: int) -> Header:
+    """The header with this text of a file of `size` bytes. ModelRejected says what is wrong with it."""
+    table = parse_table(text, size - 8 - len(text))
+    return Header(
+        size=size,
+        data_offset=8 + len(text),
+        families=_families_by_tensors(table.tensors),
+        declared_family=_family_by_metadata(table.metadata),
+        own_hash=table.metadata.get("sshs_model_hash", "")[:65],  # one more than a hash may have
+        is_inert=is_inert(table.tensors),
+        lora_layers=lora_layers(table.tensors),
+        checkpoint_layers=checkpoint_layers(table.tensors),
+    )
 
 
 # -- which architecture ------------------------------------------------------------------------------------------------
@@ -78,10 +167,9 @@ def family_of(header: Header, base_model: str | None = None) -> str | None:
     look alike. If it contradicts the tensors, the tensors win: a label is a claim, and a weight of the wrong width
     cannot be applied. Titles and file names are not used.
     """
-    declared = family_of_base_model(base_model) or _family_by_metadata(header.metadata)
-    possible = _families_by_tensors(header.tensors)
-    if possible and declared not in possible:
-        return possible[0]
+    declared = family_of_base_model(base_model) or header.declared_family
+    if header.families and declared not in header.families:
+        return header.families[0]
     return declared
 
 
@@ -187,7 +275,7 @@ _SMALL_UNET = (
 )
 
 
-def _families_by_tensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
+def _families_by_tensors(tensors: Tensors) -> tuple[str, ...]:
     """The families whose tensors look like these, by the strongest evidence there is. Empty if no family's do."""
     for name in tensors:
         if "attn2" in name and (found := _CROSS_ATTENTION.search(name)) and _UNET.search(name):
@@ -206,7 +294,7 @@ def _families_by_tensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> 
     return _family_by_text_encoder(tensors)
 
 
-def _family_by_text_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
+def _family_by_text_encoder(tensors: Tensors) -> tuple[str, ...]:
     """The family of a LoRA for text encoders only. SDXL has two encoders, the second is 1280 wide. SD 3 has three."""
     widths = set()
     for name in tensors:
@@ -228,7 +316,7 @@ def _family_by_text_encoder(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) 
 _RANK_BY_INPUT = ("down.weight", "lora_A.weight", "lora_A.default.weight", "hada_w1_b")
 
 
-def _input_width(tensors: Mapping[str, tuple[str, tuple[int, ...]]], name: str, part: str) -> int:
+def _input_width(tensors: Tensors, name: str, part: str) -> int:
     """The width of a layer's input, read from one of the layer's tensors. 0 if this tensor does not show it.
 
     A weight (or its difference) is [out, in]. LoRA's down (A) and LoHa's b are [rank, in]. LoKr's two factors multiply
@@ -247,18 +335,7 @@ def _input_width(tensors: Mapping[str, tuple[str, tuple[int, ...]]], name: str, 
     return 0
 
 
-# -- reading and checking ----------------------------------------------------------------------------------------------
-
-# Bits of an element, as `safetensors` 0.8 knows them.
-_BITS = {
-    **{"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8},
-    **{"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
-    **{"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32},
-    **{"C64": 64, "F64": 64, "I64": 64, "U64": 64},
-}
-_INTEGERS = frozenset({int})
-_MOST_DIMENSIONS = 64  # torch's own limit, and it keeps the product of a hostile shape small
-_MOST_ELEMENTS = 2**58  # of a tensor; the package refuses a shape that overflows, even if another of its sides is 0
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 # How files of other formats begin. This is compared only if it is certain that a file is not safetensors: a header of
 # 128 bytes makes a valid file begin with \x80, a header of 60 bytes with <.
@@ -283,7 +360,9 @@ def _header_length(file: BinaryIO, size: int) -> int:
     length = int.from_bytes(head[:8], "little")
     # A1111 asserts that the header begins like this, outside of any try: with one file in its folder that does not, it
     # lists no LoRA at all (sd_models.read_metadata_from_safetensors, networks.list_available_networks).
-    if len(head) >= 10 and head[8:10] == b'{"' and length <= HEADER_LIMIT:
+    if len(head) >= 10 and head[8:10] == b'{"':
+        if length > HEADER_LIMIT:
+            raise ModelRejected(f"the file's header has {length:,} bytes, and the limit is {HEADER_LIMIT:,}")
         if length > size - 8:
             raise ModelRejected(f"the file is cut off inside its header ({size} bytes of at least {8 + length})")
         file.seek(8)
@@ -303,98 +382,35 @@ def _not_safetensors(reason: str) -> ModelRejected:
     return ModelRejected(f"the file is not a safetensors file: {reason}")
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def parse_in_child(text: bytes, size: int, limits: ChildLimits = ChildLimits()) -> Header:
+    """`parse_header` in a process of its own. OSError if that process failed for a reason that is not the file's."""
     try:
-        decoded = text.decode("utf-8")
-        # To Python -0 is a natural number, to the package it is none. Parsing every number ourselves takes half as long
-        # again, so it is done only if there may be a -0.
-        parse_int = _natural if "-0" in decoded and _MINUS_ZERO.search(decoded) else None
-        content = json.loads(decoded, object_pairs_hook=_without_duplicates, parse_int=parse_int)
-        if "\\u" in decoded:
-            json.dumps(content, ensure_ascii=False).encode()  # fails if an escape makes half a character
-    except (ValueError, RecursionError) as error:
-        raise _damaged("it is not valid JSON") from error
-    return cast(dict[str, Any], content)  # it begins with {
+        done = subprocess.run(  # noqa: S603 - our own code, and numbers
+            [sys.executable, "-I", "-S", "-c", _CHILD, str(size), str(limits.memory)],
+            input=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=limits.seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(errno.ETIMEDOUT, f"a header was not parsed within {limits.seconds:g} s") from error
+    if done.returncode != 0:
+        raise OSError(errno.EIO, f"the process that parses a header ended with status {done.returncode}")
+    answer = json.loads(done.stdout)
+    if "rejected" in answer:
+        raise ModelRejected(answer["rejected"])
+    return Header(**{**answer, "families": tuple(answer["families"])})
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise _damaged("it names the same thing twice")
-    return content
-
-
-_MINUS_ZERO = re.compile(r"[\[,:]\s*-0\s*[\],]")
-
-
-def _natural(digits: str) -> int:
-    if digits.startswith("-"):
-        raise ValueError("not a natural number")
-    return int(digits)
-
-
-def _metadata(content: Any) -> dict[str, str]:
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise _damaged("its metadata holds something other than text")
-    for key in ("ss_output_name", "sshs_model_hash"):
-        # A1111 parses JSON that it finds in a value, then uses these two values as texts: it would list no LoRA at all.
-        if _is_json_object(content.get(key, "")):
-            raise ModelRejected(f"the file's metadata would break the WebUI: {key} is not a plain text")
-    return content
-
-
-def _is_json_object(value: str) -> bool:
-    if not value.startswith("{"):
-        return False
+def main() -> None:
+    """The child: the header comes on stdin, the file's size and the memory are arguments. The facts leave as JSON."""
+    size, memory = map(int, sys.argv[1:])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     try:
-        json.loads(value)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _tensors(content: dict[str, Any], data_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if not content:
-        raise ModelRejected("the file holds no tensors")
-    tensors = {}
-    byte_ranges = []
-    for name, entry in content.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (TypeError, KeyError, ValueError) as error:
-            raise _damaged("the description of a tensor is not valid") from error
-        if type(begin) is not int or type(end) is not int or len(entry) != 3:
-            raise _damaged("the description of a tensor is not valid")
-        if type(dtype) is not str or dtype not in _BITS:
-            raise _damaged("a tensor has a type that safetensors does not know")
-        if type(shape) is not list or not _INTEGERS.issuperset(map(type, shape)) or len(shape) > _MOST_DIMENSIONS:
-            raise _damaged("a tensor's shape is not valid")
-        if shape and min(shape) < 0:
-            raise _damaged("a tensor's shape is not valid")
-        if math.prod(shape) * _BITS[dtype] != (end - begin) * 8:
-            raise _damaged("a tensor's size is not that of its shape and type")
-        if begin == end and math.prod(filter(None, shape)) >= _MOST_ELEMENTS:
-            raise _damaged("an empty tensor has an impossible shape")
-        byte_ranges.append((begin, end))
-        tensors[name] = (dtype, tuple(shape))
-    _check_cover(byte_ranges, data_size)
-    return tensors
-
-
-def _check_cover(byte_ranges: list[tuple[int, int]], data_size: int) -> None:
-    """Check that every byte of the data belongs to exactly one tensor."""
-    covered = 0
-    for begin, end in sorted(byte_ranges):
-        if begin != covered:
-            raise _damaged("tensors overlap" if begin < covered else "there is a hole between tensors")
-        covered = end
-    if covered > data_size:
-        raise ModelRejected(f"the file is cut off: its tensors need {covered} bytes and it has {data_size}")
-    if covered < data_size:
-        raise ModelRejected(f"the file has {data_size - covered} bytes after its last tensor")
-
-
-def _damaged(reason: str) -> ModelRejected:
-    return ModelRejected(f"the file's header is damaged: {reason}")
+        answer: Mapping[str, object] = asdict(parse_header(sys.stdin.buffer.read(), size))
+    except ModelRejected as error:
+        answer = {"rejected": error.message}
+    except MemoryError:
+        answer = {"rejected": f"the file's header takes more than {memory >> 20} MB of memory to parse"}
+    sys.stdout.write(json.dumps(answer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,7 +15,7 @@ from a1111_worker.errors import Complaint
 from a1111_worker.models.references import BadReference, parse_name, parse_reference
 from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
 from a1111_worker.request.schema import LORA_KEYS, LORA_SCALE, MAX_LORAS, unknown_lora_key
-from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, printable
+from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, shown
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,29 @@ def scale_of(lora: LoraRequest) -> float:
 
 def name_means(name: str, ref: ModelRef) -> bool:
     """Whether a tag's name means this model: by the catalog, by the name that the job gave it, or by its file name."""
+    return not _keys_of_name(name).isdisjoint(_keys_of_ref(ref))
+
+
+_Key = tuple[str, "str | int"]
+"""What a model is known by: ("version", 135867) or ("name", "my_own"). A name means a model if they share a key."""
+
+
+def _keys_of_name(name: str) -> set[_Key]:
     name = _stem(name.strip())
     known = catalog.lora_named(name)
     if known is not None:
-        return ref.version_id == known.version_id  # whatever else a job calls by that name
-    if ref.name is not None and _stem(ref.name) == name:
-        return True
+        return {("version", known.version_id)}  # whatever else a job calls by that name
     # A file from CivitAI is called <slug>_<version id>, and that name never belongs to another version.
-    match = re.fullmatch(r".+_([1-9][0-9]{0,15})", name)
-    return match is not None and ref.version_id == int(match[1])
+    match = _FILE_OF_VERSION.fullmatch(name)
+    return {("name", name), ("version", int(match[1]))} if match else {("name", name)}
+
+
+def _keys_of_ref(ref: ModelRef) -> set[_Key]:
+    keys: set[_Key] = set() if ref.version_id is None else {("version", ref.version_id)}
+    return keys if ref.name is None else keys | {("name", _stem(ref.name))}
+
+
+_FILE_OF_VERSION = re.compile(r".+_([1-9][0-9]{0,15})")
 
 
 # -- the list ---------------------------------------------------------------------------------------------------------
@@ -83,7 +98,7 @@ def _parse_item(path: str, item: Any, model_hosts: Collection[str]) -> tuple[Lor
     if isinstance(item, dict):
         # One more than a job's complaints may be: then the parser says that there are more.
         unknown = islice((key for key in item if key not in LORA_KEYS), MAX_PROBLEMS + 1)
-        problems += [(f".{printable(key)}", unknown_lora_key(key)) for key in unknown]
+        problems += [(f".{shown(key)}", unknown_lora_key(key)) for key in unknown]
         try:
             scale = None if item.get("scale") is None else float(LORA_SCALE.check(item["scale"]))
         except InvalidValue as error:
@@ -129,34 +144,56 @@ def read_tags(text: str, path: str, loras: Sequence[LoraRequest]) -> ParsedLoras
     """Add the LoRA tags of a prompt (or of a style) to a job's LoRAs.
 
     If a tag names a LoRA of the list, it is that entry: the tag's scale counts if the entry has none, otherwise the
-    list's scale counts, with a warning. Every other LoRA becomes a request of its own, once.
+    list's scale counts, with a warning. Every other LoRA becomes a request of its own, once. A text has at most
+    MAX_LORAS warnings. A text may have 2,500 tags: the work for a tag does not grow with the number of LoRAs.
     """
     requests = list(loras)
+    index_of: dict[_Key, int] = {}
+    for index, request in enumerate(requests):
+        _add_keys(index_of, request.ref, index)
     warnings: dict[str, None] = {}  # an ordered set
     complaints: dict[Complaint, None] = {}
+
+    def warn(warning: str | None) -> None:
+        if warning and len(warnings) < MAX_LORAS:
+            warnings[warning] = None
+
+    times: Counter[tuple[str, ...]] = Counter()
     for tag in find_tags(text):
+        spelling = (tag.type, *tag.arguments)
+        times[spelling] += 1
+        if times[spelling] > 2:
+            continue  # the first one asks for the LoRA, the second one is a warning, the third one says nothing new
         if _is_dropped_by_webui(tag):
-            if len(warnings) < MAX_LORAS:
-                warnings[f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag"] = None
+            warn(f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag")
             continue
         try:
             request = _request_of(tag, path)
         except InvalidValue as error:
             complaints[Complaint(path, f"holds {_label(tag)}: {error.problems[0][1]}")] = None
-            continue
-        index = next((index for index, earlier in enumerate(requests) if name_means(tag.name, earlier.ref)), None)
-        if index is None:
-            requests.append(request)
-            if len(requests) > MAX_LORAS:
-                complaints[Complaint(path, f"asks for more than {MAX_LORAS} LoRAs, the list's included")] = None
+            if len(complaints) > MAX_PROBLEMS:
                 break
             continue
-        earlier = requests[index]
+        found = [index_of[key] for key in _keys_of_name(tag.name) if key in index_of]
+        if not found:
+            if len(requests) == MAX_LORAS:
+                complaints[Complaint(path, f"asks for more than {MAX_LORAS} LoRAs, the list's included")] = None
+                break
+            requests.append(request)
+            _add_keys(index_of, request.ref, len(requests) - 1)
+            continue
+        earlier = requests[min(found)]
         if not earlier.in_prompt and earlier.scale is None:
-            requests[index] = replace(earlier, scale=request.scale, weighted_in_prompt=tag.is_weighted)
-        elif warning := _ignored_scale(tag, path, earlier):
-            warnings[warning] = None
+            requests[min(found)] = replace(earlier, scale=request.scale, weighted_in_prompt=tag.is_weighted)
+        else:
+            warn(_ignored_scale(tag, path, earlier))
     return ParsedLoras(tuple(requests), tuple(warnings), tuple(complaints))
+
+
+def _add_keys(index_of: dict[_Key, int], ref: ModelRef, index: int) -> None:
+    """Note which request has a reference's keys: the first one that has them."""
+    for key in _keys_of_ref(ref):
+        index_of.setdefault(key, index)
 
 
 def _is_dropped_by_webui(tag: Tag) -> bool:
@@ -196,4 +233,4 @@ def _ignored_scale(tag: Tag, path: str, earlier: LoraRequest) -> str | None:
 
 
 def _label(tag: Tag) -> str:
-    return f"<{printable(tag.type)}:{printable(tag.name)}>"
+    return f"<{shown(tag.type)}:{shown(tag.name)}>"

@@ -14,15 +14,16 @@ from typing import Any
 from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, OnLoraError, OutputOptions
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
-from a1111_worker.request.schema import MIN_SIDE, FieldClass, Limits, fields, is_unset, unknown_field
-from a1111_worker.request.size import final_size
+from a1111_worker.request.schema import FieldClass, Limits, fields, is_unset, unknown_field
+from a1111_worker.request.scripts import check_script
+from a1111_worker.request.size import final_size, size_problem
 from a1111_worker.request.values import (
     InvalidValue,
     ValueBudget,
     describe_value,
     has_lone_surrogate,
     json_problems,
-    printable,
+    shown,
 )
 
 DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
@@ -31,7 +32,6 @@ DEFAULT_SAMPLER_WITH_SCHEDULER = "DPM++ 2M"  # if the job names a scheduler and 
 
 MAX_VALUES = 100_000
 MAX_COMPLAINTS = 100
-MAX_UPSCALING = 4  # times MAX_PIXELS: so much may hires upscale before it cuts the image to another shape
 
 _SIZE_FIELDS = (
     "width",
@@ -77,6 +77,7 @@ class _Parser:
         body = self._body(given)
         self._check_size(body)
         self._check_image_count(body)
+        self._check_script(body)
         return GenerationRequest(
             body=body,
             loras=loras,
@@ -111,7 +112,7 @@ class _Parser:
                 continue
             problems = json_problems(value, budget)
             for path, message in problems:
-                self._complain(printable(name) + path, message)
+                self._complain(shown(name) + path, message)
             if budget.is_exceeded or self._is_full:
                 break
             if not problems or (name == "loras" and isinstance(value, list)):  # its valid items are still checked
@@ -128,7 +129,7 @@ class _Parser:
             if value is None and name != "prompt":
                 continue
             if field is None:
-                self._complain(printable(name), unknown_field(name, self._fields))
+                self._complain(shown(name), unknown_field(name, self._fields))
             elif field.kind is FieldClass.REFUSED:
                 if not field.ignores(value):
                     self._complain(name, f"is refused: {field.reason}")
@@ -206,21 +207,10 @@ class _Parser:
             self._complain(
                 "enable_hr", "must come with denoising_strength (0.4 to 0.7 is usual): without it the WebUI fails"
             )
-        size = final_size(body)
         decisive = ("hr_resize_x", "hr_resize_y", "hr_scale", "enable_hr") if hires else ("width", "height")
         path = next((name for name in decisive if self._raw.get(name)), decisive[-1])
-        asks = f"asks for a picture of {size.width}×{size.height}"
-        limit = self._limits.max_pixels
-        if size.pixels > limit:
-            self._complain(path, f"{asks}: {size.pixels:,} pixels, and the limit is {limit:,}")
-        elif size.upscaled_pixels > MAX_UPSCALING * limit:
-            self._complain(
-                path,
-                f"{asks}, cut from {size.upscaled_pixels:,} upscaled pixels, and the limit of these is "
-                f"{MAX_UPSCALING * limit:,}: the first pass has a very different shape",
-            )
-        elif min(size.width, size.height) < MIN_SIDE:
-            self._complain(path, f"{asks}: no side may be below {MIN_SIDE}")
+        if problem := size_problem(final_size(body), self._limits.max_pixels):
+            self._complain(path, problem)
 
     def _check_image_count(self, body: Mapping[str, Any]) -> None:
         count = body.get("batch_size", 1) * body.get("n_iter", 1)
@@ -228,10 +218,16 @@ class _Parser:
         if count > limit:
             self._complain("batch_size", f"times n_iter is {count} pictures, and the limit is {limit}")
 
+    def _check_script(self, body: Mapping[str, Any]) -> None:
+        """A plot's arguments are only counted here: the order of its axes is the WebUI's."""
+        if not self._has_complaint("script_name", "script_args", "batch_size", "n_iter"):
+            for complaint in check_script(body, self._limits):
+                self._complain(complaint.path, complaint.message)
+
 
 def _in_input_order(complaints: Iterable[Complaint], raw: dict[Any, Any]) -> list[Complaint]:
     """Complaints in the order of the input's fields: missing fields first, complaints about the whole input last."""
-    order = {printable(name): index for index, name in enumerate(raw)}
+    order = {shown(name): index for index, name in enumerate(raw)}
 
     def position(complaint: Complaint) -> int:
         if complaint.path == "input":

@@ -31,7 +31,7 @@ from a1111_worker.request.values import (
     number,
     object_of,
     one_of,
-    printable,
+    shown,
     text,
 )
 from a1111_worker.similar import nearest
@@ -59,6 +59,9 @@ class Limits:
     max_images: int = 16
     model_hosts: tuple[str, ...] = ()
     has_bucket: bool = False
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class FieldClass(str, Enum):
@@ -178,8 +181,8 @@ def is_unset(name: str, value: Any) -> bool:
     return name in _SAME_AS_FIRST_PASS and value.strip().casefold() in _SAME_AS_FIRST_PASS[name]
 
 
-_CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
-_DISK_REASON = "nothing is kept on the worker's disk"
+CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
+DISK_REASON = "nothing is kept on the worker's disk"
 
 
 def _refused() -> dict[str, Field]:
@@ -190,19 +193,19 @@ def _refused() -> dict[str, Field]:
         return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
 
     return {
-        "refiner_checkpoint": text_field(_CHECKPOINT_REASON, "", "None", "none"),
-        "hr_checkpoint_name": text_field(_CHECKPOINT_REASON, "", "Use same checkpoint"),
-        "checkpoint": text_field(_CHECKPOINT_REASON, is_webui_field=False),
-        "model": text_field(_CHECKPOINT_REASON, is_webui_field=False),
-        "sd_model": text_field(_CHECKPOINT_REASON, is_webui_field=False),
-        "sd_model_checkpoint": text_field(_CHECKPOINT_REASON, is_webui_field=False),
+        "refiner_checkpoint": text_field(CHECKPOINT_REASON, "", "None", "none"),
+        "hr_checkpoint_name": text_field(CHECKPOINT_REASON, "", "Use same checkpoint"),
+        "checkpoint": text_field(CHECKPOINT_REASON, is_webui_field=False),
+        "model": text_field(CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model": text_field(CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model_checkpoint": text_field(CHECKPOINT_REASON, is_webui_field=False),
         "override_settings_restore_afterwards": boolean_field(True, "a job's settings end with the job"),
         "infotext": text_field("it sets other fields unseen; give each of them by its name", ""),
         "disable_extra_networks": boolean_field(False, "the WebUI would go on with the LoRAs of the job before"),
         "send_images": boolean_field(True, "the pictures are the answer"),
-        "save_images": boolean_field(False, _DISK_REASON),
-        "do_not_save_samples": boolean_field(True, _DISK_REASON),
-        "do_not_save_grid": boolean_field(True, _DISK_REASON),
+        "save_images": boolean_field(False, DISK_REASON),
+        "do_not_save_samples": boolean_field(True, DISK_REASON),
+        "do_not_save_grid": boolean_field(True, DISK_REASON),
         # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
         "firstpass_image": text_field("the WebUI's API does not decode it, and fails", ""),
         "force_task_id": text_field("the worker names its own tasks", ""),
@@ -246,7 +249,7 @@ OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
 def _override_settings() -> ValueType:
     def check_option(name: str, value: object) -> object:
         if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
-            raise InvalidValue(f"is refused: {_CHECKPOINT_REASON}")
+            raise InvalidValue(f"is refused: {CHECKPOINT_REASON}")
         if name not in OVERRIDABLE_OPTIONS:
             near = nearest(name, OVERRIDABLE_OPTIONS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE_OPTIONS)}"
@@ -294,7 +297,7 @@ def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set fields and bypass the checks
-    "refiner": _CHECKPOINT_REASON,
+    "refiner": CHECKPOINT_REASON,
     "sampler": "use steps, sampler_name and scheduler",
     "seed": "use seed, subseed and subseed_strength",
     "extra options": "use override_settings",
@@ -307,7 +310,7 @@ def _check_script(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise mismatch('an object like {"args": […]}', value)
     unknown = islice((key for key in value if key != "args"), MAX_PROBLEMS)
-    problems = [(f".{printable(key)}", unknown_name(key, ("args",))) for key in unknown]
+    problems = [(f".{shown(key)}", unknown_name(key, ("args",))) for key in unknown]
     if "args" in value and not isinstance(value["args"], (list, tuple)):
         problems.append((".args", f"must be a list, not {describe_value(value['args'])}"))
     if problems:

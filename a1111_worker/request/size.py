@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from a1111_worker.request.schema import MIN_SIDE
+
+MAX_UPSCALING = 4  # times MAX_PIXELS: so much may hires upscale before it cuts the image to another shape
+
 
 @dataclass(frozen=True)
 class FinalSize:
@@ -43,3 +47,18 @@ def final_size(body: Mapping[str, Any]) -> FinalSize:
         return FinalSize(first_pass, y * width // height, y)
     scale = body.get("hr_scale", 2.0)
     return FinalSize(first_pass, int(width * scale), int(height * scale))
+
+
+def size_problem(size: FinalSize, max_pixels: int) -> str | None:
+    """What is wrong with a size, None if nothing is."""
+    asks = f"asks for a picture of {size.width}×{size.height}"
+    if size.pixels > max_pixels:
+        return f"{asks}: {size.pixels:,} pixels, and the limit is {max_pixels:,}"
+    if size.upscaled_pixels > MAX_UPSCALING * max_pixels:
+        return (
+            f"{asks}, cut from {size.upscaled_pixels:,} upscaled pixels, and the limit of these is "
+            f"{MAX_UPSCALING * max_pixels:,}: the first pass has a very different shape"
+        )
+    if min(size.width, size.height) < MIN_SIDE:
+        return f"{asks}: no side may be below {MIN_SIDE}"
+    return None

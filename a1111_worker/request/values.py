@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from a1111_worker.text import printable
+
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63
 MAX_PROBLEMS = 100
@@ -141,7 +143,7 @@ def object_of(check_member: Callable[[str, Any], Any], expected: str) -> ValueTy
     def check(value: object) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise mismatch(expected, value)
-        members = ((f".{printable(key)}", (key, member)) for key, member in value.items())
+        members = ((f".{shown(key)}", (key, member)) for key, member in value.items())
         return dict(zip(value, _check_all(members, lambda member: check_member(*member)), strict=True))
 
     return ValueType("object", expected, check)
@@ -178,11 +180,9 @@ def describe_value(value: object) -> str:
     return "an object" if isinstance(value, dict) else "something that is not JSON"
 
 
-def printable(key: object, longest: int = 60) -> str:
-    """A name that the caller gave, for use in a message or a path: short and printable."""
-    name = str(key) or '""'
-    clipped = name if len(name) <= longest else f"{name[:longest]}…"
-    return clipped if clipped.isprintable() else "".join(char if char.isprintable() else "?" for char in clipped)
+def shown(key: object) -> str:
+    """A name that the caller gave, as a path or a message shows it: printable, at most 60 characters, never empty."""
+    return printable(key, 60) or '""'
 
 
 def normalize_name(name: str) -> str:
@@ -258,7 +258,7 @@ def _members(value: Sequence[Any] | dict[Any, Any]) -> Iterator[tuple[str, objec
         return
     for key, member in value.items():
         if isinstance(key, str) and not has_lone_surrogate(key):
-            yield f".{printable(key)}", member
+            yield f".{shown(key)}", member
 
 
 def _check_all(items: Iterable[tuple[str, Any]], check: Callable[[Any], Any]) -> list[Any]:

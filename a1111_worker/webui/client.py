@@ -32,6 +32,7 @@ from a1111_worker.errors import (
     WebUISilent,
     WorkerError,
 )
+from a1111_worker.text import printable
 from a1111_worker.webui.responses import (
     ListedCheckpoint,
     Sampler,
@@ -47,6 +48,7 @@ from a1111_worker.webui.responses import (
     parse_progress,
     parse_samplers,
     parse_schedulers,
+    parse_script_axes,
     parse_scripts,
     parse_styles,
     parse_vaes,
@@ -129,6 +131,10 @@ class WebUI:
     def scripts(self) -> tuple[str, ...]:
         """The names of the scripts for txt2img."""
         return self._get("/scripts", parse_scripts)
+
+    def script_axes(self) -> tuple[str, ...]:
+        """The axes of the script "X/Y/Z plot", in the order of their numbers."""
+        return self._get("/script-info", parse_script_axes)
 
     def styles(self) -> tuple[Style, ...]:
         return self._get("/prompt-styles", parse_styles)
@@ -259,10 +265,9 @@ def parse_error(status: int, body: bytes) -> WorkerError:
 
 def without_paths(text: str, limit: int = 300) -> str:
     """A text of the WebUI as a caller may see it: a single line of at most `limit` characters, no container path."""
-    shown = " ".join(text.split())
+    shown = printable(text, 20 * limit)  # bounded before it is searched, and long enough to hold what paths hide
     shown = _QUOTED_PATH.sub(r"\1<path>\1", shown)
-    shown = _BARE_PATH.sub("<path>", shown)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return printable(_BARE_PATH.sub("<path>", shown), limit)
 
 
 def _parse_exception(name: str, text: str) -> WorkerError:

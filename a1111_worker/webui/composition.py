@@ -10,6 +10,9 @@ from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.loras import name_means, read_tags, scale_of
+from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
+from a1111_worker.request.scripts import check_script
+from a1111_worker.text import printable, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -21,7 +24,10 @@ Body = Mapping[str, Any]  # of a txt2img request
 
 @dataclass(frozen=True)
 class WebUILists:
-    """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name."""
+    """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name.
+
+    `script_axes` are the axes of "X/Y/Z plot": a job names them by their number.
+    """
 
     samplers: Sequence[Sampler]
     schedulers: Sequence[Scheduler]
@@ -29,11 +35,13 @@ class WebUILists:
     scripts: Sequence[str]
     styles: Mapping[str, Style]
     vaes: Sequence[str]
+    script_axes: Sequence[str] = ()
 
 
-def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
+def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
     """The request with every name as the WebUI spells it. InvalidRequest holds all complaints, with the nearest names.
 
+    A script is held to `limits` here: only the WebUI knows the axes of a plot, and its styles may be merged by now.
     Styles with LoRA tags are merged into the prompts here, so that their LoRAs are held and verified like others.
     """
     body = dict(request.body)
@@ -45,7 +53,10 @@ def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
             complaints.extend(error.complaints)
     if complaints:
         raise InvalidRequest(complaints)
-    return _merge_styles_with_loras(replace(request, body=body), lists)
+    resolved = _merge_styles_with_loras(replace(request, body=body), lists)
+    if complaints := check_script(resolved.body, limits, lists.script_axes):
+        raise InvalidRequest(complaints)
+    return resolved
 
 
 def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
@@ -147,7 +158,7 @@ def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
         return {}
     return {
         "alwayson_scripts": {
-            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{name}"): arguments
+            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{printable(name, 60)}"): arguments
             for name, arguments in scripts.items()
         }
     }
@@ -197,5 +208,5 @@ def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> G
     read = read_tags(body["prompt"], "styles", request.loras)
     if read.complaints:
         raise InvalidRequest(read.complaints)
-    merged = f"the styles {', '.join(names)} bring LoRAs and were written into the prompt"
+    merged = f"the styles {quoted_list(names)} bring LoRAs and were written into the prompt"
     return replace(request, body=body, loras=read.loras, warnings=(*request.warnings, *read.warnings, merged))

@@ -35,6 +35,7 @@ from a1111_worker.errors import (
     WorkerError,
 )
 from a1111_worker.images import is_blank
+from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
 from a1111_worker.webui.readiness import Readiness
@@ -64,8 +65,11 @@ class StartedGeneration:
 class Generator:
     """Generates with one WebUI. Only one job at a time may call `start`; any job may call `resolve` and `finish`."""
 
-    def __init__(self, webui: WebUI, readiness: Readiness, *, generation_timeout: float = 540.0) -> None:
+    def __init__(
+        self, webui: WebUI, readiness: Readiness, *, generation_timeout: float = 540.0, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self._webui = webui
+        self._limits = limits
         self._readiness = readiness
         self._generation_timeout = generation_timeout
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
@@ -73,7 +77,7 @@ class Generator:
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
-        return resolve(request, self._readiness.lists)
+        return resolve(request, self._readiness.lists, self._limits)
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate, and return when the answer begins. From then on the next job may start."""

@@ -242,6 +242,7 @@ class Readiness:
             schedulers=self._webui.schedulers(),
             upscalers=(*self._webui.latent_upscale_modes(), *self._webui.upscalers()),
             scripts=self._webui.scripts(),
+            script_axes=self._webui.script_axes(),
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
         )

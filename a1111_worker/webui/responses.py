@@ -7,6 +7,7 @@
     GET /sd-vae                 [{"model_name": "x.safetensors"}]
     GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
     GET /scripts                {"txt2img": ["x/y/z plot"]}
+    GET /script-info            [{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": ["Seed"]}]}]
     GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
     GET /cmd-flags              {"no_hashing": false}
     GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …}}
@@ -133,6 +134,15 @@ def parse_styles(answer: Any) -> tuple[Style, ...]:
 def parse_scripts(answer: Any) -> tuple[str, ...]:
     """The names of the scripts for txt2img."""
     return _texts(_object(answer), "txt2img")
+
+
+def parse_script_axes(answer: Any) -> tuple[str, ...]:
+    """The axes of "X/Y/Z plot" for txt2img, in the order of their numbers. Empty if there is no such script."""
+    for entry in _entries(answer):
+        if _text(entry, "name") == "x/y/z plot" and entry.get("is_img2img") is False:
+            arguments = _entries(entry.get("args"))
+            return _texts(arguments[0] if arguments else {}, "choices")
+    return ()
 
 
 def parse_options(answer: Any) -> WebUIOptions:

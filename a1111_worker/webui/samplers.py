@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.similar import nearest
+from a1111_worker.text import quoted, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler
 
 AUTOMATIC = "Automatic"  # the label of a sampler's own scheduler; A1111's default
@@ -77,14 +78,12 @@ def complain_unknown(
     path: str, kind: str, name: str, known: Sequence[str], also_suggested: Sequence[str] = ()
 ) -> Complaint:
     """The complaint about a name that is in no list. `also_suggested` are suggested if near, but never listed."""
-    shown = repr(name if len(name) <= 60 else f"{name[:60]}…")
     near = nearest(name, [*known, *also_suggested])
     if near:
-        return Complaint(path, f"unknown {kind} {shown}; the nearest: {_join(near)}")
+        return Complaint(path, f"unknown {kind} {quoted(name)}; the nearest: {quoted_list(near)}")
     if not known:
-        return Complaint(path, f"unknown {kind} {shown}; this WebUI has none")
-    rest = " …" if len(known) > 12 else ""
-    return Complaint(path, f"unknown {kind} {shown}; this WebUI has {_join(known[:12])}{rest}")
+        return Complaint(path, f"unknown {kind} {quoted(name)}; this WebUI has none")
+    return Complaint(path, f"unknown {kind} {quoted(name)}; this WebUI has {quoted_list(known)}")
 
 
 def _complain_scheduler(path: str, scheduler: str, schedulers: Sequence[Scheduler]) -> Complaint:
@@ -143,7 +142,3 @@ def _labels(schedulers: Sequence[Scheduler]) -> list[str]:
 def _key(spelling: str) -> str:
     """A spelling without what makes no difference: case, spaces, underscores and hyphens."""
     return re.sub(r"[\s_-]+", "", spelling.casefold())
-
-
-def _join(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)

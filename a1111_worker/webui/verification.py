@@ -20,6 +20,7 @@ from typing import Any
 
 from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost
+from a1111_worker.text import quoted, quoted_list
 
 PNG_IN_BASE64 = "iVBORw0KGgo"
 
@@ -112,7 +113,7 @@ def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
     requested, used = body.get("sampler_name"), info.get("sampler_name")
     # 1.10.1 silently uses another sampler in place of an unknown one.
     if requested and used != requested and not body.get("script_name"):
-        raise GenerationFailed(f"the WebUI used the sampler {used!r} instead of {requested!r}")
+        raise GenerationFailed(f"the WebUI used the sampler {quoted(used)} instead of {quoted(requested)}")
 
 
 def _verify_loras(info: Mapping[str, Any], plan: GenerationPlan) -> tuple[tuple[AppliedLora, ...], list[str]]:
@@ -129,13 +130,13 @@ def _verify_loras(info: Mapping[str, Any], plan: GenerationPlan) -> tuple[tuple[
         if lora.model is not None and not count:
             missing.append(lora.name)
         elif 0 < count < len(by_image):
-            warnings.append(f"the script used the LoRA {lora.name!r} for {count} of {len(by_image)} pictures")
+            warnings.append(f"the script used the LoRA {quoted(lora.name)} for {count} of {len(by_image)} pictures")
     if missing and plan.on_lora_error is OnLoraError.FAIL:
         raise LoraNotApplied(
-            f"the WebUI did not apply {', '.join(repr(name) for name in missing)}",
+            f"the WebUI did not apply {quoted_list(missing, 16)}",
             hint='set "on_lora_error": "warn" to have the picture without it',
         )
-    return tuple(verified), [*warnings, *(f"the WebUI did not apply the LoRA {name!r}" for name in missing)]
+    return tuple(verified), [*warnings, *(f"the WebUI did not apply the LoRA {quoted(name)}" for name in missing)]
 
 
 def _is_applied(lora: AppliedLora, hashes: Mapping[str, str]) -> bool:

@@ -92,6 +92,24 @@ def test_a_version_is_described_by_its_metadata(service: sandbox.SandboxCivitAI)
     )
 
 
+def test_a_name_that_repeats_the_key_is_shown_without_it(
+    service: sandbox.SandboxCivitAI, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sdxl_lora(tmp_path / "echo.safetensors")
+    service.add(7, path, name=f"Look {KEY}", base_model=f"SDXL {KEY}", trained_words=(f"{KEY}{KEY}",))
+    service.add(8, path, model_type=f"VAE {KEY}")
+    client = client_of(service)
+    caplog.set_level("DEBUG")
+
+    remote = client.describe(ModelRef(ModelKind.LORA, version_id=7), Deadline())
+    client.link(remote, Deadline())
+    with pytest.raises(ModelRejected) as refused:
+        client.describe(ModelRef(ModelKind.LORA, version_id=8), Deadline())
+
+    assert remote.name == "Look [key]"
+    assert KEY not in f"{remote} {message_and_hint(refused.value)} {caplog.text}"
+
+
 def test_a_version_is_asked_for_once_while_it_is_cached(service: sandbox.SandboxCivitAI, tmp_path: Path) -> None:
     client, forgetful = client_of(service), client_of(service, cache_seconds=0.0)
 

@@ -6,7 +6,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import socket
 import struct
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,18 @@ from hypothesis import strategies as st
 
 from a1111_worker.errors import ModelRejected
 from a1111_worker.models.safetensors import (
+    HEADER_LIMIT,
+    ChildLimits,
     Header,
     families_fit,
     family_of,
     family_of_base_model,
     lora_hash,
+    parse_header,
+    parse_in_child,
     read_header,
 )
+from a1111_worker.models.tensors import MAX_TENSORS, TensorTable, parse_table
 from sandbox.models import sd15_checkpoint, sd15_lora, sdxl_checkpoint, sdxl_lora, tensor_hash
 
 GOOD = {"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}
@@ -37,6 +46,11 @@ def packed(header: Any, data: bytes = b"") -> bytes:
 
 def entry(dtype: Any = "F16", shape: Any = (2, 3), span: Any = (0, 12), **more: Any) -> dict[str, Any]:
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": span, **more}}
+
+
+def table_of(content: bytes) -> TensorTable:
+    (length,) = struct.unpack("<Q", content[:8])
+    return parse_table(content[8 : 8 + length], len(content) - 8 - length)
 
 
 def read_by_package(content: bytes) -> dict[str, tuple[int, ...]]:
@@ -59,10 +73,10 @@ def test_a_header_is_read_without_its_tensors(file: Path) -> None:
 
     header = read_header(file)
 
-    assert header.metadata == {"ss_output_name": "läuft"}
-    assert header.tensors == {"a": ("F16", (2, 3)), "b": ("U8", (4,))}
     assert header.data_offset == len(content) - 16
     assert header.size == len(content)
+    assert table_of(content).metadata == {"ss_output_name": "läuft"}
+    assert table_of(content).tensors == {"a": ("F16", (2, 3)), "b": ("U8", (4,))}
 
 
 WIDTHS = {
@@ -79,9 +93,9 @@ def test_every_type_that_the_package_knows_has_its_width(dtype: str, file: Path)
     content = packed(entry(dtype, [4], [0, WIDTHS[dtype] // 2]), bytes(WIDTHS[dtype] // 2))
     file.write_bytes(content)
 
-    header = read_header(file)
+    read_header(file)
 
-    assert header.tensors["a"] == (dtype, (4,))
+    assert table_of(content).tensors["a"] == (dtype, (4,))
     assert read_by_package(content) == {"a": (4,)}
 
 
@@ -115,9 +129,9 @@ GOOD_FILES = {
 def test_a_good_file_is_read_and_the_package_agrees(content: bytes, file: Path) -> None:
     file.write_bytes(content)
 
-    header = read_header(file)
+    read_header(file)
 
-    assert {name: shape for name, (_, shape) in header.tensors.items()} == read_by_package(content)
+    assert {name: shape for name, (_, shape) in table_of(content).tensors.items()} == read_by_package(content)
 
 
 # What it is → its bytes, what the message must say.
@@ -134,7 +148,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
     "noise": (bytes(range(7, 80)), "it does not begin with a header"),
     "zeros": (bytes(4096), "it does not begin with a header"),
-    "a header longer than the limit": (struct.pack("<Q", 100_000_001) + b'{"a":', "does not begin with a header"),
+    "a header longer than the limit": (struct.pack("<Q", 100_000_001) + b'{"a":', "the limit is 16,000,000"),
     "a header longer than the file": (struct.pack("<Q", 5_000) + b'{"a":{"dtype"', "cut off inside its header"),
     "a header that A1111 cannot read": (packed(b'{ "a":' + json.dumps(GOOD["a"]).encode() + b"}", bytes(12)), "blanks"),
     "no tensors": (packed({}), "no entries"),
@@ -238,11 +252,11 @@ def test_what_we_accept_the_package_accepts(data: st.DataObject, file: Path) -> 
     file.write_bytes(content)
 
     try:
-        header = read_header(file)
+        read_header(file)
     except ModelRejected:
         return
 
-    assert {name: shape for name, (_, shape) in header.tensors.items()} == read_by_package(content)
+    assert {name: shape for name, (_, shape) in table_of(content).tensors.items()} == read_by_package(content)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -270,10 +284,10 @@ def test_what_the_package_accepts_we_accept(
     content = packed(header, bytes(end))
     file.write_bytes(content)
 
-    accepted = read_header(file)
+    read_header(file)
 
-    assert {name: shape for name, (_, shape) in accepted.tensors.items()} == read_by_package(content)
-    assert accepted.metadata == metadata
+    assert {name: shape for name, (_, shape) in table_of(content).tensors.items()} == read_by_package(content)
+    assert table_of(content).metadata == metadata
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -285,6 +299,130 @@ def test_noise_is_refused_with_no_other_error(content: bytes, file: Path) -> Non
         read_header(file)
 
 
+# -- what is no file, and what is too large ----------------------------------------------------------------------------
+
+
+def special_files(folder: Path) -> list[Path]:
+    fifo, listening, link = folder / "fifo", folder / "socket", folder / "device"
+    os.mkfifo(fifo)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(listening))
+    link.symlink_to("/dev/zero")
+    return [fifo, listening, link, folder]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    header = header_of({})
+
+    for path in special_files(tmp_path):
+        with pytest.raises(ModelRejected, match="not a regular file"):
+            read_header(path)
+        with pytest.raises(ModelRejected, match="not a regular file"):
+            lora_hash(path, header)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_disk_and_not_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_header(tmp_path / "gone.safetensors")
+
+
+def many_tensors(count: int) -> dict[str, Any]:
+    return {
+        f"lora_unet_input_blocks_{number}_1_transformer_blocks_0_attn2_to_k.lora_down.weight": {
+            "dtype": "U8",
+            "shape": [1, 2048],
+            "data_offsets": [2048 * number, 2048 * number + 2048],
+        }
+        for number in range(count)
+    }
+
+
+def write_sparse(file: Path, header: dict[str, Any], data_size: int) -> Path:
+    file.write_bytes(packed(header))
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size + data_size)
+    return file
+
+
+def test_a_header_above_the_limit_is_refused_unread(file: Path) -> None:
+    write_sparse(file, {"__metadata__": {"": " " * (HEADER_LIMIT + 1)}, **GOOD}, 12)
+
+    with pytest.raises(ModelRejected, match=r"header has 16,\d{3},\d{3} bytes, and the limit is 16,000,000"):
+        read_header(file)
+
+
+def test_more_tensors_than_the_limit_are_refused() -> None:
+    empty = {str(number): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for number in range(MAX_TENSORS + 1)}
+
+    with pytest.raises(ModelRejected, match="describes 100,001 tensors, and the limit is 100,000"):
+        parse_table(json.dumps(empty).encode(), 0)
+    del empty["0"]
+    assert len(parse_table(json.dumps(empty).encode(), 0).tensors) == MAX_TENSORS
+
+
+def test_a_large_header_says_the_same_in_a_child_process(file: Path) -> None:
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0", "sshs_model_hash": "ab" * 32, "ss_tag_frequency": "é" * 9}
+    small = {"__metadata__": metadata, **many_tensors(3)}
+    large = {"__metadata__": metadata | {"ss_tag_frequency": "é, " * 400_000}, **many_tensors(3)}
+    write_sparse(file, large, 3 * 2048)
+
+    header = read_header(file)
+
+    here = parse_header(packed(small)[8:], 3 * 2048 + len(packed(small)))
+    assert header.data_offset > 1_000_000
+    assert header == replace(here, data_offset=header.data_offset, size=header.size)
+    assert (header.families, header.declared_family, header.own_hash) == (
+        ("sdxl", "kolors", "playground"),
+        "sdxl",
+        "ab" * 32,
+    )
+
+
+def test_a_header_of_10_mb_with_80000_tensors_is_legal(file: Path) -> None:
+    write_sparse(file, many_tensors(80_000), 80_000 * 2048)
+
+    header = read_header(file)
+
+    assert header.data_offset > 10_000_000
+    assert family_of(header) == "sdxl"
+
+
+def test_what_a_child_refuses_is_refused_with_its_reason(file: Path) -> None:
+    write_sparse(file, {"__metadata__": {"note": " " * 2_000_000}, **GOOD}, 11)
+
+    with pytest.raises(ModelRejected, match="cut off: its tensors need 12 bytes and it has 11"):
+        read_header(file)
+
+
+LARGE = packed({"__metadata__": {str(number): "" for number in range(400_000)}, **GOOD})[8:]
+
+
+def test_a_header_that_takes_too_much_memory_is_refused() -> None:
+    with pytest.raises(ModelRejected, match="more than 60 MB of memory"):
+        parse_in_child(LARGE, len(LARGE) + 20, ChildLimits(memory=60 << 20))
+
+
+def test_a_child_that_fails_is_no_verdict_on_the_file() -> None:
+    with pytest.raises(TimeoutError):
+        parse_in_child(LARGE, len(LARGE) + 20, ChildLimits(seconds=0.0))
+    with pytest.raises(OSError, match="ended with status"):
+        parse_in_child(LARGE, len(LARGE) + 20, ChildLimits(memory=1 << 70))  # no such limit
+
+
+def test_no_large_header_is_parsed_in_this_process(file: Path) -> None:
+    write_sparse(file, many_tensors(8_000), 8_000 * 2048)
+    called: list[str] = []
+
+    sys.setprofile(lambda frame, event, argument: called.append(frame.f_code.co_name))
+    try:
+        read_header(file)
+    finally:
+        sys.setprofile(None)
+
+    assert "parse_in_child" in called
+    assert not {"parse_header", "parse_table"} & set(called)
+
+
 # -- A1111's hash ------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +432,26 @@ def test_the_hash_that_a_trainer_wrote_is_used(file: Path) -> None:
     found = lora_hash(file, read_header(file))
 
     assert found == "1ABF2a601ABF"
+
+
+@pytest.mark.parametrize(
+    "own_hash",
+    [
+        "0123, 4567, 89ab",  # A1111 would print it as three LoRAs
+        "a, other: 1234567890ab",  # … or as the proof of another file
+        "0x12345678901",
+        "12345678901",
+        "ab" * 33,
+        "é" * 12,
+        " " + "ab" * 32,
+        "none",
+    ],
+)
+def test_a_hash_of_the_trainer_that_is_none_is_refused(own_hash: str, file: Path) -> None:
+    header = read_header(sdxl_lora(file, sshs_model_hash=own_hash))
+
+    with pytest.raises(ModelRejected, match="sshs_model_hash is not a hash"):
+        lora_hash(file, header)
 
 
 def test_without_a_hash_of_the_trainer_the_tensors_are_hashed(file: Path) -> None:
@@ -312,7 +470,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def header_of(shapes: Shapes, metadata: dict[str, str] | None = None) -> Header:
-    return Header(metadata or {}, {name: ("F16", shape) for name, shape in shapes.items()}, 8, 8)
+    """The header of a file with these tensors (or with one that says nothing) and this metadata."""
+    entries: dict[str, Any] = {"__metadata__": metadata or {}}
+    end = 0
+    for name, shape in (shapes or {"nothing": (1,)}).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    return parse_header(text, 8 + len(text) + end)
 
 
 # CivitAI's name → the family.
@@ -470,7 +635,7 @@ def test_the_sandbox_s_models_are_told_apart_by_their_tensors_alone(tmp_path: Pa
     makers = (sdxl_checkpoint, sdxl_lora, sd15_checkpoint, sd15_lora)
     headers = [read_header(make(tmp_path / f"{make.__name__}.safetensors")) for make in makers]
 
-    families = [family_of(Header({}, header.tensors, header.data_offset, header.size)) for header in headers]
+    families = [family_of(replace(header, declared_family=None)) for header in headers]
 
     assert families == ["sdxl", "sdxl", "sd1", "sd1"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from a1111_worker import catalog
 from a1111_worker.domain import LoraRequest, OnLoraError
 from a1111_worker.errors import Complaint
+from a1111_worker.prompt import Placement, place
 from a1111_worker.request.loras import name_means, parse_list, read_tags, scale_of
 from tests.request.helpers import URL, complaints, lora, parse
 
@@ -178,6 +182,64 @@ def test_a_prompt_full_of_half_tags_is_read_at_once() -> None:
     request = parse(prompt="<a:" * 6_600, negative_prompt="<" * 20_000, hr_prompt="<lora:" * 3_000 + "#>" * 500)
 
     assert request.loras == ()
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions are called, Python's own among them. Unlike time, it is the same on every machine."""
+    count = 0
+
+    def counted(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+LISTED = [{"version_id": number} for number in range(1, 16)]
+# Prompts of many tags. Each is repeated to the length that is asked for.
+MANY_TAGS: dict[str, Callable[[int], str]] = {
+    "one name": lambda count: "<lora:a>" * count,
+    "16 names, then the last of them": lambda count: (
+        "".join(f"<lora:t{number}:1>" for number in range(16)) + "<lora:t15:0.5>" * count
+    ),
+    "many spellings of a listed LoRA": lambda count: "".join(f"<lora:s{number}_15:2>" for number in range(count)),
+    "tags of no type": lambda count: "".join(f"<t{number}:1>" for number in range(count)),
+    "weights that are no numbers": lambda count: "".join(f"<lora:t{number}:x>" for number in range(count)),
+}
+
+
+@pytest.mark.parametrize("loras", [[], LISTED], ids=["no list", "15 listed"])
+@pytest.mark.parametrize("many", MANY_TAGS.values(), ids=MANY_TAGS)
+def test_the_work_for_a_tag_does_not_grow_with_the_loras(many: Callable[[int], str], loras: list[Any]) -> None:
+    listed = parse(loras=loras).loras
+    few = calls_of(lambda: read_tags(many(100), "prompt", listed))
+    more = calls_of(lambda: read_tags(many(1100), "prompt", listed))
+
+    assert more - few <= 1000 * 200
+
+
+@pytest.mark.parametrize("many", MANY_TAGS.values(), ids=MANY_TAGS)
+def test_the_warnings_and_complaints_of_many_tags_are_few(many: Callable[[int], str]) -> None:
+    parsed = read_tags(many(1100), "prompt", parse(loras=[*LISTED, {"version_id": 16, "scale": 1}]).loras)
+
+    assert len(parsed.warnings) <= 16
+    assert len(parsed.complaints) <= 101
+
+
+def test_the_work_to_place_a_tag_does_not_grow_with_the_loras() -> None:
+    placements = [
+        Placement(partial(name_means, ref=lora(name=f"t{number}")), f"file{number}", None, 1.0, True)
+        for number in range(16)
+    ]
+    few = calls_of(lambda: place("<lora:t15:1>" * 100, placements))
+    more = calls_of(lambda: place("<lora:t15:1>" * 1100, placements))
+
+    assert more - few <= 1000 * 40
 
 
 @settings(deadline=None, max_examples=200)

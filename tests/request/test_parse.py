@@ -77,7 +77,7 @@ FULL = {
     "refiner_switch_at": 0.8,
     "comments": {"a": 1},
     "script_name": "x/y/z plot",
-    "script_args": [1, None, ["x", {"y": 1.5}]],
+    "script_args": [1, "1,2", [], 0, "", [], 0, "", [], True, False, False, False, False, False, False, 0, False],
     "alwayson_scripts": {"Hypertile": {"args": [True]}, "other": {}},
     "override_settings": {"eta_ancestral": 0.5},
 }

@@ -17,7 +17,7 @@ from a1111_worker.request.values import (
     list_of,
     normalize_name,
     object_of,
-    printable,
+    shown,
     text,
 )
 
@@ -47,9 +47,9 @@ def test_a_whole_number_may_be_written_with_a_point(value: object, whole: int | 
     assert as_integer(value) == whole
 
 
-@pytest.mark.parametrize(("name", "shown"), [("", '""'), ("a\nb", "a?b"), ("x" * 70, "x" * 60 + "…"), (5, "5")])
-def test_a_name_in_a_message_is_short_and_printable(name: object, shown: str) -> None:
-    assert printable(name) == shown
+@pytest.mark.parametrize(("name", "expected"), [("", '""'), ("a\nb", "a b"), ("x" * 70, "x" * 59 + "…"), (5, "5")])
+def test_a_name_in_a_path_is_short_printable_and_never_empty(name: object, expected: str) -> None:
+    assert shown(name) == expected
 
 
 def test_spellings_of_a_name_are_the_same() -> None:

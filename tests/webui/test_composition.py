@@ -103,12 +103,46 @@ def test_all_unknown_names_are_reported_at_once() -> None:
     assert "'Euler'" in complaints["sampler_name"] and "'Lanczos'" in complaints["hr_upscaler"]
 
 
+AXES = ("Nothing", "Seed", "Steps", "Checkpoint name")
+
+
+def plot(x_type: int, x_values: str) -> dict[str, Any]:
+    args = [x_type, x_values, ["x"], 0, "", [], 0, "", [], True, False, False, False, False, False, False, 0, False]
+    return {"script_name": "x/y/z plot", "script_args": args}
+
+
+@pytest.mark.parametrize(
+    ("x_type", "x_values", "message"),
+    [
+        (1, "1-17", "Seed has more than 16 values, and that is the limit of pictures"),
+        (2, "500", "Steps must be a whole number from 1 to 150, not 500"),
+        (3, "", "is the axis 'Checkpoint name', which is refused: the checkpoint is this worker's, not the job's"),
+    ],
+)
+def test_a_plot_is_held_to_the_limits_by_the_webuis_own_list_of_axes(x_type: int, x_values: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(parse(**plot(x_type, x_values)), lists(script_axes=AXES))
+
+    (complaint,) = refused.value.complaints
+    assert complaint.message == message
+    assert resolve(parse(**plot(2, "20,30")), lists(script_axes=AXES)).body["script_args"][1] == "20,30"
+
+
+def test_a_style_with_a_lora_can_make_a_matrix_too_large() -> None:
+    many = {"many": Style("many", "a|b|c|d|e|f <lora:x:1>")}
+    request = parse(styles=["many"], script_name="prompt matrix", script_args=[False, False, "positive", "comma", 0])
+
+    with pytest.raises(InvalidRequest, match="2 to the power of 5 pictures"):
+        resolve(request, lists(styles=many))
+
+
 def test_names_are_sent_in_the_webuis_case() -> None:
-    request = parse(script_name="X/Y/Z Plot", vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}})
+    matrix = {"script_name": "Prompt Matrix", "script_args": [False, False, "positive", "comma", 0]}
+    request = parse(vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}}, **matrix)
 
     body = resolve(request, lists()).body
 
-    assert body["script_name"] == "x/y/z plot"
+    assert body["script_name"] == "prompt matrix"
     assert body["override_settings"]["sd_vae"] == "sdxl_vae.safetensors"
     assert list(body["alwayson_scripts"]) == ["Hypertile"]
 

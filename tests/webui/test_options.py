@@ -8,6 +8,8 @@ from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
 from tests.support import world
 from tests.webui.supervised import supervised, wait_for, when_asked
 
+PLOT = [1, "5", [], 0, "", [], 0, "", [], True, False, False, False, False, False, False, 0, False]
+
 
 def test_an_option_that_a_script_set_is_reset_after_its_job(tmp_path: Path) -> None:
     with world(tmp_path) as it:
@@ -17,7 +19,7 @@ def test_an_option_that_a_script_set_is_reset_after_its_job(tmp_path: Path) -> N
             options["sigma_min"] = 0.5  # an axis of an X/Y/Z plot; A1111 restores what was set before, and this was not
 
         when_asked(it, "/sdapi/v1/txt2img", leave_behind)
-        it.ask(script_name="x/y/z plot")
+        it.ask(script_name="x/y/z plot", script_args=PLOT)
         it.ask()
 
         assert options["sigma_min"] == 0.0

@@ -97,6 +97,17 @@ FORMS: list[tuple[str, Callable[[WebUI], Any], list[bytes]]] = [
         [*NO_OBJECT, b"{}", b'{"img2img": []}', b'{"txt2img": null}', b'{"txt2img": "x"}', b'{"txt2img": [7]}'],
     ),
     (
+        "/script-info",
+        WebUI.script_axes,
+        [
+            *NO_LIST,
+            *NO_ENTRY,
+            b'[{"name": "x/y/z plot", "is_img2img": false}]',
+            b'[{"name": "x/y/z plot", "is_img2img": false, "args": []}]',
+            b'[{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": null}]}]',
+        ],
+    ),
+    (
         "/options",
         WebUI.options,
         [
