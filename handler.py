@@ -131,8 +131,9 @@ class Worker:
                 self.jobs.submit_later(release_free_memory, delay=0.5)  # by then the SDK has sent the answer
                 return answer
             except WorkerError as error:
-                log.warning("the job failed: %s: %s", error.code, error.message)
-                return error.answer()
+                answer = error.answer()
+                log.warning("the job failed: %s%s", answer["error"], f" ({error.hint})" if error.hint else "")
+                return answer
             except asyncio.CancelledError:
                 log.info("the job was cancelled")
                 raise

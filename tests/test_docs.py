@@ -138,6 +138,12 @@ def test_every_error_code_is_described_with_what_it_means_for_the_caller() -> No
         assert refresh.split(";")[0] == ("yes" if error_classes()[code].refresh_worker else "no"), code
 
 
+def test_every_key_of_a_failed_jobs_answer_is_described() -> None:
+    answer = errors.InvalidRequest("it is wrong", hint="correct it").answer()
+
+    assert list(table(API, "Errors", "key")) == list(answer)
+
+
 def test_the_readme_says_what_to_do_about_every_error_code() -> None:
     rows = table(README, "Troubleshooting", "code")
 

@@ -124,6 +124,16 @@ def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog:
     assert "total" in logged["ended early"].getMessage()
 
 
+def test_the_log_has_what_a_failed_jobs_caller_is_told_to_do(
+    shared: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = shared.ask(prompt="a lighthouse <lora:nobody_knows:1>")
+
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("the job failed")]
+    assert answer["error"] in line
+    assert answer["hint"] in line
+
+
 def test_a_successful_jobs_last_line_carries_its_id(shared: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     caplog.handler.addFilter(logs.add_job_id)
@@ -309,6 +319,7 @@ def test_seventeen_complaints_come_at_once(shared: World) -> None:
     answer = shared.ask(**wrong)
 
     assert sum(f"{path}:" in answer["error"] for path in wrong if path != "cfg_scale") == 17
+    assert {complaint["path"] for complaint in answer["complaints"]} == set(wrong) - {"cfg_scale"}
 
 
 def test_nothing_that_was_refused_harmed_the_next_job(shared: World) -> None:

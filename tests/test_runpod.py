@@ -105,6 +105,36 @@ def test_a_failed_job_ends_failed_with_all_its_keys(live: Endpoint) -> None:
     assert status["output"]["retryable"] is False
 
 
+# A caller that uses RunPod's own Python client. It prints what the client shows of a failed job.
+CLIENT = """
+import json, os, runpod
+runpod.api_key = "a-key"
+endpoint = runpod.Endpoint(os.environ["RUNPOD_ENDPOINT_ID"])
+job = {"input": {"prompt": "a lighthouse", "steps": 0, "loras": [{"name": "nobody", "scale": "x"}]}}
+waiting = endpoint.run(job)
+print(json.dumps([endpoint.run_sync(job), waiting.output(timeout=60), waiting.status()]))
+"""
+
+
+def test_runpods_own_client_shows_why_a_job_failed(live: Endpoint) -> None:
+    environ = {
+        **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+        "RUNPOD_ENDPOINT_ID": live.queue.endpoint,
+        "RUNPOD_ENDPOINT_BASE_URL": f"{live.queue.url}/v2",
+    }
+
+    done = subprocess.run([sys.executable, "-c", CLIENT], env=environ, capture_output=True, text=True, timeout=90)
+
+    assert done.returncode == 0, done.stderr
+    of_runsync, of_run, status = json.loads(done.stdout.splitlines()[-1])
+    assert status == "FAILED"
+    for shown in (of_runsync, of_run):
+        assert "error" not in shown  # the client loses it
+        assert shown["message"].startswith("steps: must be a whole number from 1 to 150")
+        assert [complaint["path"] for complaint in shown["complaints"]] == ["steps", "loras[0].scale"]
+        assert (shown["code"], shown["retryable"]) == ("INVALID_REQUEST", False)
+
+
 def test_a_result_of_five_megabytes_arrives(live: Endpoint) -> None:
     live.world.webui.image_bytes = 4_000_000
 
