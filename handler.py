@@ -144,7 +144,8 @@ class Worker:
     @contextlib.asynccontextmanager
     async def open_job(self, job: dict[str, Any]) -> AsyncIterator[JobContext]:
         """A job's context: its time runs, its progress is sent to RunPod, and the worker's shutdown may cancel it."""
-        deadline = Deadline(job_seconds(job, self._config.job_timeout))
+        patience = self.readiness.timings.interrupt_patience
+        deadline = Deadline(job_seconds(job, self._config.job_timeout, interrupt_patience=patience))
         with self.shutdown.may_cancel(deadline):
             async with self.jobs.open(str(job["id"]), deadline) as context:
                 yield context

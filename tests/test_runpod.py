@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sandbox.runpod import RunPod
+from sandbox.webui import Fault
 from tests.support import DETAIL, SMALL, World, world
 
 ROOT = Path(__file__).parent.parent
@@ -180,6 +181,18 @@ def test_a_cancelled_job_is_interrupted_and_the_next_one_is_whole(live: Endpoint
     assert live.queue.status(cancelled)["status"] == "CANCELLED"
     assert live.queue.late_results == []
     assert "/sdapi/v1/interrupt" in [asked.path for asked in live.world.webui.asked]
+
+
+def test_a_job_with_a_short_policy_is_answered_before_runpod_ends_it(live: Endpoint) -> None:
+    live.world.webui.fail_next = [Fault.HANG]  # it takes all of the time that the worker waits for an interrupt
+
+    job = live.queue.submit({"prompt": "slow", **SMALL}, policy={"executionTimeout": 5_000})
+    status = live.queue.wait(job, timeout=30)
+    live.world.webui.release()
+
+    assert status["status"] == "FAILED", status
+    assert status["output"]["code"] == "JOB_TIMEOUT"
+    assert live.queue.late_results == []
 
 
 def test_nothing_of_a_prompt_is_in_the_log(live: Endpoint) -> None:
