@@ -124,9 +124,7 @@ def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog:
     assert "total" in logged["ended early"].getMessage()
 
 
-def test_the_log_has_what_a_failed_jobs_caller_is_told_to_do(
-    shared: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_has_what_a_failed_jobs_caller_is_told_to_do(shared: World, caplog: pytest.LogCaptureFixture) -> None:
     answer = shared.ask(prompt="a lighthouse <lora:nobody_knows:1>")
 
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("the job failed")]
@@ -333,6 +331,40 @@ def test_a_strange_name_beside_an_id_never_reaches_the_disk(shared: World, name:
     files = [path.name for path in (shared.models_dir / "loras").glob("*.safetensors")]
     assert all(file in ("detail_tweaker_xl.safetensors", "hand_detail_flux_xl.safetensors") for file in files)
     assert answer.get("code") in (None, "INVALID_REQUEST")
+
+
+class ObservedInput(dict[str, Any]):
+    """A job's input that notes in which threads it is read."""
+
+    def __init__(self, readers: set[int], **given: Any) -> None:
+        super().__init__(given)
+        self._readers = readers
+
+    def items(self) -> Any:
+        self._readers.add(threading.get_ident())
+        return super().items()
+
+
+class ObservedName(str):
+    """A name in a job's input that notes in which threads it is compared."""
+
+    __slots__ = ("readers",)
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.readers.add(threading.get_ident())
+        return str.__eq__(self, other)
+
+
+def test_the_input_is_parsed_and_its_names_are_resolved_beside_the_event_loop(shared: World) -> None:
+    name = ObservedName("Lanczos")
+    parsing, name.readers = set[int](), set[int]()
+
+    answer = shared.run({"id": "job-1", "input": ObservedInput(parsing, prompt="x", **SMALL, hr_upscaler=name)})
+
+    assert "error" not in answer
+    assert parsing and name.readers
+    assert threading.get_ident() not in parsing | name.readers
 
 
 # -- LoRAs that are not available --------------------------------------------------------------------------------------
