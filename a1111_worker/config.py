@@ -36,9 +36,7 @@ from a1111_worker.environment import (
     url,
     whole,
 )
-from a1111_worker.origins import STORAGE_HOSTS
-
-CIVITAI_ORIGINS = ("https://civitai.com", "https://civitai.red")
+from a1111_worker.origins import CIVITAI_ORIGINS, STORAGE_HOSTS
 
 
 def civitai_origins(text: str) -> tuple[str, ...]:

@@ -39,6 +39,14 @@ BAD = [
     ("WEBUI_URL", "http://127.0.0.1:abc"),
     ("WEBUI_URL", "http://127.0.0.1:0"),
     ("WEBUI_URL", "http://[::1"),
+    ("WEBUI_URL", "https://user:pw@host"),
+    ("WEBUI_URL", "https://:pw@host"),  # a password without a name
+    ("WEBUI_URL", "https://@host"),
+    ("BUCKET_ENDPOINT_URL", "https://:pw@s3.example.com"),
+    ("BUCKET_PUBLIC_URL", "https://:pw@cdn.example.com/pictures"),
+    ("CIVITAI_URL", "https://:pw@civitai.com"),
+    ("MODEL_HOSTS", "https://:pw@cdn.example.com"),
+    ("STORAGE_HOSTS", "cdn.example.com, :pw@cdn.example.com"),
     ("BOOT_TIMEOUT", "soon"),
     ("BOOT_TIMEOUT", "-1"),
     ("JOB_TIMEOUT", "nan"),
@@ -108,7 +116,7 @@ def test_a_bad_address_is_refused_with_what_is_taken_even_if_it_cannot_be_parsed
     with pytest.raises(ConfigError) as raised:
         Config.from_env({"WEBUI_URL": "http://[::1"})
 
-    assert str(raised.value) == "WEBUI_URL='http://[::1': takes an http(s) URL without a query"
+    assert str(raised.value) == "WEBUI_URL='http://[::1': takes an http(s) URL without credentials and without a query"
 
 
 def test_seconds_may_have_a_fraction_and_blanks_around_them() -> None:
@@ -127,6 +135,24 @@ def test_a_bad_secret_of_the_bucket_is_not_shown() -> None:
         Config.from_env({**BUCKET, "BUCKET_SECRET_ACCESS_KEY": "secret with spaces"})
 
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WEBUI_URL", "https://:hush@host"),
+        ("WEBUI_URL", "https://user:hu/sh@host"),  # a `/` that should have been escaped
+        ("MODEL_HOSTS", "https://user:hush@host"),
+        ("CIVITAI_URL", "user:hush@civitai.com"),
+        ("BUCKET_ENDPOINT_URL", "https://user:hush@s3.example.com?hush"),
+    ],
+)
+def test_credentials_in_an_address_are_not_shown(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({**(BUCKET if name.startswith("BUCKET_") else {}), name: value})
+
+    assert str(raised.value).startswith(f"{name}=(not shown): takes")
+    assert "hu" not in str(raised.value)
 
 
 def test_a_bucket_has_sane_defaults() -> None:
