@@ -8,7 +8,8 @@ lists them for the documentation: a test compares it with docs/subsystems/contai
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from a1111_worker.environment import (
     whole,
 )
 from a1111_worker.origins import CIVITAI_ORIGINS, STORAGE_HOSTS
+from a1111_worker.similar import nearest
 
 
 def civitai_origins(text: str) -> tuple[str, ...]:
@@ -194,6 +196,39 @@ SETTINGS = (
     Setting("WEBUI_ARGS", "further flags for the WebUI", reader="start.sh"),
     Setting("ALLOW_CPU", "start.sh may run without a GPU", default="0", reader="start.sh"),
 )
+
+START_SH_SETTINGS = (
+    "WEBUI_DIR",
+    "WEBUI_PYTHON",
+    "WEBUI_RESTARTS",
+    "WEBUI_RESTART_BACKOFF",
+    "WEBUI_RESTART_WINDOW",
+    "WORKER_DIR",
+    "WORKER_PYTHON",
+)
+"""Variables that only start.sh reads. docs/modules/startup-script.md describes them."""
+
+OUR_PREFIXES = ("BUCKET_", "CHECKPOINT_", "CIVITAI_", "MODEL_", "MODELS_", "WEBUI_")
+
+
+def find_misspelt_settings(names: Iterable[str]) -> dict[str, list[str]]:
+    """The variables among `names` that look like settings and are none, each with the settings that it may mean.
+
+    A name looks like a setting if it begins with one of our prefixes, or is nearly the name of a setting. It may mean
+    the settings that have all of its words, else the one that resembles it most. Names that a log line cannot show as
+    they are count as other programs'.
+    """
+    known = (*(setting.name for setting in SETTINGS), *START_SH_SETTINGS)
+    found = {}
+    for name in names:
+        if name in known or not re.fullmatch(r"[A-Za-z0-9_]{1,80}", name):
+            continue
+        if name.upper().startswith(OUR_PREFIXES):
+            words = set(name.upper().split("_"))
+            found[name] = [setting for setting in known if words <= set(setting.split("_"))] or nearest(name, known, 1)
+        elif near := nearest(name, known, 1, cutoff=0.85):
+            found[name] = near
+    return found
 
 
 def default_models_dir(root: Path) -> Path:
