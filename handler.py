@@ -3,6 +3,7 @@
     python handler.py --test_input '{"input": {"prompt": "a lighthouse"}}'   one job, here
     python handler.py --rp_serve_api                                         the SDK's local API
     python handler.py                                                        RunPod's queue, or test_input.json
+    python handler.py --help                                                 all arguments
 
 Settings come from the environment: docs/subsystems/container-management.md.
 """
@@ -18,15 +19,17 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from a1111_worker import logs
-from a1111_worker.config import Config, prepare_sdk_environment
+from a1111_worker.arguments import Arguments, BadArguments, check_api_address, check_test_file, parse_arguments
+from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_environment
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
 from a1111_worker.domain import GenerationRequest, OnLoraError, Stage
-from a1111_worker.errors import ConfigError, Internal, WebUINotReady, WorkerError
+from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
 from a1111_worker.job.memory import release_free_memory
@@ -100,12 +103,13 @@ class Worker:
         self._webui.close()
         self.delivery.close()
 
-    def boot(self) -> None:
+    def boot(self, deadline: Deadline | None = None) -> None:
         """Bring the checkpoint onto the disk and the WebUI up, both at once; then load the checkpoint and warm up.
 
-        Raises WorkerError if that fails, ConfigError for a bucket setting that can never work.
+        Without a deadline it may take BOOT_TIMEOUT. Raises WorkerError if it fails, JobCancelled if the deadline is
+        cancelled, ConfigError for a bucket setting that can never work.
         """
-        context = JobContext(Deadline(self._config.boot_timeout, what="the boot"))
+        context = JobContext(deadline or Deadline(self._config.boot_timeout, what="the boot"))
         if not self.readiness.is_started_by_us:
             self.readiness.wait_until_up(context.deadline)  # nothing starts one: find that out before the download
         with ThreadPoolExecutor(max_workers=3, thread_name_prefix="boot") as threads:
@@ -202,14 +206,22 @@ def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
 def main() -> None:
     """Start the worker as the arguments and the environment say."""
     try:
+        arguments = parse_arguments(sys.argv[1:])
         config = Config.from_env(os.environ)
         logs.configure(config.log_level, config.log_format)
+        _warn_of_misspelt_settings()
+        _check_local_run(arguments, config)
         prepare_sdk_environment(os.environ)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
-            booted = threads.submit(_build_and_boot, config)
+        boot = Deadline(config.boot_timeout, what="the boot")
+        with _cancelled_by_ctrl_c(boot), ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
+            booted = threads.submit(_build_and_boot, config, boot)
             import runpod  # 1.6 s, while the WebUI starts and the checkpoint arrives
 
             worker = booted.result()
+    except BadArguments as error:
+        _end(str(error), 2)
+    except JobCancelled:
+        _end("stopped by Ctrl-C before the worker was ready", 128 + signal.SIGINT)
     except ConfigError as error:
         sys.exit(str(error))
     try:
@@ -223,8 +235,42 @@ def main() -> None:
         worker.close()  # also releases its holds on the volume, so that no other worker waits until they are stale
 
 
-def _build_and_boot(config: Config) -> Worker:
-    """A worker that is ready, or broken. ConfigError ends the start.
+def _warn_of_misspelt_settings() -> None:
+    for name, near in find_misspelt_settings(os.environ).items():
+        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+        log.warning("%s is set, but no setting has that name%s", name, suggestion)
+
+
+def _check_local_run(arguments: Arguments, config: Config) -> None:
+    """Raise BadArguments if the SDK will find no job for a local run, or no port for the local API."""
+    if arguments.serves_api:
+        check_api_address(arguments.api_host, arguments.api_port)
+    elif config.runpod is None and not arguments.has_test_input:
+        check_test_file(Path("test_input.json"))
+
+
+def _end(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"handler.py: {message}\n")
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def _cancelled_by_ctrl_c(deadline: Deadline) -> Iterator[None]:
+    """Inside the block, Ctrl-C cancels the deadline. A second one ends the process at once."""
+
+    def cancel(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        deadline.cancel()
+
+    previous = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _build_and_boot(config: Config, deadline: Deadline) -> Worker:
+    """A worker that is ready, or broken. ConfigError and JobCancelled end the start.
 
     A worker that ended here would leave the jobs that wait for it IN_QUEUE until they expire. On RunPod a broken worker
     answers each of them with the reason instead, and is replaced.
@@ -232,9 +278,9 @@ def _build_and_boot(config: Config) -> Worker:
     worker = Worker(config)
     worker.health.start()
     try:
-        worker.boot()
+        worker.boot(deadline)
         worker.health.set_state("ready")
-    except ConfigError:
+    except (ConfigError, JobCancelled):
         worker.close()
         raise
     except WorkerError as error:
