@@ -174,6 +174,7 @@ class Worker:
     def jobs_in_flight(self, _current: int) -> int:
         """How many jobs the SDK may hold: its `concurrency_modifier`. It calls this in its loop before every take."""
         self.shutdown.listen()
+        self.health.watch_ping_process()
         return self._config.jobs_in_flight
 
     def check_fitness(self) -> None:
@@ -230,6 +231,7 @@ def main() -> None:
         runpod.serverless.register_fitness_check(worker.check_fitness)
         # The local API ends with this signal too: its server raises it again when it is down.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        worker.health.remember_children()
         runpod.serverless.start({"handler": worker.handle, "concurrency_modifier": worker.jobs_in_flight})
     finally:
         worker.close()  # also releases its holds on the volume, so that no other worker waits until they are stale

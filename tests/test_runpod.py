@@ -17,7 +17,7 @@ import pytest
 
 from sandbox.runpod import RunPod
 from sandbox.webui import Fault
-from tests.support import DETAIL, SMALL, World, world
+from tests.support import DETAIL, SMALL, World, wait_until, world
 
 ROOT = Path(__file__).parent.parent
 
@@ -235,6 +235,50 @@ def test_stopped_by_term_a_job_too_long_for_the_grace_is_cancelled_with_an_answe
         answers = [it.queue.status(job) for job in (running, waiting)]
         assert [answer["output"]["code"] for answer in answers] == ["JOB_CANCELLED", "JOB_CANCELLED"]
         assert [answer["output"]["retryable"] for answer in answers] == [True, True]
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes whose parent has this pid, without those that have ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def health_of(state_file: Path) -> dict[str, Any]:
+    """What the worker has written for the health check; nothing yet: an empty object."""
+    try:
+        found: dict[str, Any] = json.loads(state_file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def test_the_health_says_that_the_sdks_ping_process_lives(tmp_path: Path) -> None:
+    state_file = tmp_path / "worker.state.json"
+    with endpoint(tmp_path, WORKER_STATE_FILE=str(state_file)) as it:
+        it.queue.wait_for_worker()
+
+        wait_until(lambda: health_of(state_file).get("ping") == "up", "the ping process")
+        assert len(children_of(it.process.pid)) == 1
+        assert health_of(state_file)["state"] == "ready"
+
+
+@pytest.mark.slow  # the health is written every 10 s
+def test_the_health_says_that_the_sdks_ping_process_has_died(tmp_path: Path) -> None:
+    state_file = tmp_path / "worker.state.json"
+    with endpoint(tmp_path, WORKER_STATE_FILE=str(state_file)) as it:
+        wait_until(lambda: health_of(state_file).get("ping") == "up", "the ping process")
+        (ping,) = children_of(it.process.pid)
+
+        os.kill(ping, signal.SIGKILL)
+        wait_until(lambda: health_of(state_file)["ping"] == "down", "the next heartbeat")
+
+        assert it.run()["status"] == "COMPLETED"  # jobs still come and go
+        assert "the SDK's ping process has died (status -9)" in it.log()
 
 
 def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) -> None:
