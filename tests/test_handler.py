@@ -350,7 +350,7 @@ class ObservedInput(dict[str, Any]):
 class ObservedName(str):
     """A name in a job's input that notes in which threads it is compared."""
 
-    __slots__ = ("readers",)
+    readers: set[int]
     __hash__ = str.__hash__
 
     def __eq__(self, other: object) -> bool:
