@@ -8,6 +8,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def wait_forever() -> None:
 
 
 @contextlib.contextmanager
-def child() -> Iterator[multiprocessing.Process]:
+def child() -> Iterator[BaseProcess]:
     """A child as the SDK starts its ping process: a daemon that never ends by itself (runpod 1.12, rp_ping.py)."""
     process = multiprocessing.get_context("spawn").Process(target=wait_forever, daemon=True)
     process.start()
