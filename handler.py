@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from a1111_worker import logs
 from a1111_worker.arguments import Arguments, BadArguments, check_api_address, check_test_file, parse_arguments
-from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_environment
+from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_environment, runs_test_file
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
@@ -211,7 +211,7 @@ def main() -> None:
         config = Config.from_env(os.environ)
         logs.configure(config.log_level, config.log_format)
         _warn_of_misspelt_settings()
-        _check_local_run(arguments, config)
+        _check_local_run(arguments)
         prepare_sdk_environment(os.environ)
         boot = Deadline(config.boot_timeout, what="the boot")
         with _cancelled_by_ctrl_c(boot), ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
@@ -243,11 +243,11 @@ def _warn_of_misspelt_settings() -> None:
         log.warning("%s is set, but no setting has that name%s", name, suggestion)
 
 
-def _check_local_run(arguments: Arguments, config: Config) -> None:
+def _check_local_run(arguments: Arguments) -> None:
     """Raise BadArguments if the SDK will find no job for a local run, or no port for the local API."""
     if arguments.serves_api:
         check_api_address(arguments.api_host, arguments.api_port)
-    elif config.runpod is None and not arguments.has_test_input:
+    elif runs_test_file(os.environ) and not arguments.has_test_input:
         check_test_file(Path("test_input.json"))
 
 

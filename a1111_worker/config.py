@@ -278,3 +278,11 @@ def prepare_sdk_environment(environ: MutableMapping[str, str]) -> None:
         if level:  # an empty one is as good as none
             environ[name] = level if level.upper() in SDK_LOG_LEVELS else "INFO"
     environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")
+
+
+def runs_test_file(environ: Mapping[str, str]) -> bool:
+    """Whether the SDK, without arguments, runs the job in test_input.json (runpod 1.12, serverless/worker.py).
+
+    If not, it takes jobs from RunPod's queue, or serves them at the port that RunPod gives it.
+    """
+    return "RUNPOD_WEBHOOK_GET_JOB" not in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"

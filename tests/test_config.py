@@ -16,6 +16,7 @@ from a1111_worker.config import (
     default_models_dir,
     find_misspelt_settings,
     prepare_sdk_environment,
+    runs_test_file,
 )
 from a1111_worker.domain import BucketSettings
 from a1111_worker.environment import settings_of
@@ -298,6 +299,19 @@ def test_the_sdk_logs_prompts_only_if_somebody_asked_for_it() -> None:
     prepare_sdk_environment(asked)
 
     assert (silent["RUNPOD_DEBUG_LEVEL"], asked["RUNPOD_DEBUG_LEVEL"]) == ("INFO", "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "https://x"}, False),  # its queue
+        ({"RUNPOD_REALTIME_PORT": "8000"}, False),
+        ({"RUNPOD_REALTIME_PORT": "0"}, True),
+    ],
+)
+def test_off_runpod_the_sdk_runs_the_job_of_its_test_file(environ: dict[str, str], expected: bool) -> None:
+    assert runs_test_file(environ) is expected
 
 
 # Misspelt settings
