@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.arguments import Arguments, BadArguments, check_api_address, check_test_file, parse_arguments
+from tests.support import ROOT
 
 JOB = '{"input": {"prompt": "a lighthouse"}}'
 
@@ -131,11 +132,12 @@ def test_the_sdk_has_the_same_arguments_with_the_same_defaults() -> None:
     script = """
 import json
 from a1111_worker.arguments import build_parser
+from tests.support import ROOT
 from runpod.serverless import parser
 for each in (build_parser(), parser):
     print(json.dumps({action.option_strings[-1]: action.default for action in each._actions}))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
 
     ours, theirs = map(json.loads, done.stdout.splitlines())
     assert ours.keys() == theirs.keys()
