@@ -3,6 +3,7 @@
     python handler.py --test_input '{"input": {"prompt": "a lighthouse"}}'   one job, here
     python handler.py --rp_serve_api                                         the SDK's local API
     python handler.py                                                        RunPod's queue, or test_input.json
+    python handler.py --help                                                 all arguments
 
 Settings come from the environment: docs/subsystems/container-management.md.
 """
@@ -18,15 +19,17 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from a1111_worker import logs
-from a1111_worker.config import Config, prepare_sdk_environment
+from a1111_worker.arguments import Arguments, BadArguments, check_api_address, check_test_file, parse_arguments
+from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_environment, runs_test_file
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
 from a1111_worker.domain import GenerationRequest, OnLoraError, Stage
-from a1111_worker.errors import ConfigError, Internal, WebUINotReady, WorkerError
+from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
 from a1111_worker.job.memory import release_free_memory
@@ -49,7 +52,7 @@ async def run_job(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
     """A job from its input to its answer, or a WorkerError. A cancelled job leaves nothing running behind it."""
     async with worker.open_job(job) as context:
         jobs = worker.jobs
-        request = worker.generator.resolve(parse_request(job.get("input"), worker.limits))
+        request = await jobs.run(context, worker.read_request, job.get("input"))
         async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
             async with worker.gpu.turn(context):
                 started = await jobs.run(context, worker.generator.start, request, held, undo=StartedGeneration.discard)
@@ -102,12 +105,13 @@ class Worker:
         self._webui.close()
         self.delivery.close()
 
-    def boot(self) -> None:
+    def boot(self, deadline: Deadline | None = None) -> None:
         """Bring the checkpoint onto the disk and the WebUI up, both at once; then load the checkpoint and warm up.
 
-        Raises WorkerError if that fails, ConfigError for a bucket setting that can never work.
+        Without a deadline it may take BOOT_TIMEOUT. Raises WorkerError if it fails, JobCancelled if the deadline is
+        cancelled, ConfigError for a bucket setting that can never work.
         """
-        context = JobContext(Deadline(self._config.boot_timeout, what="the boot"))
+        context = JobContext(deadline or Deadline(self._config.boot_timeout, what="the boot"))
         if not self.readiness.is_started_by_us:
             self.readiness.wait_until_up(context.deadline)  # nothing starts one: find that out before the download
         with ThreadPoolExecutor(max_workers=3, thread_name_prefix="boot") as threads:
@@ -133,8 +137,9 @@ class Worker:
                 self.jobs.submit_later(release_free_memory, delay=0.5)  # by then the SDK has sent the answer
                 return answer
             except WorkerError as error:
-                log.warning("the job failed: %s: %s", error.code, error.message)
-                return error.answer()
+                answer = error.answer()
+                log.warning("the job failed: %s%s", answer["error"], f" ({error.hint})" if error.hint else "")
+                return answer
             except asyncio.CancelledError:
                 log.info("the job was cancelled")
                 raise
@@ -145,10 +150,18 @@ class Worker:
     @contextlib.asynccontextmanager
     async def open_job(self, job: dict[str, Any]) -> AsyncIterator[JobContext]:
         """A job's context: its time runs, its progress is sent to RunPod, and the worker's shutdown may cancel it."""
-        deadline = Deadline(job_seconds(job, self._config.job_timeout))
+        patience = self.readiness.timings.interrupt_patience
+        deadline = Deadline(job_seconds(job, self._config.job_timeout, interrupt_patience=patience))
         with self.shutdown.may_cancel(deadline):
             async with self.jobs.open(str(job["id"]), deadline) as context:
                 yield context
+
+    def read_request(self, raw: object, _context: JobContext) -> GenerationRequest:
+        """The request that a job's raw input means, every name in the WebUI's own spelling. InvalidRequest otherwise.
+
+        It runs in a thread: 20 kB of LoRA tags take a second of the processor.
+        """
+        return self.generator.resolve(parse_request(raw, self.limits))
 
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:
@@ -163,6 +176,7 @@ class Worker:
     def jobs_in_flight(self, _current: int) -> int:
         """How many jobs the SDK may hold: its `concurrency_modifier`. It calls this in its loop before every take."""
         self.shutdown.listen()
+        self.health.watch_ping_process()
         return self._config.jobs_in_flight
 
     def check_fitness(self) -> None:
@@ -195,14 +209,22 @@ def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
 def main() -> None:
     """Start the worker as the arguments and the environment say."""
     try:
+        arguments = parse_arguments(sys.argv[1:])
         config = Config.from_env(os.environ)
         logs.configure(config.log_level, config.log_format)
+        _warn_of_misspelt_settings()
+        _check_local_run(arguments)
         prepare_sdk_environment(os.environ)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
-            booted = threads.submit(_build_and_boot, config)
+        boot = Deadline(config.boot_timeout, what="the boot")
+        with _cancelled_by_ctrl_c(boot), ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
+            booted = threads.submit(_build_and_boot, config, boot)
             import runpod  # 1.6 s, while the WebUI starts and the checkpoint arrives
 
             worker = booted.result()
+    except BadArguments as error:
+        _end(str(error), 2)
+    except JobCancelled:
+        _end("stopped by Ctrl-C before the worker was ready", 128 + signal.SIGINT)
     except ConfigError as error:
         sys.exit(str(error))
     try:
@@ -211,13 +233,48 @@ def main() -> None:
         runpod.serverless.register_fitness_check(worker.check_fitness)
         # The local API ends with this signal too: its server raises it again when it is down.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        worker.health.remember_children()
         runpod.serverless.start({"handler": worker.handle, "concurrency_modifier": worker.jobs_in_flight})
     finally:
         worker.close()  # also releases its holds on the volume, so that no other worker waits until they are stale
 
 
-def _build_and_boot(config: Config) -> Worker:
-    """A worker that is ready, or broken. ConfigError ends the start.
+def _warn_of_misspelt_settings() -> None:
+    for name, near in find_misspelt_settings(os.environ).items():
+        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+        log.warning("%s is set, but no setting has that name%s", name, suggestion)
+
+
+def _check_local_run(arguments: Arguments) -> None:
+    """Raise BadArguments if the SDK will find no job for a local run, or no port for the local API."""
+    if arguments.serves_api:
+        check_api_address(arguments.api_host, arguments.api_port)
+    elif runs_test_file(os.environ) and not arguments.has_test_input:
+        check_test_file(Path("test_input.json"))
+
+
+def _end(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"handler.py: {message}\n")
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def _cancelled_by_ctrl_c(deadline: Deadline) -> Iterator[None]:
+    """Inside the block, Ctrl-C cancels the deadline. A second one ends the process at once."""
+
+    def cancel(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        deadline.cancel()
+
+    previous = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _build_and_boot(config: Config, deadline: Deadline) -> Worker:
+    """A worker that is ready, or broken. ConfigError and JobCancelled end the start.
 
     A worker that ended here would leave the jobs that wait for it IN_QUEUE until they expire. On RunPod a broken worker
     answers each of them with the reason instead, and is replaced.
@@ -225,9 +282,9 @@ def _build_and_boot(config: Config) -> Worker:
     worker = Worker(config)
     worker.health.start()
     try:
-        worker.boot()
+        worker.boot(deadline)
         worker.health.set_state("ready")
-    except ConfigError:
+    except (ConfigError, JobCancelled):
         worker.close()
         raise
     except WorkerError as error:

@@ -6,6 +6,7 @@ Modules that several packages need, in reading order:
     errors          everything that can go wrong, as a tree, with codes
     config          every setting, read from the environment
     environment     how a setting is declared, read and parsed
+    arguments       the arguments of handler.py, checked before the boot
     context         what travels with a job: deadline and cancellation, progress, priority, timings
     catalog         the models that the worker knows by name
     prompt          `<lora:name:0.8>` in a prompt, as A1111 reads it

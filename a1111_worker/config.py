@@ -8,7 +8,8 @@ lists them for the documentation: a test compares it with docs/subsystems/contai
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,9 +37,8 @@ from a1111_worker.environment import (
     url,
     whole,
 )
-from a1111_worker.origins import STORAGE_HOSTS
-
-CIVITAI_ORIGINS = ("https://civitai.com", "https://civitai.red")
+from a1111_worker.origins import CIVITAI_ORIGINS, STORAGE_HOSTS
+from a1111_worker.similar import nearest
 
 
 def civitai_origins(text: str) -> tuple[str, ...]:
@@ -197,6 +197,39 @@ SETTINGS = (
     Setting("ALLOW_CPU", "start.sh may run without a GPU", default="0", reader="start.sh"),
 )
 
+START_SH_SETTINGS = (
+    "WEBUI_DIR",
+    "WEBUI_PYTHON",
+    "WEBUI_RESTARTS",
+    "WEBUI_RESTART_BACKOFF",
+    "WEBUI_RESTART_WINDOW",
+    "WORKER_DIR",
+    "WORKER_PYTHON",
+)
+"""Variables that only start.sh reads. docs/modules/startup-script.md describes them."""
+
+OUR_PREFIXES = ("BUCKET_", "CHECKPOINT_", "CIVITAI_", "MODEL_", "MODELS_", "WEBUI_")
+
+
+def find_misspelt_settings(names: Iterable[str]) -> dict[str, list[str]]:
+    """The variables among `names` that look like settings and are none, each with the settings that it may mean.
+
+    A name looks like a setting if it begins with one of our prefixes, or is nearly the name of a setting. It may mean
+    the settings that have all of its words, else the one that resembles it most. Names that a log line cannot show as
+    they are count as other programs'.
+    """
+    known = (*(setting.name for setting in SETTINGS), *START_SH_SETTINGS)
+    found = {}
+    for name in names:
+        if name in known or not re.fullmatch(r"[A-Za-z0-9_]{1,80}", name):
+            continue
+        if name.upper().startswith(OUR_PREFIXES):
+            words = set(name.upper().split("_"))
+            found[name] = [setting for setting in known if words <= set(setting.split("_"))] or nearest(name, known, 1)
+        elif near := nearest(name, known, 1, cutoff=0.85):
+            found[name] = near
+    return found
+
 
 def default_models_dir(root: Path) -> Path:
     """Where the cache is if MODELS_DIR is not set: on RunPod's network volume, else in /models, else in ./models."""
@@ -245,3 +278,11 @@ def prepare_sdk_environment(environ: MutableMapping[str, str]) -> None:
         if level:  # an empty one is as good as none
             environ[name] = level if level.upper() in SDK_LOG_LEVELS else "INFO"
     environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")
+
+
+def runs_test_file(environ: Mapping[str, str]) -> bool:
+    """Whether the SDK, without arguments, runs the job in test_input.json (runpod 1.12, serverless/worker.py).
+
+    If not, it takes jobs from RunPod's queue, or serves them at the port that RunPod gives it.
+    """
+    return "RUNPOD_WEBHOOK_GET_JOB" not in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"

@@ -101,7 +101,8 @@ class Environment:
         try:
             return setting.parse(text)
         except ValueError as takes:
-            shown = "(not shown)" if setting.secret else repr(text[:200])
+            # An address with `@` may hold credentials, in a place that only its writer knows.
+            shown = "(not shown)" if setting.secret or "@" in text else repr(text[:200])
             self.complain(f"{setting.name}={shown}: takes {takes}")
             return setting.unset
 
@@ -194,10 +195,10 @@ def paths(text: str) -> tuple[Path, ...]:
 def url(text: str) -> str:
     with contextlib.suppress(ValueError):  # a bracket that is never closed, or a port that is no number
         parts = urlsplit(text)
-        is_plain = not (parts.query or parts.fragment or parts.username)
+        is_plain = not (parts.query or parts.fragment or "@" in parts.netloc)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and is_plain:
             return text.rstrip("/")
-    raise ValueError("an http(s) URL without a query")
+    raise ValueError("an http(s) URL without credentials and without a query")
 
 
 def origin(text: str) -> str:
@@ -220,8 +221,8 @@ def hosts(text: str) -> tuple[str, ...]:
         is_local = parts.hostname in ("127.0.0.1", "localhost")
         if parts.scheme != "https" and not (parts.scheme == "http" and is_local and parts.port):
             raise ValueError("https hosts, or exactly http://127.0.0.1:PORT or http://localhost:PORT")
-        if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
-            raise ValueError("hosts separated by commas, without a path")
+        if not parts.hostname or parts.path not in ("", "/") or parts.query or "@" in parts.netloc:
+            raise ValueError("hosts separated by commas, without credentials and without a path")
     return tuple(_reachable(host.rstrip("/")) for host in found)
 
 

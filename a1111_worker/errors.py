@@ -8,8 +8,9 @@
     │   ├── ModelRejected
     │   ├── DownloadFailed
     │   │   └── PartialFileLost      another worker took the partial file over, or it is gone
-    │   └── VolumeFull
-    │       └── FileTooLong          the file system takes no file of this size
+    │   ├── VolumeFull
+    │   │   └── FileTooLong          the file system takes no file of this size
+    │   └── VolumeFailed             the volume cannot be read or written
     ├── WebUINotReady            did not start in time, or was given up on
     │   └── RouteMissing             a bare 404: the API is not mounted (yet)
     ├── WebUILost                died or hung while it worked for this job
@@ -62,8 +63,16 @@ class WorkerError(Exception):
             self.refresh_worker = refresh_worker
 
     def answer(self) -> dict[str, Any]:
-        """The failed job's answer: `error` is always a non-empty string (the SDK drops anything else)."""
-        answer: dict[str, Any] = {"error": f"{self.code}: {self.message}", "code": self.code}
+        """The failed job's answer: `error` is always a non-empty string (the SDK drops anything else).
+
+        `message` repeats what `error` says: RunPod's own Python client shows a caller only the keys beside `error`
+        (runpod 1.12, endpoint/runner.py).
+        """
+        answer: dict[str, Any] = {
+            "error": f"{self.code}: {self.message}",
+            "code": self.code,
+            "message": self.message,
+        }
         if self.hint:
             answer["hint"] = self.hint
         answer["retryable"] = self.retryable
@@ -95,6 +104,11 @@ class InvalidRequest(WorkerError):
         )
         super().__init__("; ".join(str(complaint) for complaint in self.complaints), hint=hint)
 
+    def answer(self) -> dict[str, Any]:
+        """The failed job's answer, with the complaints one by one for programs."""
+        complaints = [{"path": c.path, "message": c.message} for c in self.complaints]
+        return {**super().answer(), "complaints": complaints}
+
 
 class ModelError(WorkerError):
     """A model is not available."""
@@ -124,7 +138,7 @@ class PartialFileLost(DownloadFailed):
 
 
 class VolumeFull(ModelError):
-    """There is no room, and none may be freed; or there is no folder to write to."""
+    """There is no room, and none may be freed (ENOSPC, EDQUOT)."""
 
     code = "VOLUME_FULL"
     retryable = True
@@ -132,6 +146,13 @@ class VolumeFull(ModelError):
 
 class FileTooLong(VolumeFull):
     """The volume takes no file of that size: evicting others would not help."""
+
+
+class VolumeFailed(ModelError):
+    """The volume cannot be read or written, or there is nowhere to write (EIO, ESTALE, EROFS, EACCES, ENOTCONN)."""
+
+    code = "VOLUME_FAILED"
+    retryable = True
 
 
 class WebUINotReady(WorkerError):

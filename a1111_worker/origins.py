@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+CIVITAI_ORIGINS = ("https://civitai.com", "https://civitai.red")
+"""CivitAI's API. The second one shows what the first one hides since April 2026. Ids and keys are the same on both."""
+
 _R2 = "5ac0637cfd0766c97916cefa3764fbdf.r2.cloudflarestorage.com"
 
 # CivitAI's signed links lead here: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain

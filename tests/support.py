@@ -93,8 +93,12 @@ class World:
         return self.folder / "models"
 
     def config(self, **changes: str) -> Config:
+        return Config.from_env({**self.environ(), **changes})
+
+    def environ(self) -> dict[str, str]:
+        """The settings with which a worker uses these servers."""
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
-        environ = {
+        return {
             "WEBUI_URL": self.webui.url,
             "CIVITAI_URL": self.civitai.url,
             "CIVITAI_API_KEY": "the-key",
@@ -106,8 +110,8 @@ class World:
             "WEBUI_READY_TIMEOUT": "5",
             "BOOT_TIMEOUT": "30",
             "WARMUP": "0",
+            **self.settings,
         }
-        return Config.from_env({**environ, **self.settings, **changes})
 
     def boot(self, **changes: str) -> Worker:
         """A worker that is ready for jobs. All its waits are short."""

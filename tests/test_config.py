@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from a1111_worker.config import SETTINGS, BucketVariables, Config, default_models_dir, prepare_sdk_environment
+from a1111_worker.config import (
+    SETTINGS,
+    START_SH_SETTINGS,
+    BucketVariables,
+    Config,
+    default_models_dir,
+    find_misspelt_settings,
+    prepare_sdk_environment,
+    runs_test_file,
+)
 from a1111_worker.domain import BucketSettings
 from a1111_worker.environment import settings_of
 from a1111_worker.errors import ConfigError
+from tests.support import ROOT
 
 
 def test_an_empty_environment_is_a_valid_one() -> None:
@@ -39,6 +50,14 @@ BAD = [
     ("WEBUI_URL", "http://127.0.0.1:abc"),
     ("WEBUI_URL", "http://127.0.0.1:0"),
     ("WEBUI_URL", "http://[::1"),
+    ("WEBUI_URL", "https://user:pw@host"),
+    ("WEBUI_URL", "https://:pw@host"),  # a password without a name
+    ("WEBUI_URL", "https://@host"),
+    ("BUCKET_ENDPOINT_URL", "https://:pw@s3.example.com"),
+    ("BUCKET_PUBLIC_URL", "https://:pw@cdn.example.com/pictures"),
+    ("CIVITAI_URL", "https://:pw@civitai.com"),
+    ("MODEL_HOSTS", "https://:pw@cdn.example.com"),
+    ("STORAGE_HOSTS", "cdn.example.com, :pw@cdn.example.com"),
     ("BOOT_TIMEOUT", "soon"),
     ("BOOT_TIMEOUT", "-1"),
     ("JOB_TIMEOUT", "nan"),
@@ -108,7 +127,7 @@ def test_a_bad_address_is_refused_with_what_is_taken_even_if_it_cannot_be_parsed
     with pytest.raises(ConfigError) as raised:
         Config.from_env({"WEBUI_URL": "http://[::1"})
 
-    assert str(raised.value) == "WEBUI_URL='http://[::1': takes an http(s) URL without a query"
+    assert str(raised.value) == "WEBUI_URL='http://[::1': takes an http(s) URL without credentials and without a query"
 
 
 def test_seconds_may_have_a_fraction_and_blanks_around_them() -> None:
@@ -127,6 +146,24 @@ def test_a_bad_secret_of_the_bucket_is_not_shown() -> None:
         Config.from_env({**BUCKET, "BUCKET_SECRET_ACCESS_KEY": "secret with spaces"})
 
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WEBUI_URL", "https://:hush@host"),
+        ("WEBUI_URL", "https://user:hu/sh@host"),  # a `/` that should have been escaped
+        ("MODEL_HOSTS", "https://user:hush@host"),
+        ("CIVITAI_URL", "user:hush@civitai.com"),
+        ("BUCKET_ENDPOINT_URL", "https://user:hush@s3.example.com?hush"),
+    ],
+)
+def test_credentials_in_an_address_are_not_shown(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.from_env({**(BUCKET if name.startswith("BUCKET_") else {}), name: value})
+
+    assert str(raised.value).startswith(f"{name}=(not shown): takes")
+    assert "hu" not in str(raised.value)
 
 
 def test_a_bucket_has_sane_defaults() -> None:
@@ -262,6 +299,80 @@ def test_the_sdk_logs_prompts_only_if_somebody_asked_for_it() -> None:
     prepare_sdk_environment(asked)
 
     assert (silent["RUNPOD_DEBUG_LEVEL"], asked["RUNPOD_DEBUG_LEVEL"]) == ("INFO", "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "https://x"}, False),  # its queue
+        ({"RUNPOD_REALTIME_PORT": "8000"}, False),
+        ({"RUNPOD_REALTIME_PORT": "0"}, True),
+    ],
+)
+def test_off_runpod_the_sdk_runs_the_job_of_its_test_file(environ: dict[str, str], expected: bool) -> None:
+    assert runs_test_file(environ) is expected
+
+
+# Misspelt settings
+
+# a variable that is no setting, and the settings that it probably means, the likeliest first
+MISSPELT = [
+    ("MAX_STEP", ["MAX_STEPS"]),
+    ("max_steps", ["MAX_STEPS"]),
+    ("CIVITAI_KEY", ["CIVITAI_API_KEY"]),
+    ("CIVITAI_TOKEN", ["CIVITAI_API_KEY"]),
+    ("BUCKET_URL", ["BUCKET_ENDPOINT_URL", "BUCKET_PUBLIC_URL"]),
+    ("BUCKET_SECRET_KEY", ["BUCKET_SECRET_ACCESS_KEY"]),
+    ("S3_BUCKET_NAME", ["BUCKET_NAME"]),
+    ("JOB_TIME_OUT", ["JOB_TIMEOUT"]),
+    ("MODEL_DIR", ["MODELS_DIR"]),
+    ("WEBUI_TIMEOUT", ["WEBUI_READY_TIMEOUT"]),
+    ("WEBUI_RESTARTED", ["WEBUI_RESTARTS"]),  # start.sh's own
+    ("WEBUI_XYZZY_PLUGH_PLOVER_FROTZ", []),  # ours by its prefix, and like none
+]
+
+
+@pytest.mark.parametrize(("name", "near"), MISSPELT)
+def test_a_variable_that_looks_like_a_setting_is_found_with_the_nearest_settings(name: str, near: list[str]) -> None:
+    assert find_misspelt_settings([name, "MAX_STEPS", "PATH"]) == {name: near}
+
+
+# what containers, clouds, shells and Python themselves set
+FOREIGN = """
+    PATH HOME HOSTNAME PWD OLDPWD SHLVL TERM USER LOGNAME MAIL SHELL EDITOR LANG LC_ALL TZ TMPDIR _ DISPLAY COLUMNS
+    RUNPOD_API_KEY RUNPOD_AI_API_KEY RUNPOD_POD_ID RUNPOD_ENDPOINT_ID RUNPOD_INIT_TIMEOUT RUNPOD_DEBUG_LEVEL
+    RUNPOD_WEBHOOK_GET_JOB RUNPOD_WEBHOOK_POST_OUTPUT RUNPOD_WEBHOOK_PING RUNPOD_PING_INTERVAL RUNPOD_LOG_LEVEL
+    RUNPOD_GPU_COUNT RUNPOD_CPU_COUNT RUNPOD_MEM_GB RUNPOD_GPU_NAME RUNPOD_VOLUME_ID RUNPOD_DC_ID RUNPOD_PUBLIC_IP
+    RUNPOD_TCP_PORT_22 RUNPOD_MIN_DISK_PERCENT RUNPOD_MAX_DOWNLOAD_BYTES RUNPOD_SKIP_GPU_CHECK PUBLIC_KEY
+    HF_TOKEN HF_HOME HF_HUB_OFFLINE HF_HUB_CACHE HUGGING_FACE_HUB_TOKEN TRANSFORMERS_CACHE TORCH_HOME
+    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_REGION AWS_DEFAULT_REGION AWS_PROFILE AWS_REQUEST_CHECKSUM_CALCULATION
+    NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NVIDIA_REQUIRE_CUDA CUDA_VERSION CUDA_VISIBLE_DEVICES NCCL_VERSION
+    LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE PYTHON_VERSION PIP_NO_CACHE_DIR
+    UV_LINK_MODE VIRTUAL_ENV PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS MAX_JOBS KUBERNETES_SERVICE_HOST
+    KUBERNETES_PORT_443_TCP_ADDR http_proxy HTTPS_PROXY NO_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE CI GITHUB_ACTIONS
+    GITHUB_TOKEN JUPYTER_PASSWORD OPENAI_API_KEY UVICORN_LOG_LEVEL COMMANDLINE_ARGS TORCH_COMMAND DEBIAN_FRONTEND
+    GPG_KEY SSH_AUTH_SOCK MAKEFLAGS MAKELEVEL PYTEST_CURRENT_TEST COLORTERM XDG_RUNTIME_DIR JOB_NAME
+"""
+
+
+def test_other_programs_variables_are_no_misspelt_settings() -> None:
+    assert find_misspelt_settings(FOREIGN.split()) == {}
+
+
+def test_no_setting_is_misspelt() -> None:
+    assert find_misspelt_settings([*(setting.name for setting in SETTINGS), *START_SH_SETTINGS]) == {}
+
+
+def test_a_variable_whose_name_cannot_be_shown_is_left_out() -> None:
+    assert find_misspelt_settings(["MAX_STEP\x1b[31m", "WEBUI_\nX", "MAX_STEPS" * 1000, ""]) == {}
+
+
+def test_the_settings_of_start_sh_are_those_that_it_reads() -> None:
+    script = (ROOT / "start.sh").read_text(encoding="utf-8")
+    read = re.findall(r'^ +(?:export )?([A-Z_]+)="\$\{\1:?-', script, re.MULTILINE)
+
+    assert sorted(START_SH_SETTINGS) == sorted(set(read) - {setting.name for setting in SETTINGS})
 
 
 # The table

@@ -14,14 +14,16 @@ import pytest
 import handler
 from a1111_worker import __version__, context, domain, errors
 from a1111_worker.catalog import LORAS
-from a1111_worker.config import SETTINGS
+from a1111_worker.config import SETTINGS, Config
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, build_answer
 from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
+from a1111_worker.job.shutdown import job_seconds
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
+from a1111_worker.webui.timings import WebUITimings
 from tests.test_architecture import HTTP, MODULES, PACKAGES
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,12 @@ def test_every_error_code_is_described_with_what_it_means_for_the_caller() -> No
         assert refresh.split(";")[0] == ("yes" if error_classes()[code].refresh_worker else "no"), code
 
 
+def test_every_key_of_a_failed_jobs_answer_is_described() -> None:
+    answer = errors.InvalidRequest("it is wrong", hint="correct it").answer()
+
+    assert list(table(API, "Errors", "key")) == list(answer)
+
+
 def test_the_readme_says_what_to_do_about_every_error_code() -> None:
     rows = table(README, "Troubleshooting", "code")
 
@@ -210,6 +218,15 @@ def test_every_field_of_the_worker_block_is_described() -> None:
         for key in inner if isinstance(inner, dict) and name != "timings" else ():
             assert re.search(rf"\b{name}\S*\.{key}\b|`\.{key}\b", described), f"{name}.{key}"
     assert all(f"`{stage.value}`" in section(API, "The answer") for stage in Stage)
+
+
+def test_the_time_of_a_job_with_a_short_policy_is_as_described() -> None:
+    patience = WebUITimings().interrupt_patience
+
+    for policy, (described, *_) in table(FLOW, "Time", "policy.executionTimeout").items():
+        job = {"policy": {"executionTimeout": int(policy)}}
+        seconds = job_seconds(job, Config.from_env({}).job_timeout, interrupt_patience=patience)
+        assert described.startswith(f"{seconds:g} s"), policy
 
 
 def test_every_stage_is_described_with_what_status_shows() -> None:

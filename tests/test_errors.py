@@ -27,6 +27,7 @@ CODES = {
     "MODEL_REJECTED": (False, False),
     "DOWNLOAD_FAILED": (True, False),
     "VOLUME_FULL": (True, False),
+    "VOLUME_FAILED": (True, False),
     "WEBUI_NOT_READY": (True, True),
     "WEBUI_LOST": (True, False),
     "CHECKPOINT_NOT_LOADED": (True, True),
@@ -52,6 +53,7 @@ def test_an_answer_is_strict_json_with_an_error_that_is_text(cls: type[WorkerErr
     answer = cls("it did not work", hint="try something else").answer()
 
     assert answer["error"] == f"{cls.code}: it did not work"
+    assert answer["message"] == "it did not work"  # RunPod's Python client shows everything but `error`
     assert answer["hint"] == "try something else"
     assert answer.get("refresh_worker", False) is cls.refresh_worker
     json.dumps(answer, allow_nan=False).encode()
@@ -63,8 +65,23 @@ def test_all_complaints_come_at_once_each_with_its_path() -> None:
     assert error.answer()["error"] == "INVALID_REQUEST: steps: takes a number; no prompt"
 
 
+def test_an_invalid_request_lists_its_complaints_for_programs_too() -> None:
+    error = InvalidRequest([Complaint("loras[0].scale", "must be a number"), Complaint("", "no prompt")])
+
+    assert error.answer()["complaints"] == [
+        {"path": "loras[0].scale", "message": "must be a number"},
+        {"path": "", "message": "no prompt"},
+    ]
+
+
+def test_only_an_invalid_request_has_complaints() -> None:
+    answers = [cls("x") for cls in every_error() if not issubclass(cls, InvalidRequest)]
+
+    assert [error.code for error in answers if "complaints" in error.answer()] == []
+
+
 def test_a_message_with_a_lone_surrogate_can_be_sent() -> None:
-    answer = InvalidRequest("unknown field '\ud800'").answer()
+    answer = InvalidRequest([Complaint("\ud800", "unknown field '\ud800'")]).answer()
 
     json.dumps(answer, ensure_ascii=False).encode()
 
@@ -73,6 +90,14 @@ def test_the_length_of_a_message_is_limited() -> None:
     answer = InvalidRequest([Complaint("x" * 100, "is unknown")] * 1000).answer()
 
     assert len(answer["error"]) <= 4000
+    assert len(answer["message"]) <= 4000
+
+
+def test_the_length_of_each_complaint_is_limited() -> None:
+    (complaint,) = InvalidRequest([Complaint("x" * 1_000_000, "y" * 1_000_000)]).answer()["complaints"]
+
+    assert len(complaint["path"]) <= 4000
+    assert len(complaint["message"]) <= 4000
 
 
 # The tree in the docstring of errors.py

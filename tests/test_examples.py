@@ -44,8 +44,8 @@ def example(language: str) -> str:
     return found
 
 
-def run(command: list[str], queue: SandboxRunPod, folder: Path) -> str:
-    """Run an example as its caller would. Returns what it printed."""
+def run(command: list[str], queue: SandboxRunPod, folder: Path, *, status: int = 0) -> str:
+    """Run an example as its caller would. Returns what it printed. `status` is the exit status that it must have."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -61,8 +61,8 @@ def run(command: list[str], queue: SandboxRunPod, folder: Path) -> str:
         timeout=90,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_the_curl_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
@@ -83,7 +83,44 @@ def test_the_python_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     assert re.search(r"^\[\d+\] \[\]$", printed, re.MULTILINE)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="the JavaScript example needs Node.js, which is not installed")
+needs_node = pytest.mark.skipif(
+    shutil.which("node") is None, reason="the JavaScript example needs Node.js, which is not installed"
+)
+
+# The examples' prompt, and one that two things are wrong with.
+GOOD, BAD = '"a lighthouse at dawn"', '"", steps: 0'
+EXPLANATION = ["FAILED", "INVALID_REQUEST", "steps: must be", "- prompt: must not be blank", "- steps: must be"]
+
+
+def test_the_python_example_says_why_a_job_failed(queue: SandboxRunPod, tmp_path: Path) -> None:
+    script = example("python").replace(GOOD, BAD.replace("steps", '"steps"'))
+
+    printed = run([sys.executable, "-c", script], queue, tmp_path, status=1)
+
+    assert [text for text in EXPLANATION if text not in printed] == []
+
+
+@needs_node
+def test_the_javascript_example_says_why_a_job_failed(queue: SandboxRunPod, tmp_path: Path) -> None:
+    script = tmp_path / "example.mjs"
+    script.write_text(example("js").replace(RUNPOD, f"{queue.url}/v2").replace(GOOD, BAD))
+
+    printed = run(["node", str(script)], queue, tmp_path, status=1)
+
+    assert [text for text in EXPLANATION if text not in printed] == []
+
+
+def test_the_curl_example_prints_why_a_job_failed(queue: SandboxRunPod, tmp_path: Path) -> None:
+    (tmp_path / "test_input.json").write_text('{"input": {"prompt": "", "steps": 0}}')
+    script = example("sh").replace(RUNPOD, f"{queue.url}/v2")
+
+    printed = run(["bash", "-euo", "pipefail", "-c", script], queue, tmp_path)
+
+    (output,) = [json.loads(line)["output"] for line in printed.splitlines() if line.startswith("{")]
+    assert [complaint["path"] for complaint in output["complaints"]] == ["prompt", "steps"]
+
+
+@needs_node
 def test_the_javascript_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     script = tmp_path / "example.mjs"
     script.write_text(example("js").replace(RUNPOD, f"{queue.url}/v2"))

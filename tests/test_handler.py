@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -122,6 +124,14 @@ def test_a_failed_jobs_lines_carry_its_id_and_its_timings(shared: World, caplog:
     logged = {record.getMessage().partition(":")[0]: record for record in caplog.records}
     assert {logged[words].__dict__["job"] for words in ("the job failed", "ended early")} == {"job-77"}
     assert "total" in logged["ended early"].getMessage()
+
+
+def test_the_log_has_what_a_failed_jobs_caller_is_told_to_do(shared: World, caplog: pytest.LogCaptureFixture) -> None:
+    answer = shared.ask(prompt="a lighthouse <lora:nobody_knows:1>")
+
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("the job failed")]
+    assert answer["error"] in line
+    assert answer["hint"] in line
 
 
 def test_a_successful_jobs_last_line_carries_its_id(shared: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -309,6 +319,7 @@ def test_seventeen_complaints_come_at_once(shared: World) -> None:
     answer = shared.ask(**wrong)
 
     assert sum(f"{path}:" in answer["error"] for path in wrong if path != "cfg_scale") == 17
+    assert {complaint["path"] for complaint in answer["complaints"]} == set(wrong) - {"cfg_scale"}
 
 
 def test_nothing_that_was_refused_harmed_the_next_job(shared: World) -> None:
@@ -322,6 +333,40 @@ def test_a_strange_name_beside_an_id_never_reaches_the_disk(shared: World, name:
     files = [path.name for path in (shared.models_dir / "loras").glob("*.safetensors")]
     assert all(file in ("detail_tweaker_xl.safetensors", "hand_detail_flux_xl.safetensors") for file in files)
     assert answer.get("code") in (None, "INVALID_REQUEST")
+
+
+class ObservedInput(dict[str, Any]):
+    """A job's input that notes in which threads it is read."""
+
+    def __init__(self, readers: set[int], **given: Any) -> None:
+        super().__init__(given)
+        self._readers = readers
+
+    def items(self) -> Any:
+        self._readers.add(threading.get_ident())
+        return super().items()
+
+
+class ObservedName(str):
+    """A name in a job's input that notes in which threads it is compared."""
+
+    readers: set[int]
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.readers.add(threading.get_ident())
+        return str.__eq__(self, other)
+
+
+def test_the_input_is_parsed_and_its_names_are_resolved_beside_the_event_loop(shared: World) -> None:
+    name = ObservedName("Lanczos")
+    parsing, name.readers = set[int](), set[int]()
+
+    answer = shared.run({"id": "job-1", "input": ObservedInput(parsing, prompt="x", **SMALL, hr_upscaler=name)})
+
+    assert "error" not in answer
+    assert parsing and name.readers
+    assert threading.get_ident() not in parsing | name.readers
 
 
 # -- LoRAs that are not available --------------------------------------------------------------------------------------
@@ -767,6 +812,104 @@ def test_a_local_run_without_a_webui_ends_with_a_hint(tmp_path: Path) -> None:
         assert word in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+def start_handler(*arguments: str, folder: Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `python handler.py` until it ends. `-X importtime` names every module that it imports, on stderr."""
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "handler.py", *arguments],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "WEBUI_URL": "http://127.0.0.1:9", **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def printed_by(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines on stderr. The SDK was not imported for them."""
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "handler" in imported or "a1111_worker" in imported
+    assert "runpod" not in imported
+    return [line for line in lines if not line.startswith("import time:")]
+
+
+def test_help_is_printed_at_once() -> None:
+    done = start_handler("--help", MAX_STEPS="many")
+
+    assert done.returncode == 0
+    assert printed_by(done) == []
+    for words in ("usage: python handler.py", "--test_input", "--rp_api_port", '{"input": {"prompt": '):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize("given", ["{'input': {}}", "[]", '{"prompt": "a lighthouse"}'])
+def test_a_bad_test_input_ends_the_start_at_once_with_one_line(given: str) -> None:
+    done = start_handler("--test_input", given)
+
+    (line,) = printed_by(done)
+    assert done.returncode == 2
+    assert line.startswith("handler.py: --test_input is ")
+
+
+def test_a_local_run_without_a_job_ends_at_once_with_one_line(tmp_path: Path) -> None:
+    done = start_handler(folder=tmp_path)
+
+    (line,) = printed_by(done)
+    assert done.returncode == 2
+    assert line.startswith("handler.py: there is no test_input.json here")
+
+
+def test_a_taken_port_ends_the_start_at_once_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        done = start_handler("--rp_serve_api", "--rp_api_port", str(port))
+
+    (line,) = printed_by(done)
+    assert done.returncode == 2
+    assert line.startswith(f"handler.py: port {port} of localhost is taken")
+    assert "--rp_api_port" in line
+
+
+def test_ctrl_c_during_the_boot_ends_it_with_one_line(tmp_path: Path) -> None:
+    with world(tmp_path, boot=False) as it:
+        downloading = threading.Event()
+
+        def watching(exchange: Exchange) -> bool:
+            downloading.set()
+            return False
+
+        it.civitai.storage.before.append(watching)
+        it.civitai.storage.fail(c.ServerFault(rate=1000.0), times=None)  # an hour for the checkpoint
+        process = subprocess.Popen(
+            [sys.executable, "handler.py"],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], **it.environ()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert downloading.wait(30)
+            process.send_signal(signal.SIGINT)
+            _, printed = process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+    assert process.returncode == 130
+    assert printed.splitlines()[-1] == "handler.py: stopped by Ctrl-C before the worker was ready"
+    assert "Traceback" not in printed and "WARNING" not in printed and "ERROR" not in printed
+    assert not [path for path in it.models_dir.rglob(".leases/*") if path.is_file()]  # no other worker waits for it
+
+
+def test_a_variable_that_looks_like_a_setting_is_named_in_the_log(tmp_path: Path) -> None:
+    done = start_handler(folder=tmp_path, MAX_STEP="hush", WEBUI_XYZZY_PLUGH="hush")
+
+    first, second, _ = (line.partition("WARNING")[2].strip() for line in printed_by(done))
+    assert first == "MAX_STEP is set, but no setting has that name; did you mean MAX_STEPS?"
+    assert second == "WEBUI_XYZZY_PLUGH is set, but no setting has that name"
+    assert "hush" not in done.stderr + done.stdout
 
 
 # the settings, and how the one line begins

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from sandbox.runpod import SandboxRunPod
-from tests.support import DETAIL, SMALL, World, world
+from sandbox.webui import WebUIFault
+from tests.support import DETAIL, SMALL, World, wait_until, world
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +106,36 @@ def test_a_failed_job_ends_failed_with_all_its_keys(live: Endpoint) -> None:
     assert status["output"]["retryable"] is False
 
 
+# A caller that uses RunPod's own Python client. It prints what the client shows of a failed job.
+CLIENT = """
+import json, os, runpod
+runpod.api_key = "a-key"
+endpoint = runpod.Endpoint(os.environ["RUNPOD_ENDPOINT_ID"])
+job = {"input": {"prompt": "a lighthouse", "steps": 0, "loras": [{"name": "nobody", "scale": "x"}]}}
+waiting = endpoint.run(job)
+print(json.dumps([endpoint.run_sync(job), waiting.output(timeout=60), waiting.status()]))
+"""
+
+
+def test_runpods_own_client_shows_why_a_job_failed(live: Endpoint) -> None:
+    environ = {
+        **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+        "RUNPOD_ENDPOINT_ID": live.queue.endpoint,
+        "RUNPOD_ENDPOINT_BASE_URL": f"{live.queue.url}/v2",
+    }
+
+    done = subprocess.run([sys.executable, "-c", CLIENT], env=environ, capture_output=True, text=True, timeout=90)
+
+    assert done.returncode == 0, done.stderr
+    of_runsync, of_run, status = json.loads(done.stdout.splitlines()[-1])
+    assert status == "FAILED"
+    for shown in (of_runsync, of_run):
+        assert "error" not in shown  # the client loses it
+        assert shown["message"].startswith("steps: must be a whole number from 1 to 150")
+        assert [complaint["path"] for complaint in shown["complaints"]] == ["steps", "loras[0].scale"]
+        assert (shown["code"], shown["retryable"]) == ("INVALID_REQUEST", False)
+
+
 def test_a_result_of_five_megabytes_arrives(live: Endpoint) -> None:
     live.world.webui.image_bytes = 4_000_000
 
@@ -152,6 +183,18 @@ def test_a_cancelled_job_is_interrupted_and_the_next_one_is_whole(live: Endpoint
     assert "/sdapi/v1/interrupt" in [asked.path for asked in live.world.webui.asked]
 
 
+def test_a_job_with_a_short_policy_is_answered_before_runpod_ends_it(live: Endpoint) -> None:
+    live.world.webui.fail_next = [WebUIFault.HANG]  # it takes all of the time that the worker waits for an interrupt
+
+    job = live.queue.submit({"prompt": "slow", **SMALL}, policy={"executionTimeout": 5_000})
+    status = live.queue.wait(job, timeout=30)
+    live.world.webui.release()
+
+    assert status["status"] == "FAILED", status
+    assert status["output"]["code"] == "JOB_TIMEOUT"
+    assert live.queue.late_results == []
+
+
 def test_nothing_of_a_prompt_is_in_the_log(live: Endpoint) -> None:
     live.run(prompt="a very private lighthouse")
 
@@ -192,6 +235,50 @@ def test_stopped_by_term_a_job_too_long_for_the_grace_is_cancelled_with_an_answe
         answers = [it.queue.status(job) for job in (running, waiting)]
         assert [answer["output"]["code"] for answer in answers] == ["JOB_CANCELLED", "JOB_CANCELLED"]
         assert [answer["output"]["retryable"] for answer in answers] == [True, True]
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes whose parent has this pid, without those that have ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def health_of(state_file: Path) -> dict[str, Any]:
+    """What the worker has written for the health check; nothing yet: an empty object."""
+    try:
+        found: dict[str, Any] = json.loads(state_file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def test_the_health_says_that_the_sdks_ping_process_lives(tmp_path: Path) -> None:
+    state_file = tmp_path / "worker.state.json"
+    with endpoint(tmp_path, WORKER_STATE_FILE=str(state_file)) as it:
+        it.queue.wait_for_worker()
+
+        wait_until(lambda: health_of(state_file).get("ping") == "up", "the ping process")
+        assert len(children_of(it.process.pid)) == 1
+        assert health_of(state_file)["state"] == "ready"
+
+
+@pytest.mark.slow  # the health is written every 10 s
+def test_the_health_says_that_the_sdks_ping_process_has_died(tmp_path: Path) -> None:
+    state_file = tmp_path / "worker.state.json"
+    with endpoint(tmp_path, WORKER_STATE_FILE=str(state_file)) as it:
+        wait_until(lambda: health_of(state_file).get("ping") == "up", "the ping process")
+        (ping,) = children_of(it.process.pid)
+
+        os.kill(ping, signal.SIGKILL)
+        wait_until(lambda: health_of(state_file)["ping"] == "down", "the next heartbeat")
+
+        assert it.run()["status"] == "COMPLETED"  # jobs still come and go
+        assert "the SDK's ping process has died (status -9)" in it.log()
 
 
 def test_a_worker_that_cannot_boot_answers_the_jobs_that_wait(tmp_path: Path) -> None:

@@ -28,3 +28,7 @@ def test_the_nearest_names_are_suggested_the_likeliest_first(name: str, suggesti
 
 def test_no_more_names_are_suggested_than_asked_for() -> None:
     assert nearest("Eulr", SAMPLERS, 1) == ["Euler"]
+
+
+def test_names_below_the_cutoff_are_not_suggested() -> None:
+    assert nearest("Eulr", SAMPLERS, cutoff=0.85) == ["Euler"]

@@ -15,6 +15,10 @@ from a1111_worker.context import Deadline
 
 log = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 2.0
+"""What a short policy keeps back for an answer's way: a last look at the WebUI's progress (0.8 s at most), the SDK's
+pause of 0.1 s (runpod 1.12, rp_scale.py), and a request to RunPod."""
+
 
 class Shutdown:
     """On TERM, running jobs may finish. A little before `grace` seconds are over, the jobs that still run are
@@ -63,15 +67,18 @@ class Shutdown:
             deadline.cancel()
 
 
-def job_seconds(job: Mapping[str, Any], job_timeout: float) -> float:
+def job_seconds(job: Mapping[str, Any], job_timeout: float, *, interrupt_patience: float) -> float:
     """The seconds that a job has: `job_timeout`, or a little less than the execution timeout of its own policy.
 
     RunPod ends a job without an answer when its `policy.executionTimeout` (milliseconds) is over. A tenth of it, at
-    most 30 s, is kept back for the answer to arrive.
+    most 30 s, is kept back for the answer to arrive. It is never less than the time in which a job without time left
+    is over: `interrupt_patience` seconds for its generation, and the answer's way. RunPod takes no policy below 5 s. A
+    shorter one, from elsewhere, leaves the job a quarter.
     """
     policy = job.get("policy")
     allowed = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
     if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0:
         return job_timeout
     seconds = min(allowed, 1e12) / 1000
-    return min(job_timeout, seconds - min(30.0, seconds / 10))
+    kept_back = max(min(30.0, seconds / 10), interrupt_patience + ANSWER_SECONDS)
+    return min(job_timeout, max(seconds - kept_back, seconds / 4))

@@ -36,7 +36,7 @@ from a1111_worker.models.civitai_files import (
     remote_file_without_metadata,
 )
 from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
-from a1111_worker.origins import OriginRefused, origin_of
+from a1111_worker.origins import CIVITAI_ORIGINS, OriginRefused, origin_of
 from a1111_worker.retry import Backoff
 from a1111_worker.text import printable, quoted
 from a1111_worker.transfer.egress import EgressPolicy, Route, open_session
@@ -44,9 +44,6 @@ from a1111_worker.transfer.egress import EgressPolicy, Route, open_session
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-URLS = ("https://civitai.com", "https://civitai.red")
-"""The second one shows what the first one hides since April 2026. Ids and keys are the same on both."""
 
 _BODY_LIMIT = 8 * 1024 * 1024  # bytes; a version with hundreds of sample images has some 100 kB
 
@@ -74,7 +71,7 @@ class CivitAI:
         self,
         *,
         policy: EgressPolicy,
-        urls: Sequence[str] = URLS,
+        urls: Sequence[str] = CIVITAI_ORIGINS,
         key: str | None = None,
         timings: CivitAITimings = CivitAITimings(),
         cache_seconds: float = 600.0,

@@ -38,6 +38,7 @@ class AggregateProgress:
         self._began = time.monotonic()
         self._done_before: int | None = None
         self._latest: dict[Hashable, FileProgress] = {}
+        self._newest: FileProgress | None = None
         self._ready = 0
         self._lock = threading.Lock()
 
@@ -46,7 +47,7 @@ class AggregateProgress:
 
         def report(progress: FileProgress) -> None:
             with self._lock:
-                self._latest[file] = progress
+                self._latest[file] = self._newest = progress
                 aggregate = self._aggregate(progress)
             self._report(aggregate)
 
@@ -56,6 +57,10 @@ class AggregateProgress:
         """One file more is on disk."""
         with self._lock:
             self._ready += 1
+            is_over = self._ready == self._files
+            progress = self._aggregate(self._newest) if is_over and self._newest else None
+        if progress is not None:
+            self._report(progress)
 
     def _aggregate(self, newest: FileProgress) -> Progress:
         files = self._latest.values()
@@ -64,10 +69,11 @@ class AggregateProgress:
         is_known = len(files) == self._files and all(file.total for file in files)
         if self._done_before is None:
             self._done_before = done  # what an earlier download left has no speed
+        most = 100.0 if self._ready == self._files else 99.9  # a complete file is still to be verified
         speed = (done - self._done_before) / max(time.monotonic() - self._began, 1e-3)
         return Progress(
             Stage.MODELS,
-            percent=round(100 * done / total, 1) if is_known else None,
+            percent=round(min(100 * done / total, most), 1) if is_known else None,
             detail=self._detail(newest, done, total),
             eta_s=round((total - done) / speed, 1) if is_known and speed > 0 else None,
             facts={"bytes": done, "total": total, "mb_per_s": round(speed / 1e6, 1)},
@@ -75,7 +81,12 @@ class AggregateProgress:
 
     def _detail(self, newest: FileProgress, done: int, total: int) -> str:
         detail = f"{self._ready} of {self._files} ready, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
-        if newest.fetched_by is None or not all(file.fetched_by for file in self._latest.values()):
+        if self._ready == self._files:
+            return detail
+        files = self._latest.values()
+        if len(files) == self._files and all(file.done == file.total for file in files):
+            detail += ", verifying"
+        if newest.fetched_by is None or not all(file.fetched_by for file in files):
             return detail
         share = f", {100 * newest.done / newest.total:.0f} %" if newest.total else ""
         return f"{newest.fetched_by} is fetching {newest.name}{share}; {detail}"

@@ -51,14 +51,14 @@ def parse_request(raw: object, limits: Limits) -> GenerationRequest:
         raise InvalidRequest([Complaint("input", 'is missing: a job is {"input": {"prompt": "…"}}')])
     if not isinstance(raw, dict):
         raise InvalidRequest([Complaint("input", f"must be an object, not {describe_value(raw)}")])
-    parser = _Parser(raw, limits)
+    parser = _FieldParser(raw, limits)
     request = parser.parse()
     if parser.complaints:
         raise InvalidRequest(_in_input_order(parser.complaints, raw))
     return request
 
 
-class _Parser:
+class _FieldParser:
     """Parses one raw input. Every step adds to `complaints`, and goes on with those values that are valid."""
 
     def __init__(self, raw: dict[Any, Any], limits: Limits) -> None:

@@ -141,6 +141,7 @@ class Download:
         if not ranges.left and not (source.size or source.sha256):
             return  # complete, but of which file? No answer will tell.
         state.file.resume(ranges, saved.etag)
+        log.info("%s: %.1f MB of it are on disk already, from an earlier download", state.label, state.file.done / 1e6)
         state.part.allocate(saved.size)
 
     def _receive_and_hash(self) -> str | None:
@@ -257,8 +258,8 @@ class Download:
         size, received, connections = state.file.done, state.received, state.connections.peak
         speed = received / 1e6 / max(seconds, 1e-3)
         log.info(
-            "%s: %.1f MB in %.1f s, %.0f MB/s over up to %d connections, %.1f MB were on disk already",
-            *(state.label, size / 1e6, seconds, speed, connections, resumed / 1e6),
+            "%s: %.1f MB received in %.1f s, %.0f MB/s over up to %d connections; all %.1f MB are on disk",
+            *(state.label, received / 1e6, seconds, speed, connections, size / 1e6),
         )
         return Fetched(size, sha256, received, resumed, connections, seconds)
 

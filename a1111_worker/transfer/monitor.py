@@ -130,7 +130,7 @@ class ProgressReporter:
         if self._tenths is None:
             if link:
                 origin = origin_of(link.url)
-                log.info("%s: %.1f MB from %s, %.1f MB are on disk", state.label, size / 1e6, origin, done / 1e6)
+                log.info("%s: %.1f MB from %s", state.label, size / 1e6, origin)
         elif self._tenths < tenths < 10:
             args = (state.label, tenths * 10, received / 1e6, connections)
             log.info("%s: %d %%, %.1f MB received, %d connections", *args)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,69 @@ def test_a_check_that_fails_does_not_end_the_heartbeat(state_file: Path, caplog:
 
     assert went_on
     assert "a heartbeat failed" in caplog.text
+
+
+def wait_forever() -> None:
+    threading.Event().wait()
+
+
+@contextlib.contextmanager
+def child() -> Iterator[BaseProcess]:
+    """A child as the SDK starts its ping process: a daemon that never ends by itself (runpod 1.12, rp_ping.py)."""
+    process = multiprocessing.get_context("spawn").Process(target=wait_forever, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_without_a_ping_process_none_is_reported(state_file: Path) -> None:
+    with reporter(state_file, FakeWebUI().check) as health:
+        before = read(state_file)["ping"]
+        health.remember_children()
+        health.watch_ping_process()
+        with child():  # of somebody else: the SDK has started by now
+            health.watch_ping_process()
+            assert beats_again(state_file)
+            after = read(state_file)["ping"]
+        assert beats_again(state_file)
+
+    assert (before, after, read(state_file)["ping"]) == ("none", "none", "none")
+
+
+def test_a_ping_process_that_dies_is_reported_and_logged_once(
+    state_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with reporter(state_file, FakeWebUI().check) as health, child() as other:
+        health.remember_children()
+        with child() as ping:
+            health.watch_ping_process()
+            at_first = read(state_file)["ping"]
+            other.kill()
+            other.join()
+            assert beats_again(state_file)
+            without_the_other = read(state_file)["ping"]
+
+            ping.kill()
+            was_reported = wait_until(lambda: read(state_file)["ping"] == "down")
+            assert beats_again(state_file)
+
+    assert (at_first, without_the_other, was_reported) == ("up", "up", True)
+    assert caplog.text.count("the SDK's ping process has died (status -9)") == 1
+
+
+def test_a_ping_process_is_watched_in_a_broken_worker_too(state_file: Path) -> None:
+    with reporter(state_file, FakeWebUI().check) as health:
+        health.set_state("broken")
+        health.remember_children()
+        with child() as ping:
+            health.watch_ping_process()
+            ping.kill()
+            was_reported = wait_until(lambda: read(state_file)["ping"] == "down")
+
+    assert was_reported
 
 
 def test_a_reader_never_finds_half_a_state(state_file: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from a1111_worker.context import Deadline
 from a1111_worker.errors import JobCancelled
-from a1111_worker.job.shutdown import Shutdown, job_seconds
+from a1111_worker.job.shutdown import ANSWER_SECONDS, Shutdown, job_seconds
 
 
 def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -58,12 +58,16 @@ def test_a_shutdown_calls_the_signal_handler_that_was_there_before() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-# the job, and the seconds it has of 570
+# the job, and the seconds it has of 570, if an interrupted generation is waited for 1 s
 TIMES = [
     ({}, 570.0),
     ({"policy": None}, 570.0),
-    ({"policy": {"executionTimeout": 60_000}}, 54.0),  # a tenth is kept back for the answer
-    ({"policy": {"executionTimeout": 600_000}}, 570.0),
+    ({"policy": {"executionTimeout": 60_000}}, 54.0),  # a tenth is kept back
+    ({"policy": {"executionTimeout": 600_000}}, 570.0),  # at most 30 s
+    ({"policy": {"executionTimeout": 20_000}}, 17.0),  # at least 1 s for the interrupt and 2 s for the answer
+    ({"policy": {"executionTimeout": 8_000}}, 5.0),
+    ({"policy": {"executionTimeout": 5_000}}, 2.0),  # the shortest one that RunPod takes
+    ({"policy": {"executionTimeout": 2_000}}, 0.5),  # RunPod takes none of these; the job still has a quarter
     ({"policy": {"executionTimeout": 3_600_000}}, 570.0),  # ours is shorter
     ({"policy": {"executionTimeout": "soon"}}, 570.0),
     ({"policy": {"executionTimeout": True}}, 570.0),
@@ -75,4 +79,14 @@ TIMES = [
 
 @pytest.mark.parametrize(("job", "seconds"), TIMES)
 def test_a_job_has_its_own_time_if_that_is_shorter(job: dict[str, Any], seconds: float) -> None:
-    assert job_seconds(job, 570.0) == seconds
+    assert job_seconds(job, 570.0, interrupt_patience=1.0) == seconds
+
+
+@pytest.mark.parametrize("patience", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("timeout", [20.0, 31.0, 60.0, 600.0])
+def test_what_is_kept_back_is_enough_for_the_interrupt_and_the_answer(timeout: float, patience: float) -> None:
+    job = {"policy": {"executionTimeout": timeout * 1000}}
+
+    kept_back = timeout - job_seconds(job, 10_000.0, interrupt_patience=patience)
+
+    assert kept_back >= patience + ANSWER_SECONDS

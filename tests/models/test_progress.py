@@ -49,3 +49,34 @@ def test_waiting_is_reported_only_if_nothing_else_is_done() -> None:
 
     assert seen[0].detail == "another worker is fetching A, 25 %; 0 of 2 ready, 1 of 4 MB"
     assert seen[1].detail == "0 of 2 ready, 2 of 8 MB"
+
+
+def test_all_bytes_are_not_100_percent_until_every_file_is_ready() -> None:
+    seen: list[Progress] = []
+    aggregate = AggregateProgress(1, seen.append)
+
+    aggregate.of("a")(FileProgress("A", 6_000_000, 6_000_000))
+    aggregate.count_ready()
+
+    assert [(one.percent, one.detail) for one in seen] == [
+        (99.9, "0 of 1 ready, 6 of 6 MB, verifying"),
+        (100.0, "1 of 1 ready, 6 of 6 MB"),
+    ]
+
+
+def test_a_file_that_was_waited_for_is_ready_in_the_end() -> None:
+    seen: list[Progress] = []
+    aggregate = AggregateProgress(1, seen.append)
+
+    aggregate.of("a")(FileProgress("A", 6_000_000, 6_000_000, fetched_by="another worker"))
+    aggregate.count_ready()
+
+    assert seen[-1].detail == "1 of 1 ready, 6 of 6 MB"
+
+
+def test_one_file_of_two_is_not_verified_alone() -> None:
+    seen: list[Progress] = []
+
+    AggregateProgress(2, seen.append).of("a")(FileProgress("A", 6_000_000, 6_000_000))
+
+    assert seen[-1].detail == "0 of 2 ready, 6 of 6 MB"

@@ -47,6 +47,21 @@ def cut_short(download: DownloadSetup, **options: Any) -> None:
     download.storage.rate = None
 
 
+def test_the_log_tells_what_an_earlier_download_left_from_what_is_received(
+    download: DownloadSetup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cut_short(download)
+    new = caplog.text
+    caplog.clear()
+
+    download.fetch()
+
+    assert "on disk already" not in new
+    assert "MB of it are on disk already, from an earlier download" in caplog.text
+    assert "MB received in" in caplog.text and "all 2.1 MB are on disk" in caplog.text
+
+
 def test_what_is_there_is_saved_at_the_end_even_if_it_was_never_saved_before(download: DownloadSetup) -> None:
     cut_short(download, tuning=dataclasses.replace(QUICK, remember_bytes=SIZE * 2, remember_seconds=60))
 
