@@ -28,7 +28,7 @@ NETWORK_ERRORS = (OSError, http.client.HTTPException)
 
 _STEADY = 64 * 1024  # bytes of one answer
 
-_SIZE = "[0-9]{1,18}"  # no file is larger, and Python (3.11 and later) converts no more than 4,300 digits
+_SIZE = "[0-9]{1,18}"  # no file is larger, and Python converts no more than 4,300 digits
 _CONTENT_RANGE = re.compile(rf"bytes ({_SIZE})-({_SIZE})/({_SIZE}|\*)", re.IGNORECASE)
 
 

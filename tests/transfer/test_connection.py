@@ -64,7 +64,7 @@ def headers(**given: str) -> http.client.HTTPMessage:
         (206, {"Content_Range": "bytes 10-19/15"}, 10, 20, TemporaryFault),
         (206, {"Content_Range": "bytes 10-19/100", "Content_Length": "9"}, 10, 20, TemporaryFault),
         (206, {"Content_Type": "multipart/byteranges; boundary=x"}, 10, 20, TemporaryFault),
-        # Python 3.11 and later convert no number of so many digits.
+        # more digits than Python converts
         (200, {"Content_Length": DIGITS}, 0, 20, TemporaryFault),
         (206, {"Content_Range": "bytes 10-19/100", "Content_Length": DIGITS}, 10, 20, TemporaryFault),
         (206, {"Content_Range": f"bytes {DIGITS}-19/100"}, 10, 20, TemporaryFault),
