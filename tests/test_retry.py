@@ -66,7 +66,17 @@ def test_a_servers_pause_is_a_number_or_a_date(text: str, least: float, most: fl
 
 @pytest.mark.parametrize(
     "text",
-    [None, "", "soon", "-5", "1.5", "²", "٧", "Wed, 99 Oct 2015 07:28:00 GMT", f"Wed, 21 Oct {'9' * 5_000} 07:28:00 GMT"],
+    [
+        None,
+        "",
+        "soon",
+        "-5",
+        "1.5",
+        "²",
+        "٧",
+        "Wed, 99 Oct 2015 07:28:00 GMT",
+        f"Wed, 21 Oct {'9' * 5_000} 07:28:00 GMT",
+    ],
 )
 def test_anything_else_is_no_pause(text: str | None) -> None:
     assert parse_retry_after(text) is None
