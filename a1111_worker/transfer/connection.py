@@ -84,7 +84,6 @@ class Connection:
         self._unread: int | None = 0  # bytes of the present answer; None: it has no announced end
         self._socket = _AbortableSocket()
         self.url = ""  # of the present answer, behind all redirects
-        self.created = time.monotonic()
         self.answer_seconds = 0.0  # from the last request to its answer
         self.received = 0  # bytes, of all answers
         self.received_of_answer = 0

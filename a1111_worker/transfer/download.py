@@ -31,7 +31,7 @@ from a1111_worker.origins import OriginRefused
 from a1111_worker.transfer.concurrency import ConcurrencyTuner, ConnectionDemand, ConnectionLimit
 from a1111_worker.transfer.connection import Connection, FileChanged
 from a1111_worker.transfer.egress import EgressPolicy
-from a1111_worker.transfer.monitor import Monitor, OnBytes
+from a1111_worker.transfer.monitor import Monitor, OnBytes, RunningTime
 from a1111_worker.transfer.partial_file import PartialFile, StreamingHasher
 from a1111_worker.transfer.range_worker import RangeWorker
 from a1111_worker.transfer.ranges import ByteRanges, Tuning
@@ -112,6 +112,7 @@ class Download:
         self._state = DownloadState(FileState(source.label, source.size, tuning), PartialFile(path), tuning)
         self._workers: list[RangeWorker] = []
         self._tuner: ConcurrencyTuner | None = None
+        self._running = RunningTime(time.monotonic(), tuning.longest_step)
 
     def run(self) -> Fetched:
         began = time.monotonic()
@@ -167,14 +168,15 @@ class Download:
             return
         if state.link.current is None:
             self._get_link()
-        monitor = Monitor(state, self._save, self._on_bytes)
+        monitor = Monitor(state, self._save, self._on_bytes, self._running.seconds)
         while not state.is_over():
+            now = self._running.advance(time.monotonic())
             self._context.deadline.check()
             if state.needs_link():
                 self._get_link()
             else:
                 self._adjust_connections()
-                monitor.look()
+                monitor.look(now)
                 state.wait(self._pause())
         monitor.report_end()
         self._save()
@@ -224,7 +226,7 @@ class Download:
             return 1, 1
         if self._tuner is None:
             self._tuner = _tuner_of(file.ranges.left, tuning)
-        connections = self._tuner.observe(now, state.received, state.connections.flowing)
+        connections = self._tuner.observe(self._running.seconds, state.received, state.connections.flowing)
         least = max(tuning.min_range_bytes, state.throughput.min_steal_bytes)
         useful = min(connections, most, file.ranges.useful_connections(least))
         return useful, useful

@@ -30,6 +30,7 @@ class Tuning:
     stall_seconds: float = 15.0  # a connection that is silent or too slow for so long is replaced
     min_speed: float = 100_000.0  # bytes a second of the whole file
     patience_seconds: float = 60.0  # a file that gets less than that for so long has failed
+    longest_step: float = 1.0  # a process that did not run for longer was stopped: it counts as so many seconds
     tries: int = 8  # failures in a row without progress
     pause: float = 0.2  # seconds before another try, at first
     pause_most: float = 10.0
