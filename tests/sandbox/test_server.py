@@ -47,8 +47,8 @@ def test_a_body_in_chunks_is_read_to_its_end(echo: Echo) -> None:
     ],
 )
 def test_only_a_whole_body_is_a_request(echo: Echo, sent: bytes, bodies: list[bytes]) -> None:
-    url = urlsplit(echo.url)
-    with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+    host, port = urlsplit(echo.url).netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
         client.sendall(b"POST /job HTTP/1.1\r\nHost: echo\r\nTransfer-Encoding: chunked\r\n\r\n" + sent)
         client.shutdown(socket.SHUT_WR)
         while client.recv(4096):
