@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+_GAIN = 1.15
+_FAST_ENOUGH = 60e6
+
 
 @dataclass(frozen=True)
 class ConnectionDemand:
@@ -72,26 +75,15 @@ class ConcurrencyTuner:
     """How many connections one file should have: more only if more make it faster.
 
     It starts with `start`. When all of them have received bytes for `measure_seconds`, it tries twice as many. It goes
-    back if these, in four times as long, do not reach `gain` times the rate. A connection that receives `fast_enough`
+    back if these, in four times as long, do not reach `_GAIN` times the rate. A connection that receives `_FAST_ENOUGH`
     bytes a second on its own needs no help. It tries again every `retune_seconds`, since networks change.
     """
 
-    def __init__(
-        self,
-        start: int,
-        most: int,
-        *,
-        measure_seconds: float = 0.1,
-        retune_seconds: float = 15.0,
-        gain: float = 1.15,
-        fast_enough: float = 60e6,
-    ) -> None:
+    def __init__(self, start: int, most: int, *, measure_seconds: float = 0.1, retune_seconds: float = 15.0) -> None:
         self.connections = min(start, most)
         self._most = most
         self._measure_seconds = measure_seconds
         self._retune_seconds = retune_seconds
-        self._gain = gain
-        self._fast_enough = fast_enough
         self._before_trial: tuple[int, float] | None = None  # connections and rate before the trial that runs
         self._measurement: tuple[float, int] | None = None  # when it began, and the bytes received by then
         self._idle_until = 0.0
@@ -112,9 +104,9 @@ class ConcurrencyTuner:
 
     def _decide(self, now: float, rate: float) -> None:
         """Begin a trial, or end the one that runs: `rate` is what the present number of connections reached."""
-        if self._before_trial and rate < self._before_trial[1] * self._gain:
+        if self._before_trial and rate < self._before_trial[1] * _GAIN:
             self.connections = self._before_trial[0]
-        elif self.connections < self._most and rate / self.connections < self._fast_enough:
+        elif self.connections < self._most and rate / self.connections < _FAST_ENOUGH:
             self._before_trial = (self.connections, rate)
             self.connections = min(self._most, self.connections * 2)
             return

@@ -80,7 +80,7 @@ class Connection:
         self._http: http.client.HTTPConnection | None = None
         self._origin: Origin | None = None
         self._response: http.client.HTTPResponse | None = None
-        self._read: Callable[[memoryview], int] = _read_nothing
+        self._read: Callable[[memoryview], int]  # of the present answer
         self._unread: int | None = 0  # bytes of the present answer; None: it has no announced end
         self._socket = _AbortableSocket()
         self.url = ""  # of the present answer, behind all redirects
@@ -125,7 +125,7 @@ class Connection:
             headers["Range"] = f"bytes={start}-{end - 1}"
             if request.etag:
                 headers["If-Range"] = request.etag
-        route = Route(request.link.url, self._tuning.max_redirects)
+        route = Route(request.link.url)
         response = self._get(route.url, headers)
         while route.follow(response.status, response.headers.get("Location")):
             self.close()
@@ -220,10 +220,6 @@ class _AbortableSocket:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
-
-
-def _read_nothing(view: memoryview) -> int:
-    return 0
 
 
 def _reader(response: http.client.HTTPResponse) -> Callable[[memoryview], int]:

@@ -203,7 +203,7 @@ class Download:
             state.allowed_connections = limit.share(self, ConnectionDemand(demanded, is_next))
             # Another file needs the connections now, not at the end of their ranges, which may be minutes away.
             state.connections.retire_beyond(max(state.allowed_connections, int(is_next)))
-            if state.retries.restart_reason or now < state.retries.budget.retry_at:
+            if state.retries.restart_reason or now < state.retries.retry_at:
                 return
             while len(state.connections) < min(state.allowed_connections, useful) and limit.acquire():
                 self._start_worker()

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 USER_AGENT = f"a1111-worker/{__version__}"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 5
 _UNESCAPED = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
@@ -51,7 +52,7 @@ class EgressPolicy:
         listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in origins]
         self._origins = frozenset(origin for origin in listed if not origin.host.startswith("*."))
         self._suffixes = tuple((origin.host[1:], origin.port) for origin in listed if origin.host.startswith("*."))
-        self._ca_file = ca_file
+        self.ca_file = ca_file
 
     def check(self, url: str) -> Origin:
         """The origin of a URL that may be requested. Raises OriginRefused for any other URL."""
@@ -98,11 +99,7 @@ class EgressPolicy:
         raise last or OSError(f"{origin} has no address")
 
     def tls(self) -> ssl.SSLContext:
-        return _tls(self._ca_file or certifi.where())
-
-    @property
-    def ca_file(self) -> str | None:
-        return self._ca_file
+        return _tls(self.ca_file or certifi.where())
 
     def _addresses(self, origin: Origin) -> Sequence[tuple[int, int, int, Any]]:
         found = socket.getaddrinfo(origin.host.strip("[]"), origin.port, 0, socket.SOCK_STREAM)
@@ -154,11 +151,10 @@ def open_session(policy: EgressPolicy, *, connections: int = 4) -> requests.Sess
 
 
 class Route:
-    """Where the redirects of a URL lead: at most `max_redirects`, and never to the same URL twice."""
+    """Where the redirects of a URL lead: at most five of them, and never to the same URL twice."""
 
-    def __init__(self, url: str, max_redirects: int = 5) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self._max_redirects = max_redirects
         self._seen = {url}
 
     def follow(self, status: int, location: str | None) -> bool:
@@ -175,8 +171,8 @@ class Route:
             raise OriginRefused(f"a redirect of {origin_of(self.url)} leads to something that is no URL") from error
         if self.url in self._seen:
             raise OriginRefused(f"the redirects of {origin_of(self.url)} go in a circle")
-        if len(self._seen) > self._max_redirects:
-            raise OriginRefused(f"more than {self._max_redirects} redirects, the last one to {origin_of(self.url)}")
+        if len(self._seen) > _MAX_REDIRECTS:
+            raise OriginRefused(f"more than {_MAX_REDIRECTS} redirects, the last one to {origin_of(self.url)}")
         self._seen.add(self.url)
         return True
 

@@ -5,6 +5,7 @@ Bookkeeping alone: no clock, no lock, no I/O. `state` holds a lock around these 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,7 +42,6 @@ class Tuning:
     measure_seconds: float = 0.1  # how long a number of connections is measured; a trial, four times as long
     retune_seconds: float = 15.0  # after that more connections are tried again
     poll_seconds: float = 0.03
-    max_redirects: int = 5
 
 
 @dataclass(eq=False)
@@ -152,25 +152,25 @@ class ByteRanges:
         return len(claimed) + more
 
 
-def range_size(unclaimed: int, connections: int, least: int, most: int) -> int:
+def range_size(unclaimed: int, connections: int, least: int, most: float) -> int:
     """How many bytes one request asks for, of so many `unclaimed` ones: between `least` and `most`.
 
     Many at first, so that requests are few. Ever fewer towards the end of the file, so that all connections end
     together, and the bytes without a gap (which are hashed) are never far behind.
     """
     fair = unclaimed // max(connections, 1)
-    return max(least, min(most, fair - fair % MiB))
+    return max(least, int(min(most, fair - fair % MiB)))
 
 
-def longest_range(backlog: int, hash_speed: float, rate: float, connections: int, least: int, most: int) -> int:
-    """How large a range may be so that the hash never waits for the first missing byte.
+def longest_range(backlog: int, hash_speed: float, rate: float, connections: int) -> float:
+    """How many bytes a range may have so that the hash never waits for the first missing byte.
 
     `backlog` bytes are there and not hashed yet; speeds are in bytes a second, 0 if unknown. A hash twice as fast as
     the download catches up whatever the ranges are. A slower one never does, so a range should last no longer than the
     hash has work.
     """
     if not rate or not hash_speed:
-        return least
+        return 0
     if hash_speed >= 2 * rate:
-        return most
-    return max(least, min(most, int(backlog * rate / max(connections, 1) / hash_speed)))
+        return math.inf
+    return backlog * rate / max(connections, 1) / hash_speed
