@@ -71,7 +71,6 @@ class Fetched:
     received: int
     resumed: int
     connections: int
-    seconds: float
 
 
 class Downloader:
@@ -262,7 +261,7 @@ class Download:
             "%s: %.1f MB in %.1f s, %.0f MB/s over up to %d connections, %.1f MB were on disk already",
             *(state.label, size / 1e6, seconds, speed, connections, resumed / 1e6),
         )
-        return Fetched(size, sha256, received, resumed, connections, seconds)
+        return Fetched(size, sha256, received, resumed, connections)
 
 
 def _start_connections(left: int | None, tuning: Tuning) -> int:
@@ -275,4 +274,4 @@ def _start_connections(left: int | None, tuning: Tuning) -> int:
 def _tuner_of(left: int, tuning: Tuning) -> ConcurrencyTuner:
     start = _start_connections(left, tuning)
     most = max(1, min(tuning.connections, left // (tuning.small_file_bytes // 2))) if start > 2 else start
-    return ConcurrencyTuner(start, most, measure_seconds=tuning.measure_seconds, retune_seconds=tuning.retune_seconds)
+    return ConcurrencyTuner(start, most, tuning)
