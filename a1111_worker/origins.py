@@ -58,10 +58,11 @@ def origin_of(url: str) -> Origin:
     found = _URL.fullmatch(url)
     if not found:
         raise OriginRefused("not a plain https URL (no credentials, no spaces, no escapes in the host)")
-    scheme, host, port = found["scheme"].lower(), found["host"].lower(), int(found["port"] or 0)
-    if port > 65535:
-        raise OriginRefused("not a plain https URL (its port is above 65535)")
-    return Origin(scheme, host, port or DEFAULT_PORTS[scheme])
+    scheme, host = found["scheme"].lower(), found["host"].lower()
+    port = int(found["port"] or DEFAULT_PORTS[scheme])
+    if not 1 <= port <= 65535:
+        raise OriginRefused("not a plain https URL (its port is not between 1 and 65535)")
+    return Origin(scheme, host, port)
 
 
 def parse_origin(entry: str) -> Origin:

@@ -177,20 +177,32 @@ class Server:
         self.stop()
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
-        length = int(handler.headers.get("content-length") or 0)
         url = urlsplit(handler.path)
         asked = ReceivedRequest(
             method=handler.command,
             path=url.path,
             query=dict(parse_qsl(url.query, keep_blank_values=True)),
             headers={name.lower(): value for name, value in handler.headers.items()},
-            body=handler.rfile.read(length) if length else b"",
+            body=_read_body(handler),
         )
         self.asked.append(asked)
         exchange = Exchange(handler, asked)
         if any(answers(exchange) for answers in list(self.before)):
             return
         self.answer(exchange)
+
+
+def _read_body(handler: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, of an announced length or in chunks (RFC 9112, 7.1). ValueError if it is cut or wrong."""
+    if "chunked" not in handler.headers.get("transfer-encoding", "").lower():
+        return handler.rfile.read(int(handler.headers.get("content-length") or 0))
+    body = bytearray()
+    while size := int(handler.rfile.readline().partition(b";")[0], 16):
+        body += handler.rfile.read(size)
+        handler.rfile.readline()
+    while handler.rfile.readline().strip():
+        pass  # trailers
+    return bytes(body)
 
 
 class _HTTPServer(ThreadingHTTPServer):

@@ -37,6 +37,8 @@ def test_an_origin_is_read_from_a_setting(entry: str, origin: Origin) -> None:
         "https://civitai.com?x",
         "ftp://civitai.com",
         "https://civitai.com:99999",
+        "https://civitai.com:0",  # no port: never the scheme's own one
+        "civitai.com:00000",
         "https://",
         "https://*",
         "https://a.*.com",
@@ -71,6 +73,7 @@ def test_an_origin_is_printed_as_a_setting_names_it(text: str) -> None:
     assert str(parse_origin(text)) == text
 
 
-def test_a_port_beyond_the_last_one_is_refused_in_words() -> None:
-    with pytest.raises(OriginRefused, match="its port is above 65535"):
-        origin_of("https://files.example:65536/")
+@pytest.mark.parametrize("port", ["0", "00", "65536"])
+def test_a_port_that_no_host_has_is_refused_in_words(port: str) -> None:
+    with pytest.raises(OriginRefused, match="its port is not between 1 and 65535"):
+        origin_of(f"https://files.example:{port}/")

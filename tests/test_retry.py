@@ -52,6 +52,7 @@ def test_no_pause_is_longer_than_the_longest_even_if_the_shortest_is() -> None:
         (" 7 ", 7.0, 7.0),
         ("0", 0.0, 0.0),
         ("9" * 400, 1e8, 1e9),  # a number that no float holds
+        ("9" * 5_000, 1e8, 1e9),  # more digits than Python converts
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),  # past
         ("Wed, 21 Oct 2099 07:28:00 GMT", 1e8, 1e11),
     ],
@@ -63,6 +64,19 @@ def test_a_servers_pause_is_a_number_or_a_date(text: str, least: float, most: fl
     assert least <= seconds <= most
 
 
-@pytest.mark.parametrize("text", [None, "", "soon", "-5", "1.5", "²", "٧", "Wed, 99 Oct 2015 07:28:00 GMT"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "soon",
+        "-5",
+        "1.5",
+        "²",
+        "٧",
+        "Wed, 99 Oct 2015 07:28:00 GMT",
+        f"Wed, 21 Oct {'9' * 5_000} 07:28:00 GMT",
+    ],
+)
 def test_anything_else_is_no_pause(text: str | None) -> None:
     assert parse_retry_after(text) is None

@@ -216,7 +216,8 @@ class CivitAI:
         try:
             while response is None:
                 response = self._hop(route)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            # ValueError: http.client was told that a chunk has a negative size.
             raise Refused(Refusal.NO_CONNECTION) from error
         if refused := refusal_of(response, keyed=bool(self._key)):
             raise refused

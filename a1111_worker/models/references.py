@@ -43,7 +43,7 @@ _KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
-_AUTHORITY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::(?!0+$)[0-9]{1,5})?")
+_AUTHORITY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?")
 _KEY_IN_QUERY = re.compile(r"(?:^|[&;?])(?:amp;)?token=", re.IGNORECASE)
 _AIR = re.compile(
     r"(?:urn:)?(?:air:)?(?:(?P<first>[\w-]+):)?(?:(?P<second>[\w-]+):)?(?P<source>[\w-]+):(?P<model>[^:@+.]+)"
@@ -190,7 +190,7 @@ def _split_url(url: str) -> tuple[Origin, str, str]:
         raise BadReference("must name its host by letters, digits, dots and hyphens")
     try:
         return origin_of(url), path, query
-    except OriginRefused as error:  # a host with a dot or a hyphen at an end, or a port above 65535
+    except OriginRefused as error:  # a host with a dot or a hyphen at an end, or a port that no host has
         raise _not_allowed(f"{scheme}://{authority}") from error
 
 

@@ -11,4 +11,5 @@ Nothing here knows what a model is. The modules, the public one first:
     partial_file    the file that is being downloaded: its bytes, what is saved beside it, its SHA-256
     ranges          which byte ranges are missing, which are requested, and how large a request is
     egress          the egress policy: which origins may be reached, and sessions and connections that reach no others
+    addresses       which IP addresses are public
 """

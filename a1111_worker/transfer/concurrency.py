@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from a1111_worker.transfer.ranges import Tuning
+
 _GAIN = 1.15
-_FAST_ENOUGH = 60e6  # bytes a second
+_FAST_ENOUGH = 60e6
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,16 @@ def share_connections(limit: int, demands: Sequence[ConnectionDemand]) -> list[i
 class ConcurrencyTuner:
     """How many connections one file should have: more only if more make it faster.
 
-    It starts with `start`. When all of them have received bytes for `measure_seconds`, it tries twice as many. It goes
-    back if these, in four times as long, do not reach 1.15 times the rate. A connection that receives 60 MB a second on
-    its own needs no help. It tries again every `retune_seconds`, since networks change.
+    It starts with `start`. When all of them have received bytes for `tuning.measure_seconds`, it tries twice as many.
+    It goes back if these, in four times as long, do not reach `_GAIN` times the rate. A connection that receives
+    `_FAST_ENOUGH` bytes a second on its own needs no help. It tries again every `tuning.retune_seconds`, since networks
+    change.
     """
 
-    def __init__(self, start: int, most: int, *, measure_seconds: float = 0.1, retune_seconds: float = 15.0) -> None:
+    def __init__(self, start: int, most: int, tuning: Tuning) -> None:
         self.connections = min(start, most)
         self._most = most
-        self._measure_seconds = measure_seconds
-        self._retune_seconds = retune_seconds
+        self._tuning = tuning
         self._before_trial: tuple[int, float] | None = None  # connections and rate before the trial that runs
         self._measurement: tuple[float, int] | None = None  # when it began, and the bytes received by then
         self._idle_until = 0.0
@@ -96,7 +98,7 @@ class ConcurrencyTuner:
         if self._measurement is None:
             self._measurement = (now, received)
         began, received_then = self._measurement
-        if now - began < self._measure_seconds * (4 if self._before_trial else 1) or now == began:
+        if now - began < self._tuning.measure_seconds * (4 if self._before_trial else 1) or now == began:
             return self.connections
         self._measurement = None
         self._decide(now, (received - received_then) / (now - began))
@@ -111,7 +113,7 @@ class ConcurrencyTuner:
             self.connections = min(self._most, self.connections * 2)
             return
         self._before_trial = None
-        self._idle_until = now + self._retune_seconds
+        self._idle_until = now + self._tuning.retune_seconds
 
 
 def too_slow(speeds: Sequence[float], least: float, fraction: float = 0.1) -> list[bool]:

@@ -28,6 +28,9 @@ NETWORK_ERRORS = (OSError, http.client.HTTPException)
 
 _STEADY = 64 * 1024  # bytes of one answer
 
+_SIZE = "[0-9]{1,18}"  # no file is larger, and Python converts no more than 4,300 digits
+_CONTENT_RANGE = re.compile(rf"bytes ({_SIZE})-({_SIZE})/({_SIZE}|\*)", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Link:
@@ -77,11 +80,10 @@ class Connection:
         self._http: http.client.HTTPConnection | None = None
         self._origin: Origin | None = None
         self._response: http.client.HTTPResponse | None = None
-        self._read: Callable[[memoryview], int] = _read_nothing
+        self._read: Callable[[memoryview], int]  # of the present answer
         self._unread: int | None = 0  # bytes of the present answer; None: it has no announced end
         self._socket = _AbortableSocket()
         self.url = ""  # of the present answer, behind all redirects
-        self.created = time.monotonic()
         self.answer_seconds = 0.0  # from the last request to its answer
         self.received = 0  # bytes, of all answers
         self.received_of_answer = 0
@@ -123,7 +125,7 @@ class Connection:
             headers["Range"] = f"bytes={start}-{end - 1}"
             if request.etag:
                 headers["If-Range"] = request.etag
-        route = Route(request.link.url, self._tuning.max_redirects)
+        route = Route(request.link.url)
         response = self._get(route.url, headers)
         while route.follow(response.status, response.headers.get("Location")):
             self.close()
@@ -220,10 +222,6 @@ class _AbortableSocket:
                 self._handle = None
 
 
-def _read_nothing(view: memoryview) -> int:
-    return 0
-
-
 def _reader(response: http.client.HTTPResponse) -> Callable[[memoryview], int]:
     """A function that reads what has come into a buffer of ours.
 
@@ -232,7 +230,7 @@ def _reader(response: http.client.HTTPResponse) -> Callable[[memoryview], int]:
     if response.chunked or response.fp is None:
 
         def read(view: memoryview) -> int:
-            data = response.read1(len(view))
+            data = response.read1(len(view))[: len(view)]  # it may be more if a chunk says that its size is negative
             view[: len(data)] = data
             return len(data)
 
@@ -291,7 +289,7 @@ def judge(status: int, headers: http.client.HTTPMessage, start: int, end: int | 
     length = _content_length(headers)
     if status == 200:
         return RangeResponse(0, length, length, strong_etag, is_partial=False)
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", "").strip(), re.IGNORECASE)
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
     if not found or end is None:
         raise TemporaryFault("the storage does not say which part it sends")
     first, stop, total = int(found[1]), int(found[2]) + 1, None if found[3] == "*" else int(found[3])
@@ -327,10 +325,13 @@ def _unsatisfiable(headers: http.client.HTTPMessage, start: int) -> Exception:
 
 
 def _content_length(headers: http.client.HTTPMessage) -> int | None:
-    if "chunked" in headers.get("Transfer-Encoding", "").lower():
-        return None
+    """The announced length of an answer; None if it has none. An invalid one ends the answer (RFC 9112, 6.3)."""
     text = headers.get("Content-Length", "").strip()
-    return int(text) if text.isascii() and text.isdigit() else None
+    if not text or "chunked" in headers.get("Transfer-Encoding", "").lower():
+        return None
+    if not re.fullmatch(_SIZE, text):
+        raise TemporaryFault("the storage announces a length that is no number")
+    return int(text)
 
 
 def network_fault(error: Exception) -> TemporaryFault:

@@ -31,7 +31,7 @@ from a1111_worker.origins import OriginRefused
 from a1111_worker.transfer.concurrency import ConcurrencyTuner, ConnectionDemand, ConnectionLimit
 from a1111_worker.transfer.connection import Connection, FileChanged
 from a1111_worker.transfer.egress import EgressPolicy
-from a1111_worker.transfer.monitor import Monitor, OnBytes
+from a1111_worker.transfer.monitor import Monitor, OnBytes, RunningTime
 from a1111_worker.transfer.partial_file import PartialFile, StreamingHasher
 from a1111_worker.transfer.range_worker import RangeWorker
 from a1111_worker.transfer.ranges import ByteRanges, Tuning
@@ -71,7 +71,6 @@ class Fetched:
     received: int
     resumed: int
     connections: int
-    seconds: float
 
 
 class Downloader:
@@ -112,6 +111,7 @@ class Download:
         self._state = DownloadState(FileState(source.label, source.size, tuning), PartialFile(path), tuning)
         self._workers: list[RangeWorker] = []
         self._tuner: ConcurrencyTuner | None = None
+        self._running = RunningTime(time.monotonic(), tuning.longest_step)
 
     def run(self) -> Fetched:
         began = time.monotonic()
@@ -168,14 +168,15 @@ class Download:
             return
         if state.link.current is None:
             self._get_link()
-        monitor = Monitor(state, self._save, self._on_bytes)
+        monitor = Monitor(state, self._save, self._on_bytes, self._running.seconds)
         while not state.is_over():
+            now = self._running.advance(time.monotonic())
             self._context.deadline.check()
             if state.needs_link():
                 self._get_link()
             else:
                 self._adjust_connections()
-                monitor.look()
+                monitor.look(now)
                 state.wait(self._pause())
         monitor.report_end()
         self._save()
@@ -202,7 +203,7 @@ class Download:
             state.allowed_connections = limit.share(self, ConnectionDemand(demanded, is_next))
             # Another file needs the connections now, not at the end of their ranges, which may be minutes away.
             state.connections.retire_beyond(max(state.allowed_connections, int(is_next)))
-            if state.retries.restart_reason or now < state.retries.budget.retry_at:
+            if state.retries.restart_reason or now < state.retries.retry_at:
                 return
             while len(state.connections) < min(state.allowed_connections, useful) and limit.acquire():
                 self._start_worker()
@@ -225,7 +226,7 @@ class Download:
             return 1, 1
         if self._tuner is None:
             self._tuner = _tuner_of(file.ranges.left, tuning)
-        connections = self._tuner.observe(now, state.received, state.connections.flowing)
+        connections = self._tuner.observe(self._running.seconds, state.received, state.connections.flowing)
         least = max(tuning.min_range_bytes, state.throughput.min_steal_bytes)
         useful = min(connections, most, file.ranges.useful_connections(least))
         return useful, useful
@@ -261,7 +262,7 @@ class Download:
             "%s: %.1f MB received in %.1f s, %.0f MB/s over up to %d connections; all %.1f MB are on disk",
             *(state.label, received / 1e6, seconds, speed, connections, size / 1e6),
         )
-        return Fetched(size, sha256, received, resumed, connections, seconds)
+        return Fetched(size, sha256, received, resumed, connections)
 
 
 def _start_connections(left: int | None, tuning: Tuning) -> int:
@@ -274,4 +275,4 @@ def _start_connections(left: int | None, tuning: Tuning) -> int:
 def _tuner_of(left: int, tuning: Tuning) -> ConcurrencyTuner:
     start = _start_connections(left, tuning)
     most = max(1, min(tuning.connections, left // (tuning.small_file_bytes // 2))) if start > 2 else start
-    return ConcurrencyTuner(start, most, measure_seconds=tuning.measure_seconds, retune_seconds=tuning.retune_seconds)
+    return ConcurrencyTuner(start, most, tuning)

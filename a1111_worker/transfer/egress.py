@@ -6,8 +6,8 @@ An `EgressPolicy` is a list of origins. Scheme, host and port must all match. No
 redirect or a name server says:
 
 - https only, except for an origin that is listed as `http://127.0.0.1:PORT` or `http://localhost:PORT`;
-- a host name leads to public addresses only. A private, loopback or link-local address is reached only if it is itself
-  the host of a listed origin (`https://10.0.0.7`, `http://127.0.0.1:8081`), or if that host is `localhost`;
+- a host name leads to public addresses only (`addresses`). Any other one is reached only if it is itself the host of a
+  listed origin (`https://10.0.0.7`, `http://127.0.0.1:8081`), or if it is this machine's and that host is `localhost`;
 - proxies, netrc, cookies and automatic redirects are off.
 
 There are two ways to use it: `open_session` for answers of ordinary size, `open_connection` for the download engine.
@@ -18,10 +18,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
-import ipaddress
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin
@@ -34,6 +33,7 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 
 from a1111_worker import __version__
 from a1111_worker.origins import DEFAULT_PORTS, Origin, OriginRefused, origin_of, parse_origin
+from a1111_worker.transfer.addresses import is_loopback, is_public, is_same
 
 if TYPE_CHECKING:
     from requests import PreparedRequest, Response
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 USER_AGENT = f"a1111-worker/{__version__}"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 5
 _UNESCAPED = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
@@ -51,7 +52,7 @@ class EgressPolicy:
         listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in origins]
         self._origins = frozenset(origin for origin in listed if not origin.host.startswith("*."))
         self._suffixes = tuple((origin.host[1:], origin.port) for origin in listed if origin.host.startswith("*."))
-        self._ca_file = ca_file
+        self.ca_file = ca_file
 
     def check(self, url: str) -> Origin:
         """The origin of a URL that may be requested. Raises OriginRefused for any other URL."""
@@ -98,11 +99,7 @@ class EgressPolicy:
         raise last or OSError(f"{origin} has no address")
 
     def tls(self) -> ssl.SSLContext:
-        return _tls(self._ca_file or certifi.where())
-
-    @property
-    def ca_file(self) -> str | None:
-        return self._ca_file
+        return _tls(self.ca_file or certifi.where())
 
     def _addresses(self, origin: Origin) -> Sequence[tuple[int, int, int, Any]]:
         found = socket.getaddrinfo(origin.host.strip("[]"), origin.port, 0, socket.SOCK_STREAM)
@@ -118,30 +115,11 @@ class EgressPolicy:
 
 def may_connect(origin: Origin, address: str) -> bool:
     """Whether a connection may be made to an address to which an origin's host resolved."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
     if origin.host == "localhost":
-        return ip.is_loopback
+        return is_loopback(address)
     with contextlib.suppress(ValueError):
-        return ip == ipaddress.ip_address(origin.host.strip("[]"))  # the origin was listed by its address
-    return all(part.is_global and not part.is_multicast for part in _embedded(ip))
-
-
-def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[Any]:
-    """An address, and the IPv4 addresses that an IPv6 one may stand for (mapped, 6to4, Teredo, NAT64)."""
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped:
-            yield ip.ipv4_mapped
-            return
-        if ip.sixtofour:
-            yield ip.sixtofour
-        if ip.teredo:
-            yield from ip.teredo
-        if ip in _NAT64:
-            yield ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    yield ip
-
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+        return is_same(address, origin.host.strip("[]"))  # the origin was listed by its address
+    return is_public(address)
 
 
 @functools.cache
@@ -173,11 +151,10 @@ def open_session(policy: EgressPolicy, *, connections: int = 4) -> requests.Sess
 
 
 class Route:
-    """Where the redirects of a URL lead: at most `max_redirects`, and never to the same URL twice."""
+    """Where the redirects of a URL lead: at most five of them, and never to the same URL twice."""
 
-    def __init__(self, url: str, max_redirects: int = 5) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self._max_redirects = max_redirects
         self._seen = {url}
 
     def follow(self, status: int, location: str | None) -> bool:
@@ -194,8 +171,8 @@ class Route:
             raise OriginRefused(f"a redirect of {origin_of(self.url)} leads to something that is no URL") from error
         if self.url in self._seen:
             raise OriginRefused(f"the redirects of {origin_of(self.url)} go in a circle")
-        if len(self._seen) > self._max_redirects:
-            raise OriginRefused(f"more than {self._max_redirects} redirects, the last one to {origin_of(self.url)}")
+        if len(self._seen) > _MAX_REDIRECTS:
+            raise OriginRefused(f"more than {_MAX_REDIRECTS} redirects, the last one to {origin_of(self.url)}")
         self._seen.add(self.url)
         return True
 

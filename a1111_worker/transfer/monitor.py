@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from a1111_worker.errors import DownloadFailed
@@ -18,22 +17,43 @@ OnBytes = Callable[[int, "int | None"], None]
 """Gets the bytes on disk and the file's size (None: unknown), some four times a second, from one thread."""
 
 
-class Monitor:
-    """`look` decides itself what is due. `save` is called when a crash would cost too many bytes."""
+class RunningTime:
+    """The seconds for which this process ran. Who was slow is judged by them.
 
-    def __init__(self, state: DownloadState, save: Callable[[], None], on_bytes: OnBytes | None) -> None:
-        now = time.monotonic()
+    Nothing is received while the process is stopped (a paused container, a frozen machine), however fast the storage
+    is. So the time between two calls of `advance` counts up to `longest_step` seconds, and no more. Whoever calls it
+    does so many times a second.
+    """
+
+    def __init__(self, now: float, longest_step: float) -> None:
+        self.seconds = 0.0
+        self._now = now
+        self._longest_step = longest_step
+
+    def advance(self, now: float) -> float:
+        """The seconds so far. `now` is on the monotonic clock."""
+        self.seconds += min(now - self._now, self._longest_step)
+        self._now = now
+        return self.seconds
+
+
+class Monitor:
+    """`look` decides itself what is due. `save` is called when a crash would cost too many bytes.
+
+    `now` is a RunningTime's.
+    """
+
+    def __init__(self, state: DownloadState, save: Callable[[], None], on_bytes: OnBytes | None, now: float) -> None:
         self._state = state
         self._save = save
         self._saved_at = now
-        self._progress = ProgressReporter(state, on_bytes)
+        self._progress = ProgressReporter(state, on_bytes, now)
         self._connection_marks: dict[Connection, tuple[float, int]] = {}  # when each was judged, and its bytes then
         self._rate_mark = (now, 0)
         self._rate_connections = 0
         self._speed_mark = (now, state.received)
 
-    def look(self) -> None:
-        now = time.monotonic()
+    def look(self, now: float) -> None:
         with self._state.changed:
             self._replace_slow_connections(now)
             self._measure_rate(now)
@@ -46,7 +66,7 @@ class Monitor:
 
     def _replace_slow_connections(self, now: float) -> None:
         state = self._state
-        marks = {each: self._connection_marks.get(each, (each.created, 0)) for each in state.connections}
+        marks = {each: self._connection_marks.get(each, (now, 0)) for each in state.connections}
         due = {each: mark for each, mark in marks.items() if now - mark[0] >= state.tuning.stall_seconds}
         speeds = [(each.received - received) / (now - began) for each, (began, received) in due.items()]
         for each, is_slow, speed in zip(due, too_slow(speeds, state.tuning.min_speed), speeds, strict=True):
@@ -95,10 +115,10 @@ class Monitor:
 class ProgressReporter:
     """Tells the log and the caller how far a file is."""
 
-    def __init__(self, state: DownloadState, on_bytes: OnBytes | None) -> None:
+    def __init__(self, state: DownloadState, on_bytes: OnBytes | None, now: float) -> None:
         self._state = state
         self._on_bytes = on_bytes
-        self._reported_at = time.monotonic() - 1
+        self._reported_at = now - 1
         self._tenths: int | None = None  # tenths of the file that the log has
 
     def report_sometimes(self, now: float) -> None:

@@ -55,25 +55,19 @@ class RangeWorker:
 
     def _try(self, request: RangeRequest) -> RequestFault | None:
         """Carry out a request. Returns what went wrong, if something can be done about it."""
+        byte_range = request.byte_range
         try:
-            self._carry_out(request)
+            response = self._connection.ask(request)
+            byte_range = self._state.accept(request, response, self._connection.url)
+            self._receive(byte_range, response)
         except RequestFault as fault:
             return fault
         except NETWORK_ERRORS as error:
             return network_fault(error)
         finally:
-            if request.byte_range is not None:
-                self._state.release(request.byte_range)
-        return None
-
-    def _carry_out(self, request: RangeRequest) -> None:
-        response = self._connection.ask(request)
-        byte_range = self._state.accept(request, response, self._connection.url)
-        try:
-            self._receive(byte_range, response)
-        finally:
-            if byte_range is not request.byte_range:
+            if byte_range is not None:
                 self._state.release(byte_range)
+        return None
 
     def _receive(self, byte_range: ByteRange, response: RangeResponse) -> None:
         """Write the bytes of an answer to their place. The bytes that came count, however it ends."""

@@ -31,6 +31,7 @@ class Tuning:
     stall_seconds: float = 15.0  # a connection that is silent or too slow for so long is replaced
     min_speed: float = 100_000.0  # bytes a second of the whole file
     patience_seconds: float = 60.0  # a file that gets less than that for so long has failed
+    longest_step: float = 1.0  # a process that did not run for longer was stopped: it counts as so many seconds
     tries: int = 8  # failures in a row without progress
     pause: float = 0.2  # seconds before another try, at first
     pause_most: float = 10.0
@@ -41,7 +42,6 @@ class Tuning:
     measure_seconds: float = 0.1  # how long a number of connections is measured; a trial, four times as long
     retune_seconds: float = 15.0  # after that more connections are tried again
     poll_seconds: float = 0.03
-    max_redirects: int = 5
 
 
 @dataclass(eq=False)
@@ -170,7 +170,7 @@ def longest_range(backlog: int, hash_speed: float, rate: float, connections: int
     does, so a range should last no longer than the hash has work.
     """
     if not rate or not hash_speed:
-        return 0.0
+        return 0
     if hash_speed >= 2 * rate:
         return math.inf
     return backlog * rate / max(connections, 1) / hash_speed

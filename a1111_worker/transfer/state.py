@@ -179,7 +179,7 @@ class DownloadState:
         with self.changed:
             self.file.advance(byte_range, len(view))
             if connection.is_steady and self.file.has_ranges:
-                self.retries.budget.reset()
+                self.retries.count_progress()
             if self.file.unsaved_bytes >= self.tuning.remember_bytes or self.file.is_complete:
                 self.changed.notify_all()
 
@@ -238,12 +238,12 @@ class DownloadState:
         )
 
     def _range_size(self, ranges: ByteRanges) -> int:
-        most: float = self.tuning.max_range_bytes
+        least, most = self.tuning.min_range_bytes, float(self.tuning.max_range_bytes)
         count = max(len(self.connections), min(self.allowed_connections, self.tuning.start_connections))
         if self.hasher:
             backlog = ranges.contiguous - self.hasher.hashed_bytes
             most = min(most, longest_range(backlog, self.hasher.speed, self.throughput.rate, count))
-        return range_size(ranges.unclaimed, count, self.tuning.min_range_bytes, most)
+        return range_size(ranges.unclaimed, count, least, most)
 
     def _open(self, response: RangeResponse, total: int | None) -> ByteRange:
         """The first answer of a download says what the file is. Have room for it."""
@@ -271,7 +271,7 @@ class DownloadState:
             self.retries.restart_reason = fault  # without ranges nothing can be resumed
         elif connection.is_steady and not wait:
             return
-        if not self.retries.budget.spend(now, wait):
+        if not self.retries.count_failure(now, wait):
             raise DownloadFailed(f"{self.label} cannot be downloaded: {fault}") from fault
 
 
@@ -484,15 +484,35 @@ class LinkState:
 
 
 class RetryState:
-    """Failures since there was progress, restarts, and a limit for a storage that is busy."""
+    """Failures in a row, when to try again (`retry_at`), restarts, and a limit for a storage that is busy.
+
+    Times are seconds of the caller's clock.
+    """
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
-        self.budget = RetryBudget(tuning.tries, Backoff(tuning.pause, tuning.pause_most))
+        self._backoff = Backoff(tuning.pause, tuning.pause_most)
+        self.failures = 0
+        self.retry_at = 0.0
         self.restart_reason: RequestFault | None = None
         self._restarts = 0
         self._cap = tuning.connections
         self._cap_until = 0.0
+
+    def count_failure(self, now: float, pause: float = 0.0) -> bool:
+        """Try again, after `pause` seconds at least. False if there were too many failures without progress.
+
+        Connections that fail together are one failure.
+        """
+        if now >= self.retry_at:
+            self.failures += 1
+            self.retry_at = now + self._backoff.next_pause()
+        self.retry_at = max(self.retry_at, now + pause)
+        return self.failures < self._tuning.tries
+
+    def count_progress(self) -> None:
+        self.failures = 0
+        self._backoff.reset()
 
     def cap_connections(self, count: int, now: float) -> None:
         """The storage is busy: use at most `count` connections for a while."""
@@ -512,32 +532,6 @@ class RetryState:
         if self._restarts > self._tuning.restarts:
             raise DownloadFailed(f"{label} changed while it was downloaded ({reason})")
         return reason
-
-
-class RetryBudget:
-    """How many failures in a row, without progress, a download may have, and when to try again (`retry_at`).
-
-    Times are seconds of the caller's clock. Connections that fail together are one failure.
-    """
-
-    def __init__(self, tries: int, backoff: Backoff) -> None:
-        self._tries = tries
-        self._backoff = backoff
-        self.failures = 0
-        self.retry_at = 0.0
-
-    def spend(self, now: float, at_least: float = 0.0) -> bool:
-        """Count a failure; try again after `at_least` seconds. False if it was one too many."""
-        if now >= self.retry_at:
-            self.failures += 1
-            self.retry_at = now + self._backoff.next_pause()
-        self.retry_at = max(self.retry_at, now + at_least)
-        return self.failures < self._tries
-
-    def reset(self) -> None:
-        """There was progress."""
-        self.failures = 0
-        self._backoff.reset()
 
 
 class Throughput:

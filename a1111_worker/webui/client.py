@@ -89,6 +89,7 @@ class WebUI:
             status_forcelist=(502, 503, 504),
             allowed_methods=None,
             raise_on_status=False,
+            respect_retry_after_header=False,  # hours, or digits that urllib3 cannot convert: a job cannot wait so long
         )
         self._session.mount(f"{self.url}/", HTTPAdapter(max_retries=retry, pool_maxsize=8))
         # A generation that may be running is never requested a second time. The caller repeats the other two.
@@ -301,7 +302,8 @@ def _read_body(response: requests.Response) -> bytes:
     # `raw.read` reads all at once: `response.content` collects pieces of 10 KiB, which costs milliseconds for an image.
     try:
         body: bytes = response.raw.read(decode_content=True)
-    except (urllib3.exceptions.HTTPError, OSError) as error:
+    except (urllib3.exceptions.HTTPError, OSError, ValueError, OverflowError, MemoryError) as error:
+        # The last three: the announced length, of the body or of a chunk, is negative or absurdly large.
         raise WebUILost("the WebUI's answer ended in the middle") from error
     finally:
         response.close() if response.raw.closed else response.raw.release_conn()

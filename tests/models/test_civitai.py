@@ -540,6 +540,23 @@ def test_a_retry_after_of_a_server_error_is_honoured_within_bounds(service: sand
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
+class NegativeChunk(Server):
+    """Sends a chunk that says that its size is negative."""
+
+    def answer(self, exchange: Exchange) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        exchange.write(head + b"-5\r\n{}")
+        exchange.cut()
+
+
+def test_a_chunk_of_a_negative_size_is_a_broken_answer() -> None:
+    with NegativeChunk() as server:
+        client = CivitAI(policy=EgressPolicy([server.url]), urls=[server.url], timings=QUICK)
+
+        with pytest.raises(DownloadFailed, match="no connection to CivitAI"):
+            client.describe(ModelRef(ModelKind.LORA, model_id=5), Deadline())
+
+
 class Trickle(Server):
     """Promises much and sends a byte now and then."""
 

@@ -131,7 +131,7 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ("https://сivitai.com/models/1", "plain characters"),  # a Cyrillic с
         ("https://civitai.com:/models/1", "letters"),
         ("https://civitai.com:99999999/models/1", "letters"),
-        ("https://civitai.com:0/models/1", "letters"),
+        ("https://civitai.com:0/models/1", "not civitai.com:0"),
         ("https://civitai.com:70000/models/1", "MODEL_HOSTS"),
         ("https://-cdn.example.com/a", "MODEL_HOSTS"),
         ("https:///models/1", "letters"),

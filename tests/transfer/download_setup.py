@@ -33,6 +33,7 @@ QUICK = Tuning(
     remember_seconds=0.05,
     stall_seconds=0.3,
     patience_seconds=1.0,
+    longest_step=0.1,
     pause=0.01,
     pause_most=0.02,
     retry_after_most=0.05,
@@ -44,6 +45,20 @@ QUICK = Tuning(
 # If a connection's range is stolen, the bytes that were on their way to it come twice. So tests that count the bytes
 # steal none.
 EXACT = dataclasses.replace(QUICK, min_steal_bytes=SIZE)
+
+# A process that fetches a URL to a path. The third argument is its Tuning as JSON; a fourth, its seconds.
+FETCH = """
+import json, sys
+from pathlib import Path
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.transfer.download import Downloader, Source
+from a1111_worker.transfer.egress import EgressPolicy
+from a1111_worker.transfer.ranges import Tuning
+origin = "/".join(sys.argv[1].split("/")[:3])
+downloader = Downloader(EgressPolicy([origin]), Tuning(**json.loads(sys.argv[3])))
+context = JobContext(Deadline(*map(float, sys.argv[4:])))
+downloader.fetch(Source("a model", lambda: sys.argv[1]), Path(sys.argv[2]), context)
+"""
 
 
 class Links:

@@ -13,6 +13,7 @@ from a1111_worker.transfer.concurrency import (
     share_connections,
     too_slow,
 )
+from a1111_worker.transfer.ranges import Tuning
 
 
 @given(
@@ -79,7 +80,7 @@ def test_a_download_that_is_over_leaves_its_share_to_the_others() -> None:
 
 def tune(rates: dict[int, float], *, start: int = 8, most: int = 16) -> int:
     """How many connections a download ends up with, if `rates` are the bytes a second that each number reaches."""
-    tuner = ConcurrencyTuner(start, most, measure_seconds=1.0, retune_seconds=1000.0)
+    tuner = ConcurrencyTuner(start, most, Tuning(measure_seconds=1.0, retune_seconds=1000.0))
     received, now = 0.0, 0.0
     for _ in range(100):
         connections = tuner.observe(now, int(received), tuner.connections)
@@ -102,7 +103,7 @@ def test_connections_grow_only_while_that_helps(rates: dict[int, float], expecte
 
 
 def test_the_tuner_waits_until_all_connections_receive_bytes() -> None:
-    tuner = ConcurrencyTuner(4, 16, measure_seconds=1.0)
+    tuner = ConcurrencyTuner(4, 16, Tuning(measure_seconds=1.0))
 
     for second in range(10):
         tuner.observe(float(second), second * 1000, flowing=3)

@@ -21,6 +21,8 @@ from a1111_worker.transfer.connection import (
     network_fault,
 )
 
+DIGITS = "9" * 5_000
+
 
 def headers(**given: str) -> http.client.HTTPMessage:
     message = http.client.HTTPMessage()
@@ -62,6 +64,16 @@ def headers(**given: str) -> http.client.HTTPMessage:
         (206, {"Content_Range": "bytes 10-19/15"}, 10, 20, TemporaryFault),
         (206, {"Content_Range": "bytes 10-19/100", "Content_Length": "9"}, 10, 20, TemporaryFault),
         (206, {"Content_Type": "multipart/byteranges; boundary=x"}, 10, 20, TemporaryFault),
+        # more digits than Python converts
+        (200, {"Content_Length": DIGITS}, 0, 20, TemporaryFault),
+        (206, {"Content_Range": "bytes 10-19/100", "Content_Length": DIGITS}, 10, 20, TemporaryFault),
+        (206, {"Content_Range": f"bytes {DIGITS}-19/100"}, 10, 20, TemporaryFault),
+        (206, {"Content_Range": f"bytes 10-{DIGITS}/100"}, 10, 20, TemporaryFault),
+        (206, {"Content_Range": f"bytes 10-19/{DIGITS}"}, 10, 20, TemporaryFault),
+        (503, {"Retry_After": DIGITS}, 0, 20, StorageBusy),
+        (200, {"Content_Length": "ten"}, 0, 20, TemporaryFault),
+        (200, {"Content_Length": "-5"}, 0, 20, TemporaryFault),
+        (200, {"Content_Length": ""}, 0, 20, RangeResponse(0, None, None, None, False)),
         (206, {"Content_Range": "bytes 0-9/100"}, 0, None, TemporaryFault),  # no part was asked for
         (200, {"Content_Encoding": "gzip"}, 0, 20, DownloadFailed),
         (200, {"Content_Type": "text/html; charset=utf-8"}, 0, 20, ModelRejected),

@@ -134,6 +134,9 @@ def test_the_log_names_the_storage_and_never_the_signed_link(
 
 # --- networks that break: the right file in the end, by the same download
 
+DIGITS = "9" * 5_000
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
 
 def fetch_from_a_bad_storage(download: DownloadSetup, misbehave: Callable[[SandboxStorage], None]) -> Fetched:
     misbehave(download.storage)
@@ -142,6 +145,17 @@ def fetch_from_a_bad_storage(download: DownloadSetup, misbehave: Callable[[Sandb
 
 def fails(fault: ServerFault, times: int | None = 1) -> Callable[[SandboxStorage], None]:
     return lambda storage: storage.fail(fault, times=times)
+
+
+def sends(answer: bytes) -> Callable[[SandboxStorage], None]:
+    """Every answer is these bytes, then FIN."""
+
+    def send(exchange: Exchange) -> bool:
+        exchange.write(answer)
+        exchange.cut()
+        return True
+
+    return lambda storage: storage.before.append(send)
 
 
 def sets(**knobs: Any) -> Callable[[SandboxStorage], None]:
@@ -228,6 +242,17 @@ def test_ranges_may_come_in_chunks(download: DownloadSetup) -> None:
     download.assert_whole(fetched)
     assert len(download.storage.ranges) > 1 and None not in download.storage.ranges
     assert fetched.received == SIZE
+
+
+def test_a_chunk_of_a_negative_size_is_no_error_of_ours(tmp_path: Path) -> None:
+    with SandboxStorage() as storage:
+        download = download_setup(tmp_path, storage, 10)
+        head = b"HTTP/1.1 206 Part\r\nContent-Range: bytes 0-9/10\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sends(head + b"a\r\n" + download.content + b"\r\n-5\r\nmore")(storage)
+
+        fetched = download.fetch()
+
+        download.assert_whole(fetched)
 
 
 def test_a_server_that_ignores_ranges_once_costs_one_answer(download: DownloadSetup) -> None:
@@ -552,6 +577,11 @@ def test_a_redirect_to_an_origin_that_is_not_allowed_is_rejected(download: Downl
         (fails(ServerFault(cut_after=1), None), DownloadFailed, "early|kB came"),
         (fails(ServerFault(shift=1), None), DownloadFailed, "another part"),
         (fails(ServerFault(whole=True, framing="length", cut_after=5000), None), DownloadFailed, "early"),
+        # more digits than Python converts
+        (fails(ServerFault(200, b"x", {"content-length": DIGITS}), None), DownloadFailed, "a length that is no number"),
+        (fails(ServerFault(content_range=f"bytes 0-{DIGITS}/{DIGITS}"), None), DownloadFailed, "which part"),
+        (fails(ServerFault(503, headers={"retry-after": DIGITS}), None), DownloadFailed, "busy"),
+        (sends(CHUNKED + f"{DIGITS}\r\n".encode()), DownloadFailed, "failed"),
     ],
 )
 def test_a_network_that_never_works_fails_in_words(

@@ -132,4 +132,6 @@ def test_how_much_one_request_asks_for(unclaimed: int, connections: int, expecte
 def test_a_range_lasts_no_longer_than_the_hash_has_work(
     backlog: int, hash_speed: float, rate: float, expected: int
 ) -> None:
-    assert max(8 * MiB, min(64 * MiB, longest_range(backlog, hash_speed, rate, 16))) == expected
+    longest = min(64 * MiB, longest_range(backlog, hash_speed, rate, 16))
+
+    assert range_size(6_900_000_000, 16, 8 * MiB, longest) == expected

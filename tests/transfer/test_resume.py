@@ -22,7 +22,7 @@ from a1111_worker.errors import JobCancelled, ModelRejected, VolumeFull
 from a1111_worker.transfer.partial_file import PartialFile, ranges_file
 from a1111_worker.transfer.ranges import MiB
 from sandbox.storage import SandboxStorage, ServerFault
-from tests.transfer.download_setup import EXACT, QUICK, ROOT, SIZE, DownloadSetup, download_setup
+from tests.transfer.download_setup import EXACT, FETCH, QUICK, ROOT, SIZE, DownloadSetup, download_setup
 
 
 def test_a_complete_part_is_hashed_again_without_a_request(download: DownloadSetup) -> None:
@@ -224,18 +224,6 @@ def test_a_symbolic_link_in_place_of_a_part_is_not_followed(download: DownloadSe
 
 # --- killed at any moment
 
-_FETCH = """
-import json, sys
-from pathlib import Path
-from a1111_worker.context import JobContext
-from a1111_worker.transfer.download import Downloader, Source
-from a1111_worker.transfer.egress import EgressPolicy
-from a1111_worker.transfer.ranges import Tuning
-origin = "/".join(sys.argv[1].split("/")[:3])
-downloader = Downloader(EgressPolicy([origin]), Tuning(**json.loads(sys.argv[3])))
-downloader.fetch(Source("a model", lambda: sys.argv[1]), Path(sys.argv[2]), JobContext())
-"""
-
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_download_that_is_killed_at_random_moments_goes_on_where_it_was(download: DownloadSetup, kills: int) -> None:
@@ -244,7 +232,7 @@ def test_a_download_that_is_killed_at_random_moments_goes_on_where_it_was(downlo
     lost_before = 0
     for _ in range(kills):
         tuning = json.dumps(dataclasses.asdict(QUICK))
-        command = [sys.executable, "-c", _FETCH, download.storage.sign(download.key), str(download.part), tuning]
+        command = [sys.executable, "-c", FETCH, download.storage.sign(download.key), str(download.part), tuning]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
 
         def kill(process: subprocess.Popen[bytes] = process) -> None:
@@ -290,7 +278,7 @@ print((int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) 
 def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
     with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, 400 * MiB)
-        command = [sys.executable, "-c", _FETCH + _PEAK, storage.sign(download.key), str(download.part), "{}"]
+        command = [sys.executable, "-c", FETCH + _PEAK, storage.sign(download.key), str(download.part), "{}"]
 
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
 

@@ -133,11 +133,15 @@ def test_a_refused_connection_is_another_error_than_a_broken_one(server: Scripte
 
 
 def test_a_request_that_may_be_repeated_is_repeated(server: Scripted) -> None:
-    server.acts = [lambda it: it.send(502), lambda it: it.send(503)]
+    server.acts = [
+        lambda it: it.send(502),
+        lambda it: it.send(503),
+        lambda it: it.send(503, headers={"retry-after": "9" * 5_000}),  # more digits than Python converts
+    ]
 
     client(server).refresh_checkpoints()
 
-    assert len(server.asked) == 3
+    assert len(server.asked) == 4
 
 
 @pytest.mark.parametrize("act", [lambda it: it.send(502), Exchange.reset, Exchange.cut])
@@ -156,8 +160,23 @@ def half(exchange: Exchange) -> None:
     exchange.cut()
 
 
+def sends(answer: bytes) -> Callable[[Exchange], None]:
+    """The answer is these bytes after the status line, then FIN."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.write(b"HTTP/1.1 200 OK\r\n" + answer)
+        exchange.cut()
+
+    return act
+
+
 NO_JSON = [
     half,
+    sends(b"Content-Length: " + b"9" * 5_000 + b"\r\n\r\n{"),  # more digits than Python converts
+    sends(b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}"),  # more bytes than an index has
+    sends(b"Content-Length: " + b"9" * 15 + b"\r\n\r\n{}"),  # more bytes than there is memory
+    sends(b"Transfer-Encoding: chunked\r\n\r\n" + b"9" * 5_000 + b"\r\n{}"),
+    sends(b"Transfer-Encoding: chunked\r\n\r\n-5\r\n{}"),
     lambda it: it.send(200, b"<html>hello</html>"),
     lambda it: it.send(200, b""),
     lambda it: it.send(200, b"[" * 100_000),  # nested deeper than JSON is read

@@ -1,0 +1,53 @@
+"""What counts as slow, and that a process which did not run was not slow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from a1111_worker.transfer.monitor import RunningTime
+from tests.transfer.download_setup import FETCH, QUICK, ROOT, DownloadSetup, KiB
+
+
+def test_time_in_which_the_process_ran_counts_and_no_other() -> None:
+    running = RunningTime(now=100.0, longest_step=0.5)
+
+    counted = [running.advance(now) for now in (100.1, 100.5, 100.5, 161.0, 161.2)]
+
+    assert counted == pytest.approx([0.1, 0.5, 0.5, 1.0, 1.2])  # 60 seconds count as half of one
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_whole", "error"),
+    [
+        (60, True, ""),
+        (2, False, "JobTimeout"),  # the job's own time goes on
+    ],
+)
+def test_a_process_that_was_stopped_goes_on_with_its_download(
+    download: DownloadSetup, seconds: int, is_whole: bool, error: str
+) -> None:
+    tuning = dataclasses.replace(QUICK, connections=1, start_connections=1)
+    arguments = [download.storage.sign(download.key), str(download.part), json.dumps(dataclasses.asdict(tuning))]
+    command = [sys.executable, "-c", FETCH, *arguments, str(seconds)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+
+        def stop_for_longer_than_it_is_patient() -> None:  # in the storage's thread, which sends nothing meanwhile
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            time.sleep(3 * tuning.patience_seconds)  # this is the fault
+            process.send_signal(signal.SIGCONT)
+
+        download.storage.at(64 * KiB, stop_for_longer_than_it_is_patient)
+        _, errors = process.communicate(timeout=60)
+
+    assert (process.returncode == 0) is is_whole, errors
+    assert (download.part.read_bytes() == download.content) is is_whole
+    assert error in errors
