@@ -165,7 +165,10 @@ class Readiness:
     def _give_up_where_hopeless(self, error: WebUILost, *, waited: float) -> None:
         ownership = self._supervisor.ownership
         if ownership is Ownership.FAILED:
-            raise WebUINotReady("the WebUI could not be started", hint="its log says why") from error
+            why = self._supervisor.failure
+            raise WebUINotReady(
+                f"the WebUI could not be started{why and f': {why}'}", hint="its log says why"
+            ) from error
         if ownership is Ownership.NOBODY and isinstance(error, WebUIRefused) and waited >= self.timings.unowned_grace:
             raise WebUINotReady(
                 f"no WebUI listens at {self._webui.url} and nothing is starting one", hint=NOBODY_STARTS_IT

@@ -1,6 +1,6 @@
 """Who keeps the WebUI alive: start.sh, told through its state file. Only the pid in that file may ever be signalled.
 
-The file holds the WebUI's pid, or `failed` when start.sh has given up. Without a file nobody of ours owns the WebUI.
+The file holds the WebUI's pid, or `failed: WHY` when start.sh has given up. Without a file nobody of ours owns the WebUI.
 """
 
 from __future__ import annotations
@@ -40,12 +40,18 @@ class Supervisor:
     @property
     def ownership(self) -> Ownership:
         said = self._said()
-        if said == "failed":
+        if said.startswith("failed"):
             return Ownership.FAILED
         pid = _pid(said)
         if pid is None:
             return Ownership.NOBODY
         return Ownership.RUNNING if self._is_alive(pid) else Ownership.RESTARTING
+
+    @property
+    def failure(self) -> str:
+        """Why start.sh has given up; empty if it has not, or did not say."""
+        said = self._said()
+        return said.partition(": ")[2] if said.startswith("failed") else ""
 
     @property
     def life(self) -> str:
@@ -76,7 +82,7 @@ class Supervisor:
         if self._state_file is None:
             return ""
         try:
-            return self._state_file.read_text(encoding="ascii").strip()
+            return self._state_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             return ""
 

@@ -254,7 +254,10 @@ HEALTH: list[tuple[str | None, str | None, int, str]] = [
     ('{"state": "ready", "heartbeat": NOW, "webui": "up"}', None, 0, "ready"),  # somebody else's WebUI
     ('{"state": "booting", "heartbeat": NOW, "webui": "down"}', "123", 1, "booting"),
     ('{"state": "broken", "heartbeat": NOW, "webui": "down"}', "123", 1, "broken"),
-    ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed", 1, "given up"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed: it ended", 1, "given up"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": "sent"}', "123", 0, "ready"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": null}', "123", 0, "ready"),  # the SDK sends none here
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": "ended"}', "123", 1, "ping process has ended"),
     ('{"state": "ready", "heartbeat": 1, "webui": "up"}', "123", 1, "last heartbeat"),
     (None, "123", 1, "cannot be read"),  # not started yet
     ('{"state": "rea', "123", 1, "cannot be read"),

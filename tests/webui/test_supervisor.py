@@ -23,6 +23,7 @@ def a_dead_pid() -> str:
 # what the file says, and what it means
 ROWS = [
     ("failed\n", Ownership.FAILED),
+    ("failed: it ended with status 137\n", Ownership.FAILED),
     ("", Ownership.NOBODY),  # caught in the middle of something
     ("-1", Ownership.NOBODY),  # would signal every process there is
     ("0", Ownership.NOBODY),  # would signal our own group
@@ -125,7 +126,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("said", ["failed", "", "1", "-1"])
+@pytest.mark.parametrize("said", ["failed", "failed: 4242", "", "1", "-1"])
 def test_what_is_not_ours_is_never_killed(tmp_path: Path, said: str) -> None:
     file = tmp_path / "webui.state"
     file.write_text(said)
