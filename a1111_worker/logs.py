@@ -2,9 +2,9 @@
 
     python a1111_worker/logs.py SOURCE text|json     passes on what another process prints
 
-The worker's own lines go to stderr, one per stage, with the job's id. start.sh runs this file as a program for the WebUI
-and for the worker (whose SDK prints too): then all lines of a container have one form. It needs the standard library
-alone.
+The worker's own lines go to stderr, one per stage, with the job's id. start.sh runs this file as a program for the
+WebUI and for the worker (whose SDK prints too): then all lines of a container have one form. It needs the standard
+library alone.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, CivitAI, Fault
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, RunPod
 from sandbox.runpod import Job as Queued
+from tests.soak_webui import launch_py
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = 1590699
@@ -619,7 +620,7 @@ def stock(folder: Path, civitai: CivitAI) -> None:
         civitai.add(version, sdxl_lora(site / f"{version}.safetensors", version, LORA_BYTES), name=f"Good {version}")
     (folder / "notes").mkdir()
     (folder / "webui").mkdir()
-    (folder / "webui" / "launch.py").write_text("from tests.soak_webui import main\n\nmain()\n")
+    (folder / "webui" / "launch.py").write_text(launch_py(folder / "notes"))
 
 
 def run(folder: Path, minutes: float, seed: int, replace_every: int) -> list[str]:

@@ -23,6 +23,8 @@ from typing import Any
 from sandbox.server import Exchange
 from sandbox.webui import Canned, Fault, WebUI
 
+ROOT = Path(__file__).resolve().parent.parent
+
 STEP_SECONDS = 0.02
 SWITCH_SECONDS = 0.5
 IMAGE_BYTES = 300_000
@@ -126,6 +128,18 @@ def what_is_asked(body: Mapping[str, Any]) -> tuple[str, str]:
     """The number of the job and its fault, from the prompt; `-` and nothing for the worker's own warm-up."""
     found = re.search(r"soak (\d+) ?([a-z0-9-]*)", str(body.get("prompt")))
     return (found[1], found[2]) if found else ("-", "")
+
+
+def launch_py(folder: Path) -> str:
+    """The text of a launch.py that runs `main` with SOAK_FOLDER set: start.sh gives the WebUI few variables."""
+    given = {"SOAK_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
+    return (
+        "import os, sys\n\n"
+        'if "SOAK_FOLDER" not in os.environ:\n'
+        f"    os.execve(sys.executable, [sys.executable, *sys.argv], {{**os.environ, **{given}}})\n"
+        "from tests.soak_webui import main\n\n"
+        "main()\n"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Who keeps the WebUI alive: start.sh, told through its state file. Only the pid in that file may ever be signalled.
 
-The file holds the WebUI's pid, or `failed: WHY` when start.sh has given up. Without a file nobody of ours owns the WebUI.
+The file holds the WebUI's pid, or `failed: WHY` when start.sh has given up. Without a file nobody of ours owns the
+WebUI.
 """
 
 from __future__ import annotations

@@ -107,7 +107,6 @@ class Container:
         for name in ("webui/launch.py", "worker/handler.py"):
             (folder / name).parent.mkdir()
             (folder / name).write_text(PROGRAM, encoding="utf-8")
-        (folder / "worker" / "a1111_worker").symlink_to(CHECKOUT / "a1111_worker")
         self.program("python", PYTHON)
         self.gpu("8.9")
         self.program("ldconfig", "#!/usr/bin/env bash\n")
@@ -1048,7 +1047,7 @@ def test_with_json_every_line_of_the_container_is_an_object(container: Container
     lines = [json.loads(line) for line in (output + errors).splitlines()]
     assert all({"time", "level", "source", "message"} <= set(line) for line in lines)
     assert {line["source"] for line in lines} == {"start", "webui", "worker"}
-    assert [line["message"] for line in lines if line["source"] == "worker"][0] == "hello"
+    assert next(line["message"] for line in lines if line["source"] == "worker") == "hello"
 
 
 def test_a_message_of_start_sh_is_valid_json_whatever_is_in_it(container: Container) -> None:
