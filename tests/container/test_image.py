@@ -256,12 +256,7 @@ HEALTH: list[tuple[str | None, str | None, int, str]] = [
     ('{"state": "broken", "heartbeat": NOW, "webui": "down"}', "123", 1, "broken"),
     ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed: it ended", 1, "given up"),
     ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": "sent"}', "123", 0, "ready"),
-    (
-        '{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": null}',
-        "123",
-        0,
-        "ready",
-    ),  # the SDK sends none here
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": null}', "123", 0, "ready"),  # off RunPod
     ('{"state": "ready", "heartbeat": NOW, "webui": "up", "pings": "ended"}', "123", 1, "ping process has ended"),
     ('{"state": "ready", "heartbeat": 1, "webui": "up"}', "123", 1, "last heartbeat"),
     (None, "123", 1, "cannot be read"),  # not started yet
