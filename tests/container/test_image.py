@@ -195,7 +195,7 @@ def test_a_baked_checkpoint_leaves_nothing_in_the_environment_that_a_start_could
 
 def test_what_the_build_writes_beside_a_baked_checkpoint_makes_it_the_workers_own(tmp_path: Path) -> None:
     url = "https://models.example.com/files/other.safetensors"
-    build = {"CHECKPOINT_URL": url, "CHECKPOINT_FILE": "other.safetensors", "CHECKPOINT_NAME": 'An "Other" = 1'}
+    build = {"CHECKPOINT_URL": url, "CHECKPOINT_FILE": "other.safetensors", "CHECKPOINT_NAME": "An Other = 1"}
     checkpoint = sdxl_checkpoint(tmp_path / "models" / "checkpoints" / "other.safetensors", 1, 3_000_000)
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     # As of a download from CivitAI: its version is not that of the default checkpoint.
