@@ -201,7 +201,7 @@ def test_what_the_build_writes_beside_a_baked_checkpoint_makes_it_the_workers_ow
     # As of a download from CivitAI: its version is not that of the default checkpoint.
     known = Record(ModelKind.CHECKPOINT, "Other", checkpoint.name, sha256, checkpoint.stat().st_size, version_id=4711)
     checkpoint.with_name("other.safetensors.json").write_bytes(known.to_json())
-    arguments = [sys.executable, CHECKOUT / "image" / "baked.py", checkpoint.parent]
+    arguments = [sys.executable, str(CHECKOUT / "image" / "baked.py"), str(checkpoint.parent)]
 
     written = subprocess.run(
         arguments,

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from sandbox.webui import WebUI
+from sandbox.webui import WebUI  # noqa: E402 - it lies beside this file in the image
 
 FLAGS = json.loads((HERE / "sandbox" / "data" / "1.10.1" / "cmd-flags.json").read_bytes())
 

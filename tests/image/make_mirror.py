@@ -3,8 +3,9 @@
     python tests/image/make_mirror.py FOLDER
 
 makes FOLDER/OWNER/NAME.git for each, with one branch, `main`. A1111's repository contains the sandbox's WebUI with
-A1111's flags (launch.py beside this file), and asks for the packages that A1111 asks for. CLIP is a package that needs pkg_resources to be built and to be run, as the
-real one does; it is also in CLIP.zip. The helpers are empty packages in the folders in which A1111 looks for them.
+A1111's flags (launch.py beside this file), and asks for the packages that A1111 asks for. CLIP is a package that needs
+pkg_resources to be built and to be run, as the real one does; it is also in CLIP.zip. The helpers are empty packages in
+the folders in which A1111 looks for them.
 """
 
 from __future__ import annotations
