@@ -51,7 +51,9 @@ set_defaults() {
   WEBUI_RESTARTS="${WEBUI_RESTARTS:-3}"               # this many restarts
   WEBUI_RESTART_WINDOW="${WEBUI_RESTART_WINDOW:-600}" # within this many seconds
   WEBUI_RESTART_BACKOFF="${WEBUI_RESTART_BACKOFF:-1}" # seconds before the first; doubled for each further one
-  WEBUI_DATA_DIR="${WEBUI_DATA_DIR:-$(default_data_dir)}"
+  # What the WebUI writes is in its own folder, unless that is read-only.
+  [[ ! -w "$WEBUI_DIR" ]] || WEBUI_DATA_DIR="${WEBUI_DATA_DIR:-$WEBUI_DIR}"
+  WEBUI_DATA_DIR="${WEBUI_DATA_DIR:-/tmp/webui-data}"
   export WEBUI_STATE_FILE="${WEBUI_STATE_FILE:-/tmp/webui.state}"
   export PYTHONUNBUFFERED=1
 }
@@ -69,11 +71,6 @@ use_baked_checkpoint() {
       [[ -n "${!name:-}" ]] || export "$name=$value"
     done <"$root/baked-checkpoint"
   done
-}
-
-# The folder that the WebUI writes, if WEBUI_DATA_DIR is not set: its own folder. If that is read-only, one in /tmp.
-default_data_dir() {
-  if [[ -w "$WEBUI_DIR" ]]; then echo "$WEBUI_DIR"; else echo /tmp/webui-data; fi
 }
 
 # The folder of the cache if MODELS_DIR is not set: the same that a1111_worker/config.py chooses.
