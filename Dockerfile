@@ -17,51 +17,45 @@ ARG BASE_IMAGE=ubuntu:22.04
 FROM ${BASE_IMAGE} AS system
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PYTHON=python3.10
-# libgl1, libglib2.0-0: OpenCV; libgoogle-perftools4: tcmalloc for the WebUI; git: for GitPython, which A1111 imports
+# libgoogle-perftools4: tcmalloc for the WebUI; git: for GitPython, which A1111 imports
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
 rm -f /etc/apt/apt.conf.d/docker-clean
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
-apt-get install -qy --no-install-recommends ca-certificates git libgl1 libglib2.0-0 libgoogle-perftools4 "$PYTHON"
+apt-get install -qy --no-install-recommends ca-certificates git libgoogle-perftools4 "$PYTHON"
 END
 
 # ---- uv, only for the build ----
 FROM system AS tools
 ARG PYPI_INDEX_URL=https://pypi.org/simple
-ARG UV_VERSION=0.13.8
+COPY locks/uv.txt /tmp/
 # hadolint ignore=DL3008,DL3013
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 apt-get install -qy --no-install-recommends python3-pip
-python3 -m pip install -q --no-cache-dir --index-url "$PYPI_INDEX_URL" --target /uv "uv==$UV_VERSION"
+python3 -m pip install -q --no-cache-dir --index-url "$PYPI_INDEX_URL" --target /uv --require-hashes -r /tmp/uv.txt
 END
 
 # ---- the WebUI ----
 FROM system AS webui
 ARG PYTHON=python3.10
 ARG PYPI_INDEX_URL=https://pypi.org/simple
-# The cu128 builds run on sm_75 to sm_120. Empty: PyPI's builds of 2.7.0, which are cu126 and lack sm_120.
+# Its packages, each with its version and hash: locks/webui-NAME.txt and locks/torch-NAME.txt. cu128: PyTorch's builds,
+# for sm_75 to sm_120. pypi: PyPI's builds of the same versions, for CUDA 12.6, sm_50 to sm_90; TORCH_INDEX_URL is empty.
+ARG WEBUI_LOCK=cu128
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
-# An empty version leaves its package out.
-ARG TORCH_VERSION=2.7.0
-ARG TORCHVISION_VERSION=0.22.0
-ARG XFORMERS_VERSION=0.0.30
-# The versions that A1111 pins, installed first: otherwise torch would install newer ones, only to be replaced.
-ARG NUMPY_VERSION=1.26.2
-ARG PILLOW_VERSION=9.5.0
-# CLIP needs pkg_resources, to be built and to be run. setuptools has it up to version 80; A1111 pins this version.
-ARG SETUPTOOLS_VERSION=69.5.1
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+COPY locks/torch-${WEBUI_LOCK}.txt locks/webui-${WEBUI_LOCK}.txt /opt/webui/locks/
+# `architectures`: which GPUs torch has code for. start.sh reads it, because importing torch takes seconds.
 RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
 export VIRTUAL_ENV=/opt/webui UV_DEFAULT_INDEX="$PYPI_INDEX_URL"
-/uv/bin/uv venv -q --no-python-downloads --python "$PYTHON" /opt/webui
-/uv/bin/uv pip install "setuptools==$SETUPTOOLS_VERSION" wheel "numpy==$NUMPY_VERSION" "pillow==$PILLOW_VERSION"
-if [ -n "$TORCH_VERSION" ]; then
-  /uv/bin/uv pip install ${TORCH_INDEX_URL:+--index "$TORCH_INDEX_URL"} "torch==$TORCH_VERSION" \
-    ${TORCHVISION_VERSION:+"torchvision==$TORCHVISION_VERSION"} ${XFORMERS_VERSION:+"xformers==$XFORMERS_VERSION"}
-fi
+/uv/bin/uv venv -q --allow-existing --no-python-downloads --python "$PYTHON" /opt/webui
+install() { /uv/bin/uv pip install --no-deps --require-hashes "$@"; }
+install ${TORCH_INDEX_URL:+--default-index "$TORCH_INDEX_URL"} -r "/opt/webui/locks/torch-$WEBUI_LOCK.txt"
+install -r "/opt/webui/locks/webui-$WEBUI_LOCK.txt"
+/opt/webui/bin/python -c 'import torch; print(torch._C._cuda_getArchFlags())' >/opt/webui/architectures
 END
 
 ARG WEBUI_REPO=https://github.com/AUTOMATIC1111/stable-diffusion-webui.git
@@ -94,15 +88,17 @@ checkout "$app/repositories/stable-diffusion-stability-ai" "$STABLE_DIFFUSION_RE
 checkout "$app/repositories/generative-models" "$STABLE_DIFFUSION_XL_REPO" "$STABLE_DIFFUSION_XL_COMMIT"
 checkout "$app/repositories/k-diffusion" "$K_DIFFUSION_REPO" "$K_DIFFUSION_COMMIT"
 checkout "$app/repositories/BLIP" "$BLIP_REPO" "$BLIP_COMMIT"
+# Demo pictures, 58 MB.
+rm -rf "$app/repositories/stable-diffusion-stability-ai/assets" "$app/repositories/generative-models/assets"
+# A1111 makes this folder beside its code, also if its data is elsewhere: docker run --read-only.
+ln -s /tmp/webui-data/config_states "$app/config_states"
 END
 
 ARG CLIP_PACKAGE=git+https://github.com/openai/CLIP.git@d50d76daa670286dd6cacf3bcd80b5e4823fc8e1
 RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
-export VIRTUAL_ENV=/opt/webui UV_DEFAULT_INDEX="$PYPI_INDEX_URL" GIT_TERMINAL_PROMPT=0
-echo "setuptools==$SETUPTOOLS_VERSION" >/tmp/constraints.txt
-/uv/bin/uv pip install --build-constraints /tmp/constraints.txt --constraints /tmp/constraints.txt \
-  -r /opt/webui/app/requirements_versions.txt "clip @ $CLIP_PACKAGE"
-rm /tmp/constraints.txt
+export VIRTUAL_ENV=/opt/webui GIT_TERMINAL_PROMPT=0
+# Its commit is its pin. It is built with the setuptools that A1111 pins: newer ones have no pkg_resources any more.
+/uv/bin/uv pip install --no-deps --no-build-isolation "clip @ $CLIP_PACKAGE"
 # Compiled here: otherwise every new container would compile it again. Some files of the helpers are for another Python.
 /opt/webui/bin/python -m compileall -q -j 0 /opt/webui/app >/dev/null || true
 END
@@ -124,11 +120,11 @@ END
 FROM system AS worker
 ARG PYTHON=python3.10
 ARG PYPI_INDEX_URL=https://pypi.org/simple
-COPY requirements.txt /tmp/
+COPY locks/worker.txt /tmp/
 RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv <<'END'
 export VIRTUAL_ENV=/opt/worker UV_DEFAULT_INDEX="$PYPI_INDEX_URL" UV_LINK_MODE=copy
 /uv/bin/uv venv -q --no-python-downloads --python "$PYTHON" /opt/worker
-/uv/bin/uv pip install --compile-bytecode -r /tmp/requirements.txt
+/uv/bin/uv pip install --compile-bytecode --require-hashes -r /tmp/worker.txt
 END
 
 # ---- the worker itself, compiled; all times are fixed, so that the same files give the same layer on any builder ----
@@ -158,15 +154,19 @@ RUN --mount=type=cache,id=checkpoint,target=/cache \
     --mount=type=bind,from=worker,source=/opt/worker,target=/opt/worker \
     --mount=type=bind,from=files,source=/files/opt/worker/app/a1111_worker,target=/worker/a1111_worker \
     --mount=type=bind,from=files,source=/files/opt/worker/app/model_manager.py,target=/worker/model_manager.py \
+    --mount=type=bind,source=image/baked.py,target=/image/baked.py \
     --mount=type=secret,id=civitai_api_key <<'END'
 mkdir -p /baked/models/checkpoints /known/models/checkpoints
 if [ "$BAKE_CHECKPOINT" = 1 ]; then
   CIVITAI_API_KEY="$(cat /run/secrets/civitai_api_key 2>/dev/null || true)" MODELS_DIR=/cache/models \
     /opt/worker/bin/python /worker/model_manager.py prefetch checkpoint
-  default="$(PYTHONPATH=/worker /opt/worker/bin/python -c 'from a1111_worker.catalog import CHECKPOINT_FILE; print(CHECKPOINT_FILE)')"
-  file="${CHECKPOINT_FILE:-$default}"
+  PYTHONPATH=/worker /opt/worker/bin/python /image/baked.py /cache/models/checkpoints >/known/models/baked-checkpoint
+  file="$(sed -n 's/^CHECKPOINT_FILE=//p' /known/models/baked-checkpoint)"
   cp "/cache/models/checkpoints/$file" /baked/models/checkpoints
   cp "/cache/models/checkpoints/$file.json" /known/models/checkpoints
+elif [ -n "$CHECKPOINT_URL" ]; then
+  echo 'CHECKPOINT_URL is for BAKE_CHECKPOINT=1; to choose another checkpoint at run time, set it there' >&2
+  exit 1
 fi
 # Fixed times: otherwise a builder without this cache would make, and push, another layer of the same 6.5 GB.
 # The sidecar contains the time of the download, and is a layer of its own.
@@ -178,15 +178,12 @@ FROM webui AS smoke-webui
 ARG SMOKE_TEST=1
 # hadolint ignore=DL3064
 ARG BAKE_TOKENIZER=1
-ARG TORCH_VERSION=2.7.0
-ARG TORCHVISION_VERSION=0.22.0
-ARG XFORMERS_VERSION=0.0.30
-COPY image/smoke.py image/tokenizer.py /image/
+COPY image/smoke.py image/tokenizer.py start.sh /image/
 WORKDIR /opt/webui/app
 RUN --mount=type=bind,from=tokenizer,source=/opt/huggingface,target=/opt/huggingface,rw <<'END'
 mkdir -p /passed/opt/smoke
 if [ "$SMOKE_TEST" = 1 ]; then
-  HF_HUB_OFFLINE=1 HF_HOME=/opt/huggingface /opt/webui/bin/python /image/smoke.py webui >/passed/opt/smoke/webui
+  HF_HUB_OFFLINE=1 HF_HOME=/opt/huggingface /opt/webui/bin/python /image/smoke.py webui /image/start.sh >/passed/opt/smoke/webui
   cat /passed/opt/smoke/webui
 fi
 find /passed -exec touch -d @0 {} +
@@ -230,11 +227,6 @@ COPY --link --from=smoke-webui /passed/ /
 COPY --link --from=smoke-worker /passed/ /
 COPY --link --from=files /files/ /
 
-# The worker uses the checkpoint that was baked. Empty: the default.
-ARG CHECKPOINT_URL=
-ARG CHECKPOINT_FILE=
-ARG CHECKPOINT_NAME=
-ARG CHECKPOINT_SHA256=
 # RUNPOD_DEBUG_LEVEL: the SDK's default logs prompts and results; WARNING would crash its import.
 # RUNPOD_MIN_DISK_PERCENT: the SDK ends a worker if less than 10 % of / is free; the worker itself reports a full disk.
 ENV WEBUI_DIR=/opt/webui/app \
@@ -243,10 +235,6 @@ ENV WEBUI_DIR=/opt/webui/app \
     WORKER_PYTHON=/opt/worker/bin/python \
     WEBUI_STATE_FILE=/tmp/webui.state \
     WORKER_STATE_FILE=/tmp/worker.state.json \
-    CHECKPOINT_URL=${CHECKPOINT_URL} \
-    CHECKPOINT_FILE=${CHECKPOINT_FILE} \
-    CHECKPOINT_NAME=${CHECKPOINT_NAME} \
-    CHECKPOINT_SHA256=${CHECKPOINT_SHA256} \
     HF_HOME=/opt/huggingface \
     HF_HUB_OFFLINE=1 \
     NVIDIA_VISIBLE_DEVICES=all \

@@ -2,59 +2,75 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+# uv trusts the certificates of this machine too, such as a company's own.
+export UV_SYSTEM_CERTS := 1
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r
 
-.PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check clean
+.PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(UV): locks/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/uv.txt
 	@touch $@
 
-demo: $(VENV)/installed ## one job through the real SDK and worker, against the sandbox: out/*.png
+# What a run needs, and what a developer needs besides.
+$(VENV)/worker: locks/worker.txt $(UV)
+	$(INSTALL) $<
+	@touch $@
+
+$(VENV)/dev: locks/dev.txt $(UV)
+	$(INSTALL) $<
+	@touch $@ $(VENV)/worker
+
+demo: $(VENV)/worker ## one job through the real SDK and worker, against the sandbox: out/*.png
 	@OUTPUT_DIR=out RUNPOD_LOG_LEVEL=WARN $(BIN)/python -m sandbox -- $(BIN)/python handler.py
 
-serve: $(VENV)/installed ## the SDK's local API in front of the sandbox, on 127.0.0.1:8000
+serve: $(VENV)/worker ## the SDK's local API in front of the sandbox, on 127.0.0.1:8000
 	@$(BIN)/python -m sandbox -- $(BIN)/python handler.py --rp_serve_api
 
 # Four processes on two cores: most tests wait for sockets and processes, not for the processor.
-test: $(VENV)/installed ## the tests that need no long waits
+test: $(VENV)/dev ## the tests that need no long waits
 	$(BIN)/pytest -n 4 -m "not slow"
 
-test-slow: $(VENV)/installed ## the tests that need long waits
+test-slow: $(VENV)/dev ## the tests that need long waits
 	$(BIN)/pytest -n 2 -m slow
 
 check: format lint types test test-slow shell ## everything that CI checks
 
-format: $(VENV)/installed
+format: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 
-types: $(VENV)/installed
+types: $(VENV)/dev
 	$(BIN)/mypy
 
-shell: $(VENV)/installed
-	$(BIN)/shfmt -i 2 -ci -d start.sh .ci/run
-	$(BIN)/shellcheck start.sh .ci/run
+shell: $(VENV)/dev
+	$(BIN)/shfmt -i 2 -ci -d start.sh locks/lock.sh .ci/run
+	$(BIN)/shellcheck start.sh locks/lock.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/installed ## measure what the docs say about speed
+bench: $(VENV)/dev ## measure what the docs say about speed
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/installed ## ten minutes of many faults at once (SOAK_ARGS="--minutes 3")
+soak: $(VENV)/dev ## ten minutes of many faults at once (SOAK_ARGS="--minutes 3")
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
-image-test: $(VENV)/installed ## build the image with stand-ins for A1111, run it, break it, stop it (needs a Docker engine)
+image-test: $(VENV)/dev ## build the image with stand-ins for A1111, run it, break it, stop it (needs a Docker engine)
 	$(BIN)/python -m tests.image $(IMAGE_ARGS)
 
-gpu-check: $(VENV)/installed ## on a machine with a GPU: boot, switch, LoRA, out of memory, times and VRAM
+gpu-check: $(VENV)/dev ## on a machine with a GPU: boot, switch, LoRA, out of memory, times and VRAM
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
+
+lock: $(UV) ## resolve everything again, at the newest versions: locks/
+	UV=$(UV) locks/lock.sh pypi
 
 clean: ## remove the environment, the demo's cache and its pictures
 	rm -rf $(VENV) .sandbox out

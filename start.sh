@@ -12,16 +12,26 @@ readonly WEBUI_FLAGS=(
   --no-download-sd-model --no-half-vae --disable-console-progressbars
 )
 readonly CPU_FLAGS=(--use-cpu all --no-half)
-# Not in the WebUI's environment.
-readonly SECRETS=(CIVITAI_API_KEY RUNPOD_AI_API_KEY BUCKET_ACCESS_KEY_ID BUCKET_SECRET_ACCESS_KEY)
+# The variables that the WebUI's process gets; `*` is a pattern. docs/modules/startup-script.md has a reason for each.
+readonly WEBUI_ENVIRONMENT=(
+  PATH HOME LANG 'LC_*' TZ TMPDIR LD_LIBRARY_PATH 'CUDA_*' 'NVIDIA_*' 'PYTORCH_*' 'OMP_*' 'MKL_*' HF_HOME
+)
+# What it gets besides. Its downloads are refused at once: nothing listens on port 9 of this machine. Otherwise a job with
+# a missing upscaler would fetch a file that nobody has verified, or hang for ever if packets are dropped.
+readonly WEBUI_OFFLINE=(
+  HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 'no_proxy=127.0.0.1,localhost'
+)
+LOGS_PY="$(realpath "${BASH_SOURCE[0]}")"
+readonly LOGS_PY="${LOGS_PY%/*}/a1111_worker/logs.py" # beside this file
 # Seconds between TERM and KILL for the WebUI, after the worker has ended. By then nobody waits for anything in it, and
 # unloading torch alone takes longer.
 readonly WEBUI_GRACE=0.3
 
-ending=''     # the exit status that a signal asked for
-worker=''     # handler.py's pid, its process group too
-webui=''      # the WebUI's pid, known only to its supervisor
-supervisor='' # the pid of the process that starts the WebUI again
+ending=''      # the exit status that a signal asked for
+worker=''      # handler.py's pid, its process group too
+webui=''       # the WebUI's pid, known only to its supervisor
+supervisor=''  # the pid of the process that starts the WebUI again
+gpu_problem='' # why no WebUI can run on this machine
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
@@ -35,13 +45,32 @@ set_defaults() {
   WEBUI_MODELS_DIR="${WEBUI_MODELS_DIR:-/tmp/webui-models}"
   MODELS_DIR="${MODELS_DIR:-$(default_models_dir)}"
   MODEL_SOURCES="${MODEL_SOURCES-/models}"
+  use_baked_checkpoint
   CHECKPOINT_FILE="${CHECKPOINT_FILE:-jib_mix_illustrious_realistic_v2.safetensors}"
   SHUTDOWN_GRACE="${SHUTDOWN_GRACE:-8}"
   WEBUI_RESTARTS="${WEBUI_RESTARTS:-3}"               # this many restarts
   WEBUI_RESTART_WINDOW="${WEBUI_RESTART_WINDOW:-600}" # within this many seconds
   WEBUI_RESTART_BACKOFF="${WEBUI_RESTART_BACKOFF:-1}" # seconds before the first; doubled for each further one
+  # What the WebUI writes is in its own folder, unless that is read-only.
+  [[ ! -w "$WEBUI_DIR" ]] || WEBUI_DATA_DIR="${WEBUI_DATA_DIR:-$WEBUI_DIR}"
+  WEBUI_DATA_DIR="${WEBUI_DATA_DIR:-/tmp/webui-data}"
   export WEBUI_STATE_FILE="${WEBUI_STATE_FILE:-/tmp/webui.state}"
   export PYTHONUNBUFFERED=1
+}
+
+# A checkpoint in the image is the default if the operator names no other one. The build has written its file name, title
+# and hash beside it. With these the worker finds it, and needs neither its URL nor a host to download it from.
+use_baked_checkpoint() {
+  local root name value
+  local -a roots
+  [[ -z "${CHECKPOINT_URL:-}${CHECKPOINT_FILE:-}" ]] || return 0
+  IFS=: read -r -a roots <<<"$MODEL_SOURCES"
+  for root in "${roots[@]}"; do
+    [[ -r "$root/baked-checkpoint" ]] || continue
+    while IFS='=' read -r name value; do
+      [[ -n "${!name:-}" ]] || export "$name=$value"
+    done <"$root/baked-checkpoint"
+  done
 }
 
 # The folder of the cache if MODELS_DIR is not set: the same that a1111_worker/config.py chooses.
@@ -55,6 +84,9 @@ default_models_dir() {
   fi
 }
 
+# Whether this is a worker of RunPod: then it takes jobs from a queue.
+is_on_runpod() { [[ -n "${RUNPOD_WEBHOOK_GET_JOB:-}" ]]; }
+
 # The port of the WebUI, if start.sh has to run it. Fails if WEBUI_URL is neither 127.0.0.1 nor localhost.
 local_webui_port() {
   [[ "$WEBUI_URL" =~ ^http://(127\.0\.0\.1|localhost)(:([0-9]+))?/?$ ]] && echo "${BASH_REMATCH[3]:-80}"
@@ -62,20 +94,26 @@ local_webui_port() {
 
 # --- the GPU --------------------------------------------------------------------------------------------------------
 
-# Set `gpu_flags` to what the WebUI needs on this GPU, or without one if ALLOW_CPU=1. Without both it fails.
+# Set `gpu_flags` to what the WebUI needs on this GPU, or without one if ALLOW_CPU=1. If it cannot run here, set
+# `gpu_problem` and fail.
 choose_gpu_flags() {
   local capability
   if capability="$(compute_capability)"; then
+    gpu_problem="torch in this image has no code for a GPU of compute capability $capability"
+    is_supported "$capability" "$(torch_architectures)" || return 1
     gpu_flags=("$(attention_flag "$capability" "$(has_xformers && echo yes)")")
-    log "a GPU of compute capability $capability: ${gpu_flags[*]}"
+    log INFO "a GPU of compute capability $capability: ${gpu_flags[*]}"
   elif [[ "${ALLOW_CPU:-0}" == 1 ]]; then
     gpu_flags=("${CPU_FLAGS[@]}")
-    log "no GPU, and ALLOW_CPU=1: ${gpu_flags[*]}"
+    log INFO "no GPU, and ALLOW_CPU=1: ${gpu_flags[*]}"
   else
-    log 'no GPU found: run the container with --gpus all, or with ALLOW_CPU=1 to generate (very slowly) without one'
+    gpu_problem='no GPU found: run the container with --gpus all, or with ALLOW_CPU=1 to generate (very slowly) without one'
     return 1
   fi
 }
+
+# Print the GPU architectures that torch has code for, as the build has asked it: importing torch would take seconds.
+torch_architectures() { cat "${WEBUI_PYTHON%/bin/*}/architectures" 2>/dev/null || true; }
 
 # The compute capability of the first GPU, such as 8.9: from nvidia-smi, or from torch if nvidia-smi is too old.
 compute_capability() {
@@ -86,6 +124,23 @@ compute_capability() {
     found="$("$WEBUI_PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)" ||
     return 1
   [[ "$found" =~ ^[0-9]+\.[0-9]+$ ]] && echo "$found"
+}
+
+# is_supported CAPABILITY ARCHITECTURES: whether torch has code for the GPU. ARCHITECTURES is torch's own list, such as
+# `sm_75 sm_86 compute_90`; code for sm_86 runs on 8.6 and 8.9, and code for compute_90 on 9.0 and all later ones. If the
+# list is empty, nothing is known: then it is tried.
+is_supported() {
+  local -i gpu="${1/./}" built
+  local architecture
+  [[ -n "$2" ]] || return 0
+  for architecture in $2; do
+    [[ "$architecture" =~ ^(sm|compute)_([0-9]+)$ ]] || continue
+    built="${BASH_REMATCH[2]}"
+    ((built <= gpu)) || continue
+    [[ "${BASH_REMATCH[1]}" == compute ]] || ((built / 10 == gpu / 10)) || continue
+    return 0
+  done
+  return 1
 }
 
 # attention_flag CAPABILITY XFORMERS: below 6.0 and above 9.0 A1111 1.10.1 ignores --xformers, without a message.
@@ -108,7 +163,7 @@ has_xformers() {
 # start_supervisor PORT: start the supervisor, and wait until it has written the WebUI's pid: the worker reads that.
 start_supervisor() {
   local log_fd
-  exec {log_fd}> >(prefix_lines 'webui | ')
+  exec {log_fd}> >(relay_lines webui)
   webui_logger=$!
   supervise_webui "$1" "$log_fd" &
   supervisor=$!
@@ -128,21 +183,32 @@ supervise_webui() {
     wait_for_exit "$webui" || status=$?
     kill_group "$webui"
     [[ -z "$ending" ]] || return 0
-    log "the WebUI (pid $webui) ended with status $status"
+    log WARNING "the WebUI (pid $webui) ended with $(describe_status "$status")"
     delay="$(restart_delay "$(now)" "${restarts[@]}")" ||
-      give_up "it was restarted $WEBUI_RESTARTS times in $WEBUI_RESTART_WINDOW s"
+      give_up "it ended with $(describe_status "$status"), after $WEBUI_RESTARTS restarts in $WEBUI_RESTART_WINDOW s"
     restarts+=("$(now)")
-    log "the WebUI is started again in $delay s"
+    log INFO "the WebUI is started again in $delay s"
     pause "$delay"
     [[ -z "$ending" ]] || return 0
   done
 }
 
-# give_up WHY: end the supervisor. The worker reads `failed`, and answers the jobs that wait.
+# describe_status STATUS: an exit status in words. The kernel ends a process with KILL if the memory is full, and only the
+# worker does the same, to a WebUI that hangs: then its own line is in the log.
+describe_status() {
+  echo "status $1$([[ "$1" != 137 ]] || echo ' (killed: the memory was full, or it hung)')"
+}
+
+# give_up WHY: end the supervisor.
 give_up() {
-  write_state failed
-  log "given up on the WebUI: $1"
+  set_failed "$1"
   exit 0
+}
+
+# set_failed WHY: nothing starts the WebUI (any more). The worker reads this, and answers the jobs that wait with WHY.
+set_failed() {
+  write_state "failed: $1"
+  log ERROR "given up on the WebUI: $1"
 }
 
 # restart_delay NOW RESTARTS…: the seconds to wait before the next restart. Fails if there were too many in the window.
@@ -157,17 +223,29 @@ restart_delay() {
 
 # start_webui PORT LOG_FD: start the WebUI in a process group of its own, and write its pid.
 start_webui() {
-  local log_fd="$2" secret
-  local -a flags changes=()
+  local log_fd="$2" variable
+  local -a flags environment=()
   mapfile -d '' -t flags < <(webui_flags "$1")
-  [[ ${#flags[@]} != 0 ]] || give_up "WEBUI_MODELS_DIR=$WEBUI_MODELS_DIR cannot be made"
-  for secret in "${SECRETS[@]}"; do changes+=(-u "$secret"); done
-  [[ -z "$tcmalloc" ]] || changes+=("LD_PRELOAD=$tcmalloc")
-  setsid env -C "$WEBUI_DIR" "${changes[@]}" "$WEBUI_PYTHON" launch.py "${flags[@]}" \
-    >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
+  [[ ${#flags[@]} != 0 ]] || give_up "the folders of WEBUI_MODELS_DIR or WEBUI_DATA_DIR cannot be made"
+  set_default_checkpoint || log WARNING "config.json of the WebUI cannot be written"
+  while read -r variable; do environment+=("$variable=${!variable}"); done < <(webui_variables)
+  [[ -z "$tcmalloc" ]] || environment+=("LD_PRELOAD=$tcmalloc")
+  setsid env -i -C "$WEBUI_DIR" "${environment[@]}" PYTHONUNBUFFERED=1 "${WEBUI_OFFLINE[@]}" \
+    "$WEBUI_PYTHON" launch.py "${flags[@]}" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   webui=$!
   write_state "$webui"
   [[ -z "$ending" ]] || stop_webui
+}
+
+# Print the names of this process's variables that the WebUI may have.
+webui_variables() {
+  local name pattern
+  while read -r name; do
+    for pattern in "${WEBUI_ENVIRONMENT[@]}"; do
+      # shellcheck disable=SC2053 # it is a pattern
+      [[ "$name" != $pattern ]] || echo "$name"
+    done
+  done < <(compgen -e)
 }
 
 # webui_flags PORT: the WebUI's arguments, each ended by NUL; nothing if its folders cannot be made. If the checkpoint
@@ -178,11 +256,13 @@ webui_flags() {
   local -a more=()
   read -r -d '' -a more <<<"${WEBUI_ARGS:-}" || true
   mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE}
+  make_data_dir
   if checkpoint="$(link_checkpoint)"; then
     more=(--ckpt "$checkpoint" "${more[@]}")
   else
     more=(--skip-load-model-at-start "${more[@]}")
   fi
+  [[ "$WEBUI_DATA_DIR" == "$WEBUI_DIR" ]] || more=(--data-dir "$WEBUI_DATA_DIR" "${more[@]}")
   printf '%s\0' "${WEBUI_FLAGS[@]}" --port "$1" --ckpt-dir "$WEBUI_MODELS_DIR/Stable-diffusion" \
     --lora-dir "$WEBUI_MODELS_DIR/Lora" --vae-dir "$WEBUI_MODELS_DIR/VAE" "${gpu_flags[@]}" "${more[@]}"
 }
@@ -208,6 +288,45 @@ link_checkpoint() {
     done
   done
   return 1
+}
+
+# Make the folder that the WebUI writes. If it is not the WebUI's own folder, it gets links to what is there: models such
+# as upscalers, extensions, settings. A1111 also wants its folder `config_states`, wherever its data is (1.10.1,
+# modules/config_states.py); in the image it is a link into /tmp.
+make_data_dir() {
+  local name
+  mkdir -p "$(realpath -m "$WEBUI_DIR/config_states")" "$WEBUI_DATA_DIR"
+  [[ "$WEBUI_DATA_DIR" != "$WEBUI_DIR" ]] || return 0
+  for name in models embeddings extensions styles.csv config.json; do
+    [[ ! -e "$WEBUI_DIR/$name" ]] || cp -rsn "$(realpath "$WEBUI_DIR")/$name" "$WEBUI_DATA_DIR"
+  done
+}
+
+# Write the checkpoint's file name into the WebUI's settings: it is what A1111 loads first, before the worker has asked for
+# anything. The bare name is found always; a title with a hash only if A1111's cache knows that hash. All other settings
+# stay. A file that is not a JSON object is left as it is.
+set_default_checkpoint() {
+  "$WORKER_PYTHON" -IS - "$WEBUI_DATA_DIR/config.json" "$CHECKPOINT_FILE" <<'END'
+import json, os, sys
+
+path, checkpoint = sys.argv[1:]
+try:
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+except FileNotFoundError:
+    settings = {}
+except (OSError, ValueError):
+    settings = None
+if not isinstance(settings, dict):
+    sys.exit(1)
+settings["sd_model_checkpoint"] = checkpoint
+try:
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=4, ensure_ascii=False)
+    os.replace(path + ".new", path)
+except OSError:
+    sys.exit(1)
+END
 }
 
 # Print the path of tcmalloc's library, if there is one that can be preloaded. After six model loads, 3.7 GB are
@@ -244,10 +363,10 @@ stop_supervisor() {
 # start_worker [ARGUMENTS]: start handler.py in a process group of its own.
 start_worker() {
   local log_fd
-  if [[ $# == 0 && -z "${RUNPOD_WEBHOOK_GET_JOB:-}" ]]; then
-    set -- --rp_serve_api --rp_api_host 127.0.0.1 # not on RunPod: the SDK's API, for this machine alone
+  if [[ $# == 0 ]] && ! is_on_runpod; then
+    set -- --rp_serve_api --rp_api_host 127.0.0.1 # the SDK's API, for this machine alone
   fi
-  exec {log_fd}> >(prefix_lines 'worker | ')
+  exec {log_fd}> >(relay_lines worker)
   worker_logger=$!
   setsid env -C "$WORKER_DIR" "$WORKER_PYTHON" handler.py "$@" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   worker=$!
@@ -330,15 +449,25 @@ now() {
   echo "${uptime/./}"
 }
 
-# prefix_lines TEXT: pass lines on, with TEXT before each. A JSON object stays as it is, so that log readers can parse
-# it. No signal ends this process. It ends when its writers have ended, so that their last lines are not lost.
-prefix_lines() {
+# relay_lines SOURCE: write the lines of the WebUI or the worker to the log, in the form that LOG_FORMAT asks for. No
+# signal ends this process. It ends when its writers have ended, so that their last lines are not lost.
+relay_lines() {
   trap '' TERM INT
-  exec stdbuf -oL sed "/^{/!s/^/$1/"
+  exec "$WORKER_PYTHON" -IS "$LOGS_PY" "$1" "${LOG_FORMAT:-text}"
 }
 
-# log MESSAGE…: a log line of start.sh itself.
-log() { echo "start | $*" >&2; }
+# log LEVEL MESSAGE: a log line of start.sh itself.
+log() {
+  local message="$2"
+  if [[ "${LOG_FORMAT:-}" != [Jj][Ss][Oo][Nn] ]]; then
+    echo "start | $message" >&2
+    return
+  fi
+  message="${message//\\/\\\\}"
+  message="${message//\"/\\\"}"
+  TZ=UTC0 printf '{"time": "%(%Y-%m-%dT%H:%M:%SZ)T", "level": "%s", "source": "start", "message": "%s"}\n' \
+    -1 "$1" "${message//[[:cntrl:]]/ }" >&2
+}
 
 # --- the order of events --------------------------------------------------------------------------------------------
 
@@ -348,14 +477,18 @@ main() {
   trap 'handle_signal 130' INT
   set_defaults
   rm -f "$WEBUI_STATE_FILE" "${WORKER_STATE_FILE:-}" # left by an earlier start of this container
-  if port="$(local_webui_port)"; then
-    choose_gpu_flags || exit 1
+  if ! port="$(local_webui_port)"; then
+    log INFO "WEBUI_URL is $WEBUI_URL: somebody else runs that WebUI, none is started here"
+    unset WEBUI_STATE_FILE
+  elif choose_gpu_flags; then
     tcmalloc="$(find_tcmalloc)" || tcmalloc=''
     [[ -z "$ending" ]] || exit "$ending"
     start_supervisor "$port"
+  elif is_on_runpod; then
+    set_failed "$gpu_problem" # the worker answers the jobs that wait with this reason
   else
-    log "WEBUI_URL is $WEBUI_URL: somebody else runs that WebUI, none is started here"
-    unset WEBUI_STATE_FILE
+    log ERROR "$gpu_problem"
+    exit 1
   fi
   start_worker "$@"
   wait_for_worker || status=$?

@@ -1,4 +1,4 @@
-"""What `handler.py` and `model_manager.py` are made of. Importing this package does nothing.
+"""What `handler.py` and `model_manager.py` are made of. Importing this package does nothing, unless Python is too old.
 
 Modules that several packages need, in reading order:
 
@@ -18,7 +18,7 @@ Modules that several packages need, in reading order:
     files           atomic writes, and the errors of a full disk
     background      a blocking call that can be abandoned
     heartbeat       a thread that calls its listeners every few seconds
-    logs            log lines, with the job's id
+    logs            log lines: the worker's own, and those of the processes beside it
 
 Packages, each for one subject:
 
@@ -31,5 +31,10 @@ Packages, each for one subject:
 
 Imports go one way: root modules ← transfer ← models ← request ← webui ← delivery ← job ← model_manager ← handler
 """
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - one line instead of a traceback from deep inside a module
+    sys.exit(f"a1111-worker needs Python 3.10 or newer, and this is Python {sys.version_info[0]}.{sys.version_info[1]}")
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
 """The container's health, from the files of the worker and start.sh: status 0 if a job can be taken, else 1 and why.
 
-    WORKER_STATE_FILE   {"state": "booting"|"ready"|"broken", "heartbeat": <seconds since 1970>, "webui": "up"|"down"}
-    WEBUI_STATE_FILE    the WebUI's pid, or `failed` if start.sh has given up
+    WORKER_STATE_FILE   {"state": "booting"|"ready"|"broken", "heartbeat": <seconds since 1970>, "webui": "up"|"down",
+                         "ping": "none"|"up"|"down"}
+    WEBUI_STATE_FILE    the WebUI's pid, or `failed: WHY` if start.sh has given up
 
 A container is healthy while its WebUI is down for a moment: start.sh restarts it.
 """
@@ -29,7 +30,9 @@ def why_unhealthy(environ: Mapping[str, str], now: float) -> str | None:
         return f"the worker is {state}"
     if now - heartbeat > MAX_HEARTBEAT_AGE:
         return f"the worker's last heartbeat was {now - heartbeat:.0f} s ago"
-    if _webui_state(environ) == "failed":
+    if written.get("ping") == "down":
+        return "the SDK's ping process has ended: RunPod no longer hears of this worker"
+    if _webui_state(environ).startswith("failed"):
         return "start.sh has given up on the WebUI"
     return None
 

@@ -1,6 +1,6 @@
 """Tests whether the installed packages work. The Dockerfile runs it once in each environment. A failure ends the build.
 
-    /opt/webui/bin/python smoke.py webui            in A1111's folder: packages, versions, helpers, disk cache
+    /opt/webui/bin/python smoke.py webui START_SH   in A1111's folder: packages, versions, helpers, disk cache, a boot
     /opt/worker/bin/python smoke.py worker FOLDER   the imports of a start
 
 Its output is kept in the image: the versions of the packages.
@@ -13,10 +13,26 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+BOOT_SECONDS = 300.0  # a boot takes 25 to 55 s on two cores
+BOOT = """
+source "$1"
+set_defaults
+gpu_flags=("${CPU_FLAGS[@]}")
+tcmalloc="$(find_tcmalloc)" || tcmalloc=''
+trap 'kill_group "$webui"; exit' TERM
+exec 3>&2
+start_webui "$2" 3
+wait_for_exit "$webui"
+"""
 NOT_IMPORTED = {"setuptools", "wheel"}
 
 
@@ -26,22 +42,18 @@ def main() -> None:
 
 def check_webui() -> None:
     """Fail if A1111 cannot start, or cannot load its first model."""
-    for name in ("torch", "torchvision", "xformers"):
-        expected = os.environ[f"{name.upper()}_VERSION"]
-        if expected:
-            importlib.import_module(name)
-            found = importlib.metadata.version(name)
-            expect(found.split("+")[0] == expected, f"{name} is {found}, not {expected}")
-            print_version(name, found)
+    start_sh = sys.argv[2]
     for requirement in Path("requirements_versions.txt").read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"\s*([A-Za-z0-9_.-]+)", requirement):
-            check_package(match[1])
-    check_package("clip")
+        if match := re.match(r"\s*([A-Za-z0-9_.-]+)(?:==([^\s;#]+))?", requirement):
+            check_package(match[1], match[2])
+    for name in ("torchvision", "xformers", "clip"):
+        check_package(name)
     check_disk_cache()
     for helper in ("ldm", "sgm", "k_diffusion"):  # `modules.paths`, imported above, has found where they are
         expect(importlib.util.find_spec(helper) is not None, f"A1111 does not find {helper} in its repositories")
     if os.environ.get("BAKE_TOKENIZER") == "1":  # offline now
         importlib.import_module("tokenizer").load()
+    check_boot(start_sh)
 
 
 def check_worker() -> None:
@@ -52,14 +64,21 @@ def check_worker() -> None:
     print_version("runpod", importlib.metadata.version("runpod"))
 
 
-def check_package(name: str) -> None:
-    """Fail if a package is not there or cannot be imported."""
+def check_package(name: str, wanted: str | None = None) -> None:
+    """Fail if a package is not there, is not the version that A1111 wants, or cannot be imported."""
+    found = importlib.metadata.version(name)
+    expect(wanted is None or without_zeros(found) == without_zeros(wanted), f"{name} is {found}, not {wanted}")
     if name.lower() not in NOT_IMPORTED:
         modules = modules_of(importlib.metadata.distribution(name))
         expect(bool(modules), f"{name} has no module")
         for module in modules:
             importlib.import_module(module)
-    print_version(name, importlib.metadata.version(name))
+    print_version(name, found)
+
+
+def without_zeros(version: str) -> str:
+    """0.15.0 and 0.15 are one version (PEP 440)."""
+    return re.sub(r"(\.0)+$", "", version)
 
 
 def modules_of(distribution: importlib.metadata.Distribution) -> list[str]:
@@ -82,6 +101,44 @@ def check_disk_cache() -> None:
         cache("smoke")["key"] = {"mtime": 1.5}
         expect(cache("smoke")["key"] == {"mtime": 1.5}, "A1111's disk cache does not keep a key")
         cache("smoke").close()
+
+
+def check_boot(start_sh: str) -> None:
+    """Fail if launch.py does not answer as an API, started by start.sh's own function for a machine without a GPU."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "WEBUI_DIR": str(Path.cwd()),
+            "WEBUI_PYTHON": sys.executable,
+            "WORKER_PYTHON": sys.executable,
+            "WEBUI_DATA_DIR": folder,
+            "WEBUI_MODELS_DIR": f"{folder}/shown",
+            "WEBUI_STATE_FILE": f"{folder}/state",
+        }
+        began = time.monotonic()
+        with subprocess.Popen(
+            ["bash", "-c", BOOT, "smoke", start_sh, str(port)], env={**os.environ, **settings}, stdout=sys.stderr
+        ) as process:
+            answered = wait_for_options(f"http://127.0.0.1:{port}/sdapi/v1/options", process)
+            process.terminate()
+    expect(answered, "launch.py does not answer /sdapi/v1/options; its own lines are above")
+    sys.stdout.write(f"launch.py answers after {time.monotonic() - began:.0f} s\n")
+
+
+def wait_for_options(url: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process answers before it ends or the time is up."""
+    until = time.monotonic() + BOOT_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return b"sd_model_checkpoint" in answer.read()
+        except urllib.error.HTTPError as error:
+            sys.stderr.write(f"{url}: {error}\n")
+            return False
+        except OSError:  # nothing listens yet
+            time.sleep(0.2)
+    return False
 
 
 def expect(condition: bool, failure: str) -> None:

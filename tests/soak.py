@@ -36,6 +36,7 @@ import requests
 from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, SandboxCivitAI, ServerFault
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, QueuedJob, SandboxRunPod
+from tests.soak_webui import launch_py
 from tests.support import ROOT
 
 CHECKPOINT = 1590699
@@ -623,7 +624,7 @@ def stock(folder: Path, civitai: SandboxCivitAI) -> None:
         civitai.add(version, sdxl_lora(site / f"{version}.safetensors", version, LORA_BYTES), name=f"Good {version}")
     (folder / "notes").mkdir()
     (folder / "webui").mkdir()
-    (folder / "webui" / "launch.py").write_text("from tests.soak_webui import main\n\nmain()\n")
+    (folder / "webui" / "launch.py").write_text(launch_py(folder / "notes"))
 
 
 def run(folder: Path, minutes: float, seed: int, replace_every: int) -> list[str]:

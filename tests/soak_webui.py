@@ -26,6 +26,8 @@ from typing import Any
 from sandbox.server import Exchange
 from sandbox.webui import CannedAnswer, SandboxWebUI, WebUIFault
 
+ROOT = Path(__file__).resolve().parent.parent
+
 STEP_SECONDS = 0.02
 SWITCH_SECONDS = 0.5
 IMAGE_BYTES = 300_000
@@ -130,6 +132,18 @@ def parse_prompt(body: Mapping[str, Any]) -> tuple[str, str]:
     """The number of the job and its fault. For the worker's own warm-up: `-` and an empty fault."""
     found = re.search(r"soak (\d+) ?([a-z0-9-]*)", str(body.get("prompt")))
     return (found[1], found[2]) if found else ("-", "")
+
+
+def launch_py(folder: Path) -> str:
+    """The text of a launch.py that runs `main` with SOAK_FOLDER set: start.sh gives the WebUI few variables."""
+    given = {"SOAK_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
+    return (
+        "import os, sys\n\n"
+        'if "SOAK_FOLDER" not in os.environ:\n'
+        f"    os.execve(sys.executable, [sys.executable, *sys.argv], {{**os.environ, **{given}}})\n"
+        "from tests.soak_webui import main\n\n"
+        "main()\n"
+    )
 
 
 def main() -> None:

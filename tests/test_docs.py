@@ -268,7 +268,7 @@ def test_every_setting_that_start_sh_reads_is_described() -> None:
 
 
 def _pairs(names: str, defaults: str) -> Iterator[tuple[str, str]]:
-    return zip(re.findall(r"[A-Z_]+", names), re.findall(r"[\w/.]+", defaults), strict=True)
+    return zip(re.findall(r"[A-Z_]+", names), re.findall(r"[\w/.-]+", defaults), strict=True)
 
 
 def test_every_function_of_start_sh_that_is_described_exists() -> None:
@@ -404,7 +404,7 @@ def test_the_index_lists_every_page() -> None:
 
 FOREIGN = (
     r"/work\b",  # the folder in which the pages were written
-    r"/tmp/(?!webui-models|webui\.state|worker\.state\.json)",
+    r"/tmp/(?!webui-models|webui-data|webui\.state|worker\.state\.json)",
     r"\bfact sheet|\bissue \d|\bsession\b",
     r"pypi\.org|download\.pytorch\.org|ghcr\.io|docker\.io|registry\.npmjs",  # only the Dockerfile names these
     r"\bTODO\b|\bFIXME\b|\bXXX\b",

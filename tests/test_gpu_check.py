@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.gpu_check import Backend, cuda_of, difference, vram_row
 from sandbox import draw
+from tests.soak_webui import launch_py
 from tests.support import World, world
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +85,7 @@ def test_if_no_webui_answers_start_sh_is_run_with_the_check_as_its_worker(tmp_pa
         port = free.getsockname()[1]
     launch = tmp_path / "webui" / "launch.py"
     launch.parent.mkdir()
-    launch.write_text("from tests.soak_webui import main\nmain()\n", encoding="utf-8")
+    launch.write_text(launch_py(tmp_path), encoding="utf-8")
 
     with world(tmp_path, boot=False) as it:
         _, output, found = run_check(
@@ -96,8 +97,6 @@ def test_if_no_webui_answers_start_sh_is_run_with_the_check_as_its_worker(tmp_pa
                 "WEBUI_DIR": str(launch.parent),
                 "WEBUI_PYTHON": sys.executable,
                 "WEBUI_STATE_FILE": str(tmp_path / "webui.state"),
-                "PYTHONPATH": str(ROOT),
-                "SOAK_FOLDER": str(tmp_path),
             },
         )
 

@@ -760,13 +760,13 @@ def test_the_checkpoint_is_downloaded_while_the_webui_starts(tmp_path: Path) -> 
 
 def test_a_webui_that_start_sh_has_given_up_ends_the_boot(tmp_path: Path) -> None:
     state = tmp_path / "webui.state"
-    state.write_text("failed")
+    state.write_text("failed: no GPU found\n")
     with world(tmp_path, boot=False, WEBUI_STATE_FILE=str(state)) as it:
         it.webui.crash()
         config = it.config()
         it.worker = Worker(config, models=quick_manager(config), timings=QUICK)
 
-        with pytest.raises(WebUINotReady, match="could not be started"):
+        with pytest.raises(WebUINotReady, match="the WebUI could not be started: no GPU found"):
             it.worker.boot()
 
 

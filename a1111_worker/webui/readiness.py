@@ -189,7 +189,9 @@ class Readiness:
     def _raise_if_hopeless(self, error: WebUILost, waited: float) -> None:
         ownership = self._supervisor.ownership
         if ownership is Ownership.GIVEN_UP:
-            raise WebUINotReady("the WebUI could not be started", hint="its log says why") from error
+            why = self._supervisor.failure
+            reason = f": {why}" if why else ""
+            raise WebUINotReady(f"the WebUI could not be started{reason}", hint="its log says why") from error
         if ownership is Ownership.NOBODY and isinstance(error, WebUIRefused) and waited >= self.timings.unowned_grace:
             raise WebUINotReady(
                 f"no WebUI listens at {self._webui.url} and nothing is starting one", hint=HOW_TO_START

@@ -3,7 +3,7 @@
 The file holds one of these:
 
     1234          the WebUI's pid; start.sh starts another one when it ends
-    failed        start.sh has given up
+    failed: WHY   start.sh has given up, and why
     (no file)     start.sh does not own the WebUI
 """
 
@@ -43,7 +43,7 @@ class Supervisor:
     @property
     def ownership(self) -> Ownership:
         state, process = self._read()
-        if state == "failed":
+        if state.startswith("failed"):
             return Ownership.GIVEN_UP
         return Ownership.NOBODY if process is None else Ownership.START_SH
 
@@ -57,6 +57,12 @@ class Supervisor:
         """Whether the process that the state file names lives. False if the file names none."""
         _, process = self._read()
         return process is not None and process.is_alive()
+
+    @property
+    def failure(self) -> str:
+        """Why start.sh has given up; empty if it has not, or did not say."""
+        state, _ = self._read()
+        return state.partition(": ")[2] if state.startswith("failed") else ""
 
     def kill(self, *, wait: float) -> bool:
         """Kill the WebUI and the processes that it started. Returns when it is gone, or after `wait` seconds.

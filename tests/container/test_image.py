@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -18,8 +19,13 @@ import pytest
 import a1111_worker
 from a1111_worker import catalog
 from a1111_worker.config import SETTINGS, Config, default_models_dir
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import ModelKind
+from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
+from model_manager import open_manager
+from sandbox.models import sdxl_checkpoint
 from tests.image.make_mirror import REPOSITORIES
 
 CHECKOUT = Path(__file__).parent.parent.parent
@@ -84,9 +90,7 @@ PINS = {
     "PYTHON": "python3.10",
     "WEBUI_COMMIT": "82a973c04367123ae98bd9abdf80d9eda9b910e2",  # v1.10.1
     "STABLE_DIFFUSION_REPO": "https://github.com/w-e-w/stablediffusion.git",  # Stability-AI's is gone
-    "TORCH_VERSION": "2.7.0",
-    "TORCHVISION_VERSION": "0.22.0",
-    "XFORMERS_VERSION": "0.0.30",
+    "WEBUI_LOCK": "cu128",
     "TORCH_INDEX_URL": "https://download.pytorch.org/whl/cu128",
     "BAKE_CHECKPOINT": "0",
     "BAKE_TOKENIZER": "1",
@@ -138,9 +142,10 @@ def test_every_repository_has_a_stand_in_for_the_build_without_github() -> None:
 def test_only_the_worker_is_copied_into_the_image() -> None:
     copied = [given.split()[:-1] for given in DOCKERFILE.all("COPY") if "--from=" not in given]
     sources = {source for words in copied for source in words if not source.startswith("--")}
+    sources = {source.replace("${WEBUI_LOCK}", DOCKERFILE.arg("WEBUI_LOCK")) for source in sources}
 
-    assert {source for source in sources if not source.startswith("image/")} == {
-        *("a1111_worker", "handler.py", "model_manager.py", "requirements.txt", "start.sh")
+    assert {source for source in sources if not source.startswith(("image/", "locks/"))} == {
+        *("a1111_worker", "handler.py", "model_manager.py", "start.sh")
     }
     assert all((CHECKOUT / source).exists() for source in sources)
     sent = {
@@ -178,11 +183,42 @@ def test_the_tokenizer_is_read_only_from_the_image() -> None:
 
 
 def test_the_defaults_of_the_image_are_a_valid_configuration() -> None:
-    environment = {name: re.sub(r"\$\{\w+\}", "", value) for name, value in DOCKERFILE.environment.items()}
-
-    config = Config.from_env(environment)
+    config = Config.from_env(DOCKERFILE.environment)
 
     assert config.checkpoint_file == catalog.CHECKPOINT_FILE
+
+
+def test_a_baked_checkpoint_leaves_nothing_in_the_environment_that_a_start_could_fail_on() -> None:
+    """A URL of another host needs MODEL_HOSTS too. start.sh reads `baked-checkpoint` instead."""
+    assert {name for name in DOCKERFILE.environment if name.startswith(("CHECKPOINT_", "MODEL_HOSTS"))} == set()
+
+
+def test_what_the_build_writes_beside_a_baked_checkpoint_makes_it_the_workers_own(tmp_path: Path) -> None:
+    url = "https://models.example.com/files/other.safetensors"
+    build = {"CHECKPOINT_URL": url, "CHECKPOINT_FILE": "other.safetensors", "CHECKPOINT_NAME": "An Other = 1"}
+    checkpoint = sdxl_checkpoint(tmp_path / "models" / "checkpoints" / "other.safetensors", 1, 3_000_000)
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    # As of a download from CivitAI: its version is not that of the default checkpoint.
+    known = ModelRecord(
+        ModelKind.CHECKPOINT, "Other", checkpoint.name, sha256, checkpoint.stat().st_size, version_id=4711
+    )
+    checkpoint.with_name("other.safetensors.json").write_bytes(known.to_json())
+    arguments = [sys.executable, str(CHECKOUT / "image" / "baked.py"), str(checkpoint.parent)]
+
+    written = subprocess.run(
+        arguments,
+        env={**build, "MODEL_HOSTS": "models.example.com", "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (tmp_path / "models" / "baked-checkpoint").write_text(written, encoding="utf-8")
+    run_time = {"MODEL_SOURCES": str(tmp_path / "models"), "MODELS_DIR": str(tmp_path / "volume")}
+    config = Config.from_env(start_sh_settings(**run_time, WEBUI_MODELS_DIR=str(tmp_path / "shown")))
+    with open_manager(config) as manager:
+        model = manager.prepare_checkpoint(JobContext(Deadline(10.0)))
+
+    assert (model.name, model.sha256, model.downloaded) == (build["CHECKPOINT_NAME"], sha256, False)
 
 
 def test_the_container_starts_with_start_sh_and_stops_by_term() -> None:
@@ -231,14 +267,6 @@ def test_what_only_start_sh_reads_is_among_the_settings() -> None:
             assert setting.name in text
 
 
-def test_every_secret_of_the_worker_is_kept_from_the_webui() -> None:
-    text = (CHECKOUT / "start.sh").read_text(encoding="utf-8")
-
-    kept = set(re.search(r"readonly SECRETS=\(([^)]*)\)", text)[1].split())  # type: ignore[index] # fails the test
-
-    assert {setting.name for setting in SETTINGS if setting.secret} <= kept
-
-
 def test_worker_and_webui_end_before_docker_kills_them() -> None:
     docker_stop = 10
 
@@ -254,7 +282,10 @@ HEALTH: list[tuple[str | None, str | None, int, str]] = [
     ('{"state": "ready", "heartbeat": NOW, "webui": "up"}', None, 0, "ready"),  # somebody else's WebUI
     ('{"state": "booting", "heartbeat": NOW, "webui": "down"}', "123", 1, "booting"),
     ('{"state": "broken", "heartbeat": NOW, "webui": "down"}', "123", 1, "broken"),
-    ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed", 1, "given up"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "down"}', "failed: it ended", 1, "given up"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "ping": "up"}', "123", 0, "ready"),
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "ping": "none"}', "123", 0, "ready"),  # off RunPod
+    ('{"state": "ready", "heartbeat": NOW, "webui": "up", "ping": "down"}', "123", 1, "ping process has ended"),
     ('{"state": "ready", "heartbeat": 1, "webui": "up"}', "123", 1, "last heartbeat"),
     (None, "123", 1, "cannot be read"),  # not started yet
     ('{"state": "rea', "123", 1, "cannot be read"),
@@ -312,6 +343,21 @@ def test_the_smoke_test_fails_if_a_module_is_missing(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+LAUNCH = """\
+import http.server, sys
+
+class API(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/sdapi/v1/options" else 404)
+        self.end_headers()
+        self.wfile.write(b'{"sd_model_checkpoint": null}')
+
+if "--use-cpu" in sys.argv:
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.HTTPServer(("127.0.0.1", port), API).serve_forever()
+"""
+
+
 class WebUIEnvironment:
     """A folder that has for the smoke test what A1111's has, and the installed packages of its environment."""
 
@@ -324,8 +370,10 @@ class WebUIEnvironment:
             self.app / "modules/cache.py",
             "class Cache(dict):\n    def close(self): pass\n\none = Cache()\n\ndef cache(name): return one\n",
         )
-        self.write(self.app / "requirements_versions.txt", "a-package==1.0\n")
-        self.install("clip", "clip/__init__.py")
+        self.write(self.app / "requirements_versions.txt", "a-package==1.0.0  # a comment\n")
+        self.write(self.app / "launch.py", LAUNCH)
+        for name in ("torchvision", "xformers", "clip"):
+            self.install(name, f"{name}/__init__.py")
 
     def install(self, name: str, *files: str, listed: str | None = None, text: str = "") -> None:
         """Install a package as an installer does. `listed` is its own list of modules: not every wheel has one."""
@@ -339,9 +387,9 @@ class WebUIEnvironment:
 
     def smoke(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, CHECKOUT / "image" / "smoke.py", "webui"],
+            [sys.executable, CHECKOUT / "image" / "smoke.py", "webui", CHECKOUT / "start.sh"],
             cwd=self.app,
-            env={"PYTHONPATH": str(self.site), "TORCH_VERSION": "", "TORCHVISION_VERSION": "", "XFORMERS_VERSION": ""},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.site)},
             capture_output=True,
             text=True,
         )
@@ -371,8 +419,41 @@ def test_the_smoke_test_imports_the_modules_of_a_requirement(
     environment.install("a-package", *files, listed=listed, text="raise ImportError('broken')\n")
     bad = environment.smoke()
 
-    assert (good.returncode, good.stdout) == (0, "a-package 1.0\nclip 1.0\n"), good.stderr
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.splitlines()[:-1] == ["a-package 1.0", "torchvision 1.0", "xformers 1.0", "clip 1.0"]
     assert bad.returncode != 0 and "ImportError: broken" in bad.stderr
+
+
+def test_the_smoke_test_fails_if_a_requirement_has_another_version(tmp_path: Path) -> None:
+    environment = WebUIEnvironment(tmp_path)
+    environment.install("a-package", "a_module.py")
+    environment.write(environment.app / "requirements_versions.txt", "a-package==1.0.1\n")
+
+    done = environment.smoke()
+
+    assert done.returncode == 1
+    assert "a-package is 1.0, not 1.0.1" in done.stderr
+
+
+# launch.py, whether the build goes on
+LAUNCHES = [
+    (LAUNCH, True),
+    ("raise ImportError('broken')\n", False),  # every import of the packages worked
+    (LAUNCH.replace("200 if", "500 if"), False),
+]
+
+
+@pytest.mark.parametrize(("launch", "passes"), LAUNCHES)
+def test_the_smoke_test_starts_the_webui_and_asks_for_its_options(tmp_path: Path, launch: str, passes: bool) -> None:
+    environment = WebUIEnvironment(tmp_path)
+    environment.install("a-package", "a_module.py")
+    environment.write(environment.app / "launch.py", launch)
+
+    done = environment.smoke()
+
+    assert (done.returncode == 0) is passes, done.stderr
+    assert ("launch.py answers after" in done.stdout) is passes
+    assert ("launch.py does not answer" in done.stderr) is not passes
 
 
 def test_the_smoke_test_fails_if_a_requirement_has_no_modules(tmp_path: Path) -> None:

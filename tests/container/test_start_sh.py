@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,16 +19,18 @@ from typing import Any
 
 import pytest
 
+from a1111_worker.config import Config
+
 CHECKOUT = Path(__file__).parent.parent.parent
 START = CHECKOUT / "start.sh"
 DEADLINE = 20.0  # seconds; only a failing test waits so long
 TOOLS = (
-    *("awk", "bash", "cat", "env", "ldconfig", "ln", "mkdir", "mv", "realpath", "rm", "sed", "setsid", "sleep"),
-    *("stdbuf", "timeout", "true"),
+    *("awk", "bash", "cat", "cp", "env", "ldconfig", "ln", "mkdir", "mv", "realpath", "rm", "sed", "setsid", "sleep"),
+    *("timeout", "true"),
 )
 
 PROGRAM = """\
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, urllib.error, urllib.request
 
 who = {"launch.py": "webui", "handler.py": "worker"}[os.path.basename(sys.argv[0])]
 plan = os.environ.get(who.upper() + "_PLAN", "serve")
@@ -53,6 +59,12 @@ if plan == "talk":
     print("hello")
     print('{"level": "INFO", "message": "one object a line"}')
 record("start", arguments=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), state=state, child=child)
+if plan.startswith("download:"):
+    for url in plan[9:].split(","):
+        try:
+            record("downloaded", url=url, answer=urllib.request.urlopen(url).read().decode())
+        except urllib.error.URLError as error:
+            record("refused", url=url, answer=str(error.reason))
 if plan.startswith("exit:"):
     while who == "worker" and state and '"webui", "what": "start"' not in open(os.environ["EVENTS"]).read():
         time.sleep(0.005)
@@ -63,12 +75,18 @@ while True:
 
 PYTHON = """\
 #!/usr/bin/env bash
+set -a
+. "${0%/bin/*}/plan" # what these programs do; the WebUI's environment has only what the allow-list lets pass
+set +a
 case "$*" in
   -c*xformers*) [[ "${XFORMERS:-yes}" == yes ]] ;;
   -c*torch*) [[ -n "${TORCH_CAPABILITY:-}" ]] && echo "$TORCH_CAPABILITY" ;;
   *) exec "$REAL_PYTHON" -S "$@" ;;
 esac
 """
+
+
+PLANNED = ("WEBUI_PLAN", "WORKER_PLAN", "XFORMERS", "TORCH_CAPABILITY")
 
 
 class Container:
@@ -94,8 +112,6 @@ class Container:
         self.program("ldconfig", "#!/usr/bin/env bash\n")
         self.environment = {
             "PATH": str(self.bin),
-            "EVENTS": str(self.events_file),
-            "REAL_PYTHON": sys.executable,
             "WEBUI_DIR": str(folder / "webui"),
             "WEBUI_PYTHON": str(self.bin / "python"),
             "WORKER_DIR": str(folder / "worker"),
@@ -109,6 +125,15 @@ class Container:
             "WEBUI_RESTART_BACKOFF": "0.01",
         }
         self.process: subprocess.Popen[str] | None = None
+        self.plan({})
+
+    def plan(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Write what the programs do. Returns the rest of the environment."""
+        plan = {"EVENTS": str(self.events_file), "REAL_PYTHON": sys.executable}
+        plan |= {name: environment[name] for name in PLANNED if name in environment}
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in plan.items()]
+        (self.folder / "plan").write_text("".join(lines), encoding="utf-8")
+        return {name: value for name, value in environment.items() if name not in PLANNED}
 
     def program(self, name: str, text: str) -> None:
         (self.bin / name).unlink(missing_ok=True)
@@ -124,7 +149,7 @@ class Container:
         self.process = subprocess.Popen(
             # A background job of a shell ignores INT, and so do all processes that it starts, whatever they trap.
             ["env", "--default-signal=INT", str(START), *arguments],
-            env=self.environment | environment,
+            env=self.environment | self.plan(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -150,7 +175,7 @@ class Container:
         """Run a script that has sourced start.sh."""
         return subprocess.run(
             ["bash", "-c", f"source {START}\nset_defaults\n{script}"],
-            env=self.environment | environment,
+            env=self.environment | self.plan(environment),
             capture_output=True,
             text=True,
             timeout=DEADLINE,
@@ -268,6 +293,46 @@ def test_without_a_gpu_it_ends_with_1_and_one_clear_line(container: Container, c
     assert "no GPU found" in errors
     assert "ALLOW_CPU=1" in errors
     assert container.events() == []
+
+
+def test_on_runpod_the_worker_starts_without_a_gpu_and_can_tell_jobs_the_reason(container: Container) -> None:
+    container.gpu(None)
+
+    container.start(RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1:1/?x")
+    worker = container.event("worker", "start")
+    container.signal(signal.SIGTERM)
+    status, _, errors = container.end()
+
+    assert worker["state"].startswith("failed: no GPU found")
+    assert container.events("webui") == []
+    assert status == 143
+    assert "start | given up on the WebUI: no GPU found" in errors
+
+
+# the GPU's compute capability, the architectures in torch's build, whether torch runs on it
+ARCHITECTURES = [
+    ("7.0", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),  # V100 and the cu128 build of 2.7.0
+    ("7.0", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", True),  # V100 and PyPI's build (cu126)
+    ("8.9", "sm_75 sm_80 sm_86 sm_90", True),  # code for 8.6 runs on 8.9
+    ("12.0", "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", False),  # Blackwell and PyPI's build
+    ("12.0", "sm_80 compute_90", True),  # PTX is compiled for any later GPU
+    ("8.0", "sm_86", False),
+    ("10.3", "sm_100 sm_90a", True),
+    ("9.0", "", True),  # nothing is known: it is tried
+]
+
+
+@pytest.mark.parametrize(("capability", "built", "runs"), ARCHITECTURES)
+def test_a_gpu_that_torch_has_no_code_for_is_refused_with_the_reason(
+    container: Container, capability: str, built: str, runs: bool
+) -> None:
+    container.gpu(capability)
+    (container.folder / "architectures").write_text(f"{built}\n", encoding="utf-8")
+
+    status, _, errors = container.run(WORKER_PLAN="exit:0")
+
+    assert status == (0 if runs else 1)
+    assert (f"torch in this image has no code for a GPU of compute capability {capability}" in errors) is not runs
 
 
 def test_with_allow_cpu_it_starts_without_a_gpu(container: Container) -> None:
@@ -442,15 +507,196 @@ def a_library() -> str:
     return next(words[-1] for words in map(str.split, maps.splitlines()) if "/libc.so" in words[-1])
 
 
-def test_the_webui_gets_no_keys(container: Container) -> None:
-    keys = dict.fromkeys(
-        ("CIVITAI_API_KEY", "RUNPOD_AI_API_KEY", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"), "secret"
+GIVEN = {
+    # a variable, whether the WebUI gets it
+    "CIVITAI_API_KEY": False,
+    "RUNPOD_AI_API_KEY": False,
+    "RUNPOD_API_KEY": False,
+    "BUCKET_SECRET_ACCESS_KEY": False,
+    "HF_TOKEN": False,
+    "HUGGING_FACE_HUB_TOKEN": False,
+    "AWS_SECRET_ACCESS_KEY": False,
+    "https_proxy": False,
+    "COMMANDLINE_ARGS": False,  # A1111 would add these flags: --listen, for example
+    "PYTHONPATH": False,
+    "HOME": True,
+    "LC_ALL": True,
+    "LD_LIBRARY_PATH": True,
+    "CUDA_VISIBLE_DEVICES": True,
+    "NVIDIA_VISIBLE_DEVICES": True,
+    "PYTORCH_CUDA_ALLOC_CONF": True,
+    "HF_HOME": True,
+}
+
+
+def test_the_webui_gets_the_variables_that_it_needs_and_no_others(container: Container) -> None:
+    given = {name: f"value of\n{name} = x" for name in GIVEN}
+
+    container.run(WORKER_PLAN="exit:0", **given)
+
+    webui = container.event("webui", "start")["environment"]
+    assert given.items() <= container.event("worker", "start")["environment"].items()
+    assert {name for name in given if webui.get(name) == given[name]} == {name for name in GIVEN if GIVEN[name]}
+    known = {*given, "EVENTS", "REAL_PYTHON", *PLANNED, "PATH", "PYTHONUNBUFFERED", "no_proxy"}
+    known |= {"http_proxy", "https_proxy", "HF_HUB_OFFLINE", "PWD", "SHLVL", "_", "LC_CTYPE"}  # bash's and Python's
+    assert set(webui) <= known
+
+
+def test_every_variable_that_the_webui_gets_has_a_reason_on_the_page(container: Container) -> None:
+    page = (CHECKOUT / "docs" / "modules" / "startup-script.md").read_text(encoding="utf-8")
+    section = page.split("## The WebUI's environment")[1].split("\n## ")[0]
+
+    done = container.functions(r"""printf '%s\n' "${WEBUI_ENVIRONMENT[@]}" "${WEBUI_OFFLINE[@]%%=*}" """)
+
+    described = set(
+        re.findall(
+            r"`([A-Za-z_*]+)`", "".join(line.split("|")[1] for line in section.splitlines() if line[:3] == "| `")
+        )
+    )
+    assert described == {*done.stdout.split(), "PYTHONUNBUFFERED", "LD_PRELOAD"}
+
+
+def test_downloads_of_the_webui_are_refused_at_once_and_this_machine_is_reached(container: Container) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here) as here:
+        threading.Thread(target=here.serve_forever, daemon=True).start()
+        own = f"http://127.0.0.1:{here.server_port}/"
+        urls = [own, "https://storage.example.com/x.pth", "http://storage.example.com/x.pth"]
+
+        container.start(WEBUI_PLAN=f"download:{','.join(urls)}", https_proxy="http://127.0.0.1:1")
+        container.event("webui", "refused", 2)
+        here.shutdown()
+
+    answers = {event["url"]: event["answer"] for event in container.events("webui") if "answer" in event}
+    assert answers.pop(own) == "here"
+    assert answers == dict.fromkeys(urls[1:], "[Errno 111] Connection refused")
+
+
+class Here(http.server.BaseHTTPRequestHandler):
+    """A server on this machine."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"here")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+# What the WebUI finds on its disk
+
+
+def settings_of(container: Container, folder: str = "webui") -> Any:
+    return json.loads((container.folder / folder / "config.json").read_text(encoding="utf-8"))
+
+
+def test_the_webuis_settings_name_the_checkpoint_before_it_starts(container: Container) -> None:
+    container.run(WORKER_PLAN="exit:0")
+
+    assert settings_of(container) == {"sd_model_checkpoint": "the.safetensors"}
+    assert sorted(path.name for path in (container.folder / "webui").iterdir()) == [
+        *("config.json", "config_states", "launch.py")
+    ]
+
+
+def test_other_settings_of_the_webui_stay(container: Container) -> None:
+    before = {"sd_model_checkpoint": "other.safetensors [abc]", "samples_save": False, "font": "größer"}
+    (container.folder / "webui" / "config.json").write_text(json.dumps(before), encoding="utf-8")
+
+    container.run(WORKER_PLAN="exit:0")
+
+    assert settings_of(container) == before | {"sd_model_checkpoint": "the.safetensors"}
+
+
+@pytest.mark.parametrize("text", ['{"half', "[]"])
+def test_settings_that_cannot_be_read_are_left_alone_and_the_webui_starts(container: Container, text: str) -> None:
+    (container.folder / "webui" / "config.json").write_text(text, encoding="utf-8")
+
+    container.run(WORKER_PLAN="exit:0")
+
+    assert (container.folder / "webui" / "config.json").read_text(encoding="utf-8") == text
+    assert container.events("webui", "start")
+
+
+def test_a_restarted_webui_finds_the_checkpoint_in_its_settings_again(container: Container) -> None:
+    container.start()
+    first = container.event("webui", "start")
+    (container.folder / "webui" / "config.json").write_text('{"sd_model_checkpoint": "x"}', encoding="utf-8")
+
+    os.kill(first["pid"], signal.SIGKILL)
+    container.event("webui", "start", 2)
+
+    assert settings_of(container) == {"sd_model_checkpoint": "the.safetensors"}
+
+
+def test_a_webui_in_a_read_only_folder_writes_elsewhere_and_keeps_its_models_and_settings(container: Container) -> None:
+    """WEBUI_DATA_DIR is what start.sh chooses by itself if the folder is read-only; root may write in any other."""
+    upscaler = container.folder / "webui" / "models" / "ESRGAN" / "4x.pth"
+    upscaler.parent.mkdir(parents=True)
+    upscaler.write_bytes(b"weights")
+    (container.folder / "webui" / "config.json").write_text('{"samples_save": false}', encoding="utf-8")
+    (container.folder / "webui" / "styles.csv").write_text("name,prompt\n", encoding="utf-8")
+    data = container.folder / "data"
+
+    container.run(WORKER_PLAN="exit:0", WEBUI_DATA_DIR=str(data))
+
+    assert value_of(container.event("webui", "start")["arguments"], "--data-dir") == str(data)
+    assert (data / "models" / "ESRGAN" / "4x.pth").read_bytes() == b"weights"
+    assert (data / "models" / "ESRGAN").is_dir() and not (data / "models" / "ESRGAN").is_symlink()
+    assert (data / "styles.csv").read_text(encoding="utf-8") == "name,prompt\n"
+    assert settings_of(container, "data") == {"samples_save": False, "sd_model_checkpoint": "the.safetensors"}
+    assert settings_of(container) == {"samples_save": False}
+    assert container.events("webui", "start")
+
+
+def test_the_default_folder_of_the_webuis_data_is_its_own_unless_it_is_read_only(container: Container) -> None:
+    own = container.functions('echo "$WEBUI_DATA_DIR"')
+    read_only = container.functions('echo "$WEBUI_DATA_DIR"', WEBUI_DIR="/proc/sys")
+
+    assert own.stdout == f"{container.folder / 'webui'}\n"
+    assert read_only.stdout == "/tmp/webui-data\n"
+
+
+# A checkpoint that is baked into the image
+
+
+def baked(container: Container) -> dict[str, str]:
+    """What the build writes beside a checkpoint that it bakes. Returns it as variables."""
+    values = {
+        "CHECKPOINT_FILE": "baked.safetensors",
+        "CHECKPOINT_NAME": 'Somebody\'s "Model" = 2',
+        "CHECKPOINT_SHA256": "ab" * 32,
+    }
+    (container.folder / "source").mkdir()
+    (container.folder / "source" / "baked-checkpoint").write_text(
+        "".join(f"{name}={value}\n" for name, value in values.items()), encoding="utf-8"
+    )
+    del container.environment["CHECKPOINT_FILE"]
+    return values
+
+
+def test_a_baked_checkpoint_is_the_default_of_webui_and_worker(container: Container) -> None:
+    values = baked(container)
+
+    container.run(WORKER_PLAN="exit:0")
+
+    environment = container.event("worker", "start")["environment"]
+    assert values.items() <= environment.items()
+    assert "CHECKPOINT_URL" not in environment
+    assert settings_of(container)["sd_model_checkpoint"] == values["CHECKPOINT_FILE"]
+    assert Config.from_env(environment).checkpoint_sha256 == values["CHECKPOINT_SHA256"]
+
+
+def test_an_operators_own_checkpoint_replaces_the_baked_one_as_a_whole(container: Container) -> None:
+    baked(container)
+
+    container.run(
+        WORKER_PLAN="exit:0", CHECKPOINT_URL="https://civitai.com/models/1", CHECKPOINT_FILE="mine.safetensors"
     )
 
-    container.run(WORKER_PLAN="exit:0", **keys)
-
-    assert "secret" not in container.event("webui", "start")["environment"].values()
-    assert keys.items() <= container.event("worker", "start")["environment"].items()
+    environment = container.event("worker", "start")["environment"]
+    assert environment["CHECKPOINT_FILE"] == "mine.safetensors"
+    assert not {"CHECKPOINT_NAME", "CHECKPOINT_SHA256"} & set(environment)
 
 
 # The worker
@@ -577,11 +823,27 @@ def test_a_webui_that_ends_too_often_is_not_started_again_and_the_worker_can_rea
     container.signal(signal.SIGTERM)
     status, _, errors = container.end()
 
-    assert container.state_file.read_text(encoding="utf-8") == "failed\n"
+    why = "it ended with status 0, after 3 restarts in 600 s"
+    assert container.state_file.read_text(encoding="utf-8") == f"failed: {why}\n"
     assert len(container.events("webui", "start")) == 1 + 3
     assert status == 143  # the worker ran until TERM
-    assert "given up on the WebUI" in errors
+    assert f"start | given up on the WebUI: {why}" in errors.splitlines()
     assert [line.split()[-2] for line in errors.splitlines() if "started again" in line] == ["0.01", "0.02", "0.04"]
+
+
+def test_a_webui_that_was_killed_says_memory(container: Container) -> None:
+    container.start(WEBUI_RESTARTS="0")
+    webui = container.event("webui", "start")
+    container.event("worker", "start")
+
+    os.kill(webui["pid"], signal.SIGKILL)  # as the kernel does if the memory is full
+    wait_until(lambda: "failed" in container.state_file.read_text(encoding="utf-8"), "failed")
+    container.signal(signal.SIGTERM)
+    _, _, errors = container.end()
+
+    said = "ended with status 137 (killed: the memory was full, or it hung)"
+    assert f"start | the WebUI (pid {webui['pid']}) {said}" in errors.splitlines()
+    assert said in container.state_file.read_text(encoding="utf-8")
 
 
 def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_can_read_it(container: Container) -> None:
@@ -593,10 +855,11 @@ def test_a_webui_without_a_folder_of_models_is_not_started_and_the_worker_can_re
     container.signal(signal.SIGTERM)
     status, _, errors = container.end()
 
-    assert worker["state"] == "failed"
+    why = "the folders of WEBUI_MODELS_DIR or WEBUI_DATA_DIR cannot be made"
+    assert worker["state"] == f"failed: {why}"
     assert container.events("webui") == []
     assert status == 143  # the worker ran until TERM, and could answer jobs
-    assert f"start | given up on the WebUI: WEBUI_MODELS_DIR={folder} cannot be made" in errors.splitlines()
+    assert f"start | given up on the WebUI: {why}" in errors.splitlines()
 
 
 RESTARTS = [
@@ -748,12 +1011,15 @@ def test_every_line_names_its_process_and_the_last_lines_are_not_lost(container:
         assert printed == ["hello", *(f"last words {number}" for number in range(500))]
 
 
+SLOW_READER = '    "$REAL_PYTHON" "$@"; sleep 0.2; echo written ;;'
+
+
 @pytest.mark.parametrize(("webui", "logs"), [("http://127.0.0.1:3000", 2), ("http://10.0.0.7:3000", 1)])
 def test_the_container_does_not_end_before_its_log_is_written(container: Container, webui: str, logs: int) -> None:
-    real = (container.bin / "sed").readlink()
-    container.program("sed", f'#!/usr/bin/env bash\n{real} "$@"\nsleep 0.2\necho written\n')  # a slow reader
+    # A slow reader.
+    container.program("python", PYTHON.replace('case "$*" in', 'case "$*" in\n  *logs.py*)\n' + SLOW_READER))
     log = container.folder / "log"
-    environment = container.environment | {"WORKER_PLAN": "exit:0", "WEBUI_URL": webui}
+    environment = container.environment | container.plan({"WORKER_PLAN": "exit:0", "WEBUI_URL": webui})
     with log.open("w") as file:
         subprocess.run([START], env=environment, stdout=file, start_new_session=True, timeout=DEADLINE, check=True)
 
@@ -768,3 +1034,28 @@ def test_a_json_object_in_the_log_stays_as_it_is(container: Container) -> None:
     _, output, _ = container.end()
 
     assert '{"level": "INFO", "message": "one object a line"}' in output.splitlines()
+
+
+def test_with_json_every_line_of_the_container_is_an_object(container: Container) -> None:
+    container.start(WORKER_PLAN="talk", WEBUI_PLAN="talk", LOG_FORMAT="json")
+    container.event("worker", "start")
+    container.event("webui", "start")
+
+    container.signal(signal.SIGTERM)
+    _, output, errors = container.end()
+
+    lines = [json.loads(line) for line in (output + errors).splitlines()]
+    assert all({"time", "level", "source", "message"} <= set(line) for line in lines)
+    assert {line["source"] for line in lines} == {"start", "webui", "worker"}
+    assert next(line["message"] for line in lines if line["source"] == "worker") == "hello"
+
+
+def test_a_message_of_start_sh_is_valid_json_whatever_is_in_it(container: Container) -> None:
+    message = 'a "name" with a \\ and a \t tab, größer, 100%'
+
+    done = container.functions(f"log ERROR {shlex.quote(message)}", LOG_FORMAT="JSON")
+
+    found = json.loads(done.stderr)
+    assert (found["level"], found["source"]) == ("ERROR", "start")
+    assert found["message"] == message.replace("\t", " ")
+    assert time.strptime(found["time"], "%Y-%m-%dT%H:%M:%SZ")

@@ -14,6 +14,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,17 +24,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sandbox.__main__ import Sandbox
+from sandbox.models import sdxl_checkpoint
 from tests.image import make_mirror
 
 CHECKOUT = Path(__file__).parent.parent.parent
 BUILD_FILES = (
     *("Dockerfile", ".dockerignore", "a1111_worker", "handler.py", "image", "model_manager.py"),
-    *("requirements.txt", "start.sh"),
+    *("locks", "start.sh"),
 )
 TAG = "a1111-worker:image-test"
 TIMEOUT = 120.0  # seconds for anything that a container has to do
@@ -62,7 +64,10 @@ def main(arguments: list[str]) -> None:
         check_that_a_new_handler_is_one_layer(layers, build, Path(folder) / "changed")
         build(CHECKOUT)
         check_a_job_and_a_stop(sandbox)
+        check_another_user_and_a_read_only_disk(sandbox)
         check_a_webui_that_is_killed_for_good(sandbox)
+        check_that_a_job_on_runpod_hears_that_there_is_no_gpu(sandbox)
+        check_a_baked_checkpoint_of_another_host(sandbox, build)
 
 
 @contextlib.contextmanager
@@ -79,6 +84,7 @@ def serve_mirror(folder: Path) -> Iterator[list[str]]:
     )
     values = {
         "CLIP_PACKAGE": f"http://127.0.0.1:{files.server_port}/CLIP.zip",
+        "WEBUI_LOCK": "pypi",
         "TORCH_INDEX_URL": "",
         "BAKE_TOKENIZER": "0",
     }
@@ -102,11 +108,11 @@ class _QuietFiles(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def build_image(context: Path, *, mirror: list[str]) -> list[str]:
+def build_image(context: Path, *arguments: str, mirror: list[str], tag: str = TAG) -> list[str]:
     """Build the image, and return its layers."""
     began = time.monotonic()
     done = subprocess.run(
-        ["docker", "build", "--network", "host", "--progress", "plain", "-t", TAG, *mirror, str(context)],
+        ["docker", "build", "--network", "host", "--progress", "plain", "-t", tag, *mirror, *arguments, str(context)],
         env={**os.environ, "DOCKER_BUILDKIT": "1"},
         capture_output=True,
         text=True,
@@ -114,7 +120,9 @@ def build_image(context: Path, *, mirror: list[str]) -> list[str]:
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stderr[-8000:]}")
     log(f"built in {time.monotonic() - began:.1f} s")
-    layers: list[str] = json.loads(output("docker", "image", "inspect", TAG, "--format", "{{json .RootFS.Layers}}"))
+    for line in re.findall(r"(launch\.py answers after .*)", done.stderr):
+        log(f"smoke test: {line}")
+    layers: list[str] = json.loads(output("docker", "image", "inspect", tag, "--format", "{{json .RootFS.Layers}}"))
     return layers
 
 
@@ -152,6 +160,57 @@ def check_a_job_and_a_stop(sandbox: Sandbox) -> None:
 
         log(f"docker stop: {time.monotonic() - began:.2f} s, exit status {status_of(name)}")
         expect(status_of(name) == 143, "the exit status is not 143")
+        lines = output("docker", "logs", name)
+        expect("sd_model_checkpoint" in lines, "the WebUI's settings do not name the checkpoint")
+        expect("/progress" not in lines, "looks at the progress are in the log")
+
+
+def check_another_user_and_a_read_only_disk(sandbox: Sandbox) -> None:
+    options = ("--user", "1000:1000", "--read-only", "--tmpfs", "/tmp")
+    with container(sandbox, *options, MODELS_DIR="/tmp/models") as (name, api):
+        answer = ask(f"{api}/runsync", json.loads((CHECKOUT / "test_input.json").read_bytes()))
+        expect(answer["status"] == "COMPLETED", f"the job of another user ended with {answer}")
+        output("docker", "stop", name)
+        expect(status_of(name) == 143, "the exit status of another user's container is not 143")
+        log(f"{' '.join(options)}: a job, and a stop")
+
+
+def check_that_a_job_on_runpod_hears_that_there_is_no_gpu(sandbox: Sandbox) -> None:
+    settings = sandbox.environment() | sandbox.queue_environment()
+    for variable in ("MODELS_DIR", "MODEL_SOURCES", "WEBUI_MODELS_DIR", "WEBUI_URL"):
+        settings.pop(variable)
+    with running(TAG, settings):
+        job = sandbox.runpod.submit(json.loads((CHECKOUT / "test_input.json").read_bytes())["input"])
+        answer = sandbox.runpod.wait(job, timeout=TIMEOUT)
+    expect("no GPU found" in answer.get("error", ""), f"the job on a machine without a GPU ended with {answer}")
+    log(f"a job on RunPod without a GPU: {answer['error']}")
+
+
+def check_a_baked_checkpoint_of_another_host(sandbox: Sandbox, build: Any) -> None:
+    site = Path(sandbox.folder) / "another-host"
+    url = sandbox.civitai.storage.publish(
+        sdxl_checkpoint(site / "other.safetensors", 7, 3_000_000), "/other.safetensors"
+    )
+    origin = "/".join(url.split("/")[:3])
+    given = {
+        "BAKE_CHECKPOINT": "1",
+        "CHECKPOINT_URL": url,
+        "CHECKPOINT_FILE": "other.safetensors",
+        "CHECKPOINT_NAME": 'The "Other" One',
+        "MODEL_HOSTS": origin,
+        "STORAGE_HOSTS": origin,
+    }
+    tag = f"{TAG}-baked"
+    build(CHECKOUT, *(word for item in given.items() for word in ("--build-arg", "=".join(item))), tag=tag)
+    nowhere = {"MODEL_HOSTS": "", "CIVITAI_URL": "http://127.0.0.1:9", "LOG_FORMAT": "json"}
+
+    with container(sandbox, tag=tag, **nowhere) as (name, api):
+        answer = ask(f"{api}/runsync", {"input": {"prompt": "a lighthouse", "steps": 2, "width": 64, "height": 64}})
+        expect(answer["output"]["worker"]["checkpoint"]["name"] == given["CHECKPOINT_NAME"], f"it drew {answer}")
+        lines = output("docker", "logs", name).splitlines()
+        objects = [json.loads(line) for line in lines]
+        expect(all({"time", "level", "source", "message"} <= set(line) for line in objects), "a log line lacks a key")
+        log(f"a baked checkpoint of another host: a job; {len(lines)} lines of JSON")
 
 
 def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
@@ -165,24 +224,35 @@ def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
 
 
 @contextlib.contextmanager
-def container(sandbox: Sandbox, **environment: str) -> Iterator[tuple[str, str]]:
+def container(sandbox: Sandbox, *options: str, tag: str = TAG, **environment: str) -> Iterator[tuple[str, str]]:
     """A ready container of the image: its name, and the address of the SDK's API."""
-    name = f"a1111-worker-image-test-{os.getpid()}"
     port = free_port()
-    settings = sandbox.environment() | environment | {"ALLOW_CPU": "1", "WEBUI_URL": f"http://127.0.0.1:{free_port()}"}
+    settings = sandbox.environment()
     for variable in ("MODELS_DIR", "MODEL_SOURCES", "WEBUI_MODELS_DIR"):
         settings.pop(variable)
-    variables = [word for item in settings.items() for word in ("--env", "=".join(item))]
-    health = ["--health-interval", "1s", "--health-start-period", "60s", "--health-retries", "2"]
+    settings |= {"ALLOW_CPU": "1", "WEBUI_URL": f"http://127.0.0.1:{free_port()}", **environment}
+    api = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
     began = time.monotonic()
-    output("docker", "run", "--detach", "--name", name, "--network", "host", *health, *variables, TAG,
-           "--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))  # fmt: skip
-    try:
-        api = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(f"{api}/docs"), f"{name} to be ready")
+    with running(tag, settings, options=options, arguments=api) as name:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(f"{url}/docs"), f"{name} to be ready")
         log(f"docker run to ready: {time.monotonic() - began:.1f} s")
         wait_for(lambda: health_of(name) == "healthy", f"{name} to be healthy")
-        yield name, api
+        yield name, url
+
+
+@contextlib.contextmanager
+def running(
+    tag: str, environment: Mapping[str, str], *, options: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> Iterator[str]:
+    """A container, by its name. It is removed at the end; if a check fails, its last lines are printed."""
+    name = f"a1111-worker-image-test-{os.getpid()}"
+    variables = [word for item in environment.items() for word in ("--env", "=".join(item))]
+    health = ["--health-interval", "1s", "--health-start-period", "60s", "--health-retries", "2"]
+    output("docker", "run", "--detach", "--name", name, "--network", "host", *health, *options, *variables, tag,
+           *arguments)  # fmt: skip
+    try:
+        yield name
     except BaseException:
         log(output("docker", "logs", "--tail", "60", name))
         raise

@@ -1,6 +1,7 @@
 """Replaces A1111's launch.py in the image that `make image-test` builds: the sandbox's WebUI with A1111's flags.
 
-A flag that A1111 1.10.1 does not know is an error here too.
+A flag that A1111 1.10.1 does not know is an error here too. So is a folder that it cannot write, and a key that is not
+its business.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
-from sandbox.webui import SandboxWebUI
+from sandbox.webui import SandboxWebUI  # noqa: E402 - it lies beside this file in the image
 
-FLAGS = json.loads((Path(__file__).parent / "sandbox" / "data" / "1.10.1" / "cmd-flags.json").read_bytes())
+FLAGS = json.loads((HERE / "sandbox" / "data" / "1.10.1" / "cmd-flags.json").read_bytes())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,6 +43,13 @@ def main() -> None:
         options.api and options.nowebui and options.server_name == "127.0.0.1" and options.skip_prepare_environment
     ):
         sys.exit("this is not how start.sh starts a WebUI")
+    if keys := [name for name in os.environ if "KEY" in name or "TOKEN" in name]:
+        sys.exit(f"what are {keys} doing here?")
+    data = Path(options.data_dir or HERE)
+    for folder in (data / "cache", HERE / "config_states"):  # A1111 makes these at each start
+        folder.mkdir(exist_ok=True)
+        (folder / "written").touch()
+    log(f"settings: {(data / 'config.json').read_text(encoding='utf-8') if (data / 'config.json').exists() else None}")
     if importlib.util.find_spec("torch"):  # it takes as long as A1111's own imports
         log(f"torch {importlib.import_module('torch').__version__}")
     models = Path(options.ckpt_dir).parent

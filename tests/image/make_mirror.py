@@ -3,8 +3,9 @@
     python tests/image/make_mirror.py FOLDER
 
 makes FOLDER/OWNER/NAME.git for each, with one branch, `main`. A1111's repository contains the sandbox's WebUI with
-A1111's flags (launch.py beside this file). CLIP is a package that needs pkg_resources to be built and to be run, as the
-real one does; it is also in CLIP.zip. The helpers are empty packages in the folders in which A1111 looks for them.
+A1111's flags (launch.py beside this file), and asks for the packages that A1111 asks for. CLIP is a package that needs
+pkg_resources to be built and to be run, as the real one does; it is also in CLIP.zip. The helpers are empty packages in
+the folders in which A1111 looks for them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
 
-REQUIREMENTS = """\
-setuptools==69.5.1
-GitPython==3.1.32
-Pillow==9.5.0
-diskcache==5.6.3
-numpy==1.26.2
-torch
-"""
+# What A1111 asks for, as far as this checkout knows: the lines above torch.
+REQUIREMENTS = (CHECKOUT / "requirements-webui.txt").read_text(encoding="utf-8").split("# torch")[0] + "torch\n"
 
 PATHS = """\
 import sys

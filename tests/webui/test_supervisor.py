@@ -25,6 +25,7 @@ STATES = [
     ("1234", Ownership.START_SH),
     ("1234\n", Ownership.START_SH),
     ("failed\n", Ownership.GIVEN_UP),
+    ("failed: it ended with status 137\n", Ownership.GIVEN_UP),
     ("", Ownership.NOBODY),  # read while it is written
     ("-1", Ownership.NOBODY),  # would signal every process there is
     ("0", Ownership.NOBODY),  # would signal our own group
@@ -141,7 +142,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("state", ["failed", "", "1", "-1"])
+@pytest.mark.parametrize("state", ["failed", "failed: 4242", "", "1", "-1"])
 def test_a_webui_that_start_sh_does_not_own_is_never_killed(tmp_path: Path, state: str) -> None:
     file = tmp_path / "webui.state"
     file.write_text(state)

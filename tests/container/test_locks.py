@@ -1,0 +1,89 @@
+"""locks/: what is installed, with versions and hashes, agrees with what was asked for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+CHECKOUT = Path(__file__).parent.parent.parent
+LOCKS = CHECKOUT / "locks"
+ALL = sorted(LOCKS.glob("*.txt"))
+
+
+def pins(lock: str) -> dict[str, set[str]]:
+    """The versions of each package of a lock. There are several if versions of Python need different ones."""
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"(?m)^([\w.-]+)==([^ ;\\]+)", (LOCKS / f"{lock}.txt").read_text(encoding="utf-8")):
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def asked_for(file: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (CHECKOUT / file).read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("-r")]
+
+
+def test_the_locks_are_those_that_are_installed() -> None:
+    assert [path.stem for path in ALL] == [
+        *("dev", "torch-cu128", "torch-pypi", "uv", "webui-cu128", "webui-pypi", "worker")
+    ]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_package_has_a_version_and_a_hash_and_no_index_is_named(path: Path) -> None:
+    text = re.sub(r"(?m)^#.*\n", "", path.read_text(encoding="utf-8"))
+
+    for entry in re.split(r"(?m)^(?=\S)", text)[1:]:
+        assert re.match(r"[\w.-]+==\S+( ; .*)? \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+$", entry), entry
+    assert "://" not in path.read_text(encoding="utf-8")
+
+
+LISTS = [
+    ("requirements.txt", ("worker",)),
+    ("requirements.txt", ("dev",)),
+    ("requirements-dev.txt", ("dev",)),
+    ("requirements-webui.txt", ("webui-pypi", "torch-pypi")),
+    ("requirements-webui.txt", ("webui-cu128", "torch-cu128")),
+]
+
+
+@pytest.mark.parametrize(("asked", "locks"), LISTS)
+def test_what_is_asked_for_is_locked(asked: str, locks: tuple[str, ...]) -> None:
+    """A requirement that was changed without `make lock` fails here."""
+    locked = {name: versions for lock in locks for name, versions in pins(lock).items()}
+
+    wrong = [
+        str(requirement)
+        for requirement in asked_for(asked)
+        if not any(map(requirement.specifier.contains, locked.get(canonicalize_name(requirement.name), ())))
+    ]
+
+    assert wrong == []
+
+
+def test_developers_test_the_versions_that_the_image_has() -> None:
+    worker, dev = pins("worker"), pins("dev")
+
+    assert {name: versions for name, versions in worker.items() if dev.get(name) != versions} == {}
+
+
+def test_the_two_builds_of_torch_differ_only_in_torch_and_nvidias_libraries() -> None:
+    pypi, cu128 = pins("webui-pypi"), pins("webui-cu128")
+
+    other = {name for name in {*pypi, *cu128} if pypi.get(name) != cu128.get(name)}
+
+    assert other and all(name.startswith("nvidia-") for name in other)
+    assert pypi.keys() == cu128.keys()
+    assert pins("torch-pypi").keys() == pins("torch-cu128").keys() == {"torch", "torchvision", "xformers"}
+
+
+@pytest.mark.parametrize("lock", ["webui-pypi", "webui-cu128"])
+def test_what_only_takes_room_is_left_out_of_the_image(lock: str) -> None:
+    locked = pins(lock)
+
+    assert not {"triton", "opencv-python"} & set(locked)
+    assert locked["opencv-python-headless"]
