@@ -21,8 +21,8 @@ readonly WEBUI_ENVIRONMENT=(
 readonly WEBUI_OFFLINE=(
   HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 'no_proxy=127.0.0.1,localhost'
 )
-LOGS_PY="$(realpath "${BASH_SOURCE[0]}")"
-readonly LOGS_PY="${LOGS_PY%/*}/a1111_worker/logs.py" # beside this file
+RELAY_PY="$(realpath "${BASH_SOURCE[0]}")"
+readonly RELAY_PY="${RELAY_PY%/*}/a1111_worker/relay.py" # beside this file
 # Seconds between TERM and KILL for the WebUI, after the worker has ended. By then nobody waits for anything in it, and
 # unloading torch alone takes longer.
 readonly WEBUI_GRACE=0.3
@@ -453,7 +453,7 @@ now() {
 # signal ends this process. It ends when its writers have ended, so that their last lines are not lost.
 relay_lines() {
   trap '' TERM INT
-  exec "$WORKER_PYTHON" -IS "$LOGS_PY" "$1" "${LOG_FORMAT:-text}"
+  exec "$WORKER_PYTHON" -IS "$RELAY_PY" "$1" "${LOG_FORMAT:-text}"
 }
 
 # log LEVEL MESSAGE: a log line of start.sh itself.

@@ -18,7 +18,8 @@ Modules that several packages need, in reading order:
     files           atomic writes, and the errors of a full disk
     background      a blocking call that can be abandoned
     heartbeat       a thread that calls its listeners every few seconds
-    logs            log lines: the worker's own, and those of the processes beside it
+    logs            the worker's log lines, with the job's id
+    relay           the log lines of other processes; start.sh runs it as a program
 
 Packages, each for one subject:
 

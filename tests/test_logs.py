@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from a1111_worker.logs import relayed
+from a1111_worker.relay import relayed
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,7 +148,7 @@ def test_the_workers_own_objects_stay_as_they_are() -> None:
 
 def test_a_line_is_passed_on_before_the_next_one_is_there() -> None:
     with subprocess.Popen(
-        [sys.executable, "-IS", ROOT / "a1111_worker" / "logs.py", "webui", "text"],
+        [sys.executable, "-IS", ROOT / "a1111_worker" / "relay.py", "webui", "text"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:

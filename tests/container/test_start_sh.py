@@ -1017,7 +1017,7 @@ SLOW_READER = '    "$REAL_PYTHON" "$@"; sleep 0.2; echo written ;;'
 @pytest.mark.parametrize(("webui", "logs"), [("http://127.0.0.1:3000", 2), ("http://10.0.0.7:3000", 1)])
 def test_the_container_does_not_end_before_its_log_is_written(container: Container, webui: str, logs: int) -> None:
     # A slow reader.
-    container.program("python", PYTHON.replace('case "$*" in', 'case "$*" in\n  *logs.py*)\n' + SLOW_READER))
+    container.program("python", PYTHON.replace('case "$*" in', 'case "$*" in\n  *relay.py*)\n' + SLOW_READER))
     log = container.folder / "log"
     environment = container.environment | container.plan({"WORKER_PLAN": "exit:0", "WEBUI_URL": webui})
     with log.open("w") as file:
