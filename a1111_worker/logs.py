@@ -1,4 +1,4 @@
-"""The worker's own log lines, on stderr: one per stage, with the job's id. relay.py handles those of other processes."""
+"""The worker's own log lines, on stderr: one per stage, with the job's id. relay.py has those of others."""
 
 from __future__ import annotations
 
