@@ -65,6 +65,7 @@ def run(command: list[str], queue: RunPod, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the example in the shell needs curl, which is not installed")
 def test_the_curl_example_runs(queue: RunPod, tmp_path: Path) -> None:
     shutil.copy(ROOT / "test_input.json", tmp_path)
     script = example("sh").replace(RUNPOD, f"{queue.url}/v2")

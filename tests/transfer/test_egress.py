@@ -209,6 +209,10 @@ def test_a_name_never_leads_to_an_address_that_is_not_global(address: ipaddress.
 def test_a_name_that_resolves_to_this_machine_is_refused_before_anything_is_sent(server: Echo) -> None:
     # This machine's own name: listed as a host, resolved by the real resolver, leads to a private address.
     name = socket.gethostname().lower()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        pytest.skip(f"the name of this machine, {name}, has no address")
     port = int(server.url.rpartition(":")[2])
     session = open_session(EgressPolicy([Origin("http", name, port)]))
 
