@@ -123,7 +123,7 @@ def check_boot(start_sh: str) -> None:
             answered = wait_for_options(f"http://127.0.0.1:{port}/sdapi/v1/options", process)
             process.terminate()
     expect(answered, "launch.py does not answer /sdapi/v1/options; its own lines are above")
-    sys.stdout.write(f"launch.py answers after {time.monotonic() - began:.0f} s\n")
+    sys.stderr.write(f"launch.py answers after {time.monotonic() - began:.0f} s\n")
 
 
 def wait_for_options(url: str, process: subprocess.Popen[bytes]) -> bool:

@@ -171,8 +171,12 @@ def _without_runpod(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _curl(command: Sequence[str]) -> str:
+    """A shell command that sends the local API a job and saves its picture."""
     port = next((after for word, after in itertools.pairwise(command) if word == "--rp_api_port"), "8000")
-    return f"curl -s http://127.0.0.1:{port}/runsync -H 'Content-Type: application/json' -d @test_input.json"
+    picture = "base64.b64decode(json.load(sys.stdin)['output']['images'][0])"
+    save = f"import base64, json, sys; sys.stdout.buffer.write({picture})"
+    ask = f"curl -s http://127.0.0.1:{port}/runsync -H 'Content-Type: application/json' -d @test_input.json"
+    return f'{ask} | python3 -c "{save}" >picture.png'
 
 
 def _print_urls(sandbox: Sandbox) -> None:

@@ -65,6 +65,7 @@ def run(command: list[str], queue: SandboxRunPod, folder: Path, *, status: int =
     return done.stdout + done.stderr
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the example in the shell needs curl, which is not installed")
 def test_the_curl_example_runs(queue: SandboxRunPod, tmp_path: Path) -> None:
     shutil.copy(ROOT / "test_input.json", tmp_path)
     script = example("sh").replace(RUNPOD, f"{queue.url}/v2")
@@ -110,6 +111,7 @@ def test_the_javascript_example_says_why_a_job_failed(queue: SandboxRunPod, tmp_
     assert [text for text in EXPLANATION if text not in printed] == []
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the example in the shell needs curl, which is not installed")
 def test_the_curl_example_prints_why_a_job_failed(queue: SandboxRunPod, tmp_path: Path) -> None:
     (tmp_path / "test_input.json").write_text('{"input": {"prompt": "", "steps": 0}}')
     script = example("sh").replace(RUNPOD, f"{queue.url}/v2")

@@ -420,7 +420,7 @@ def test_the_smoke_test_imports_the_modules_of_a_requirement(
     bad = environment.smoke()
 
     assert good.returncode == 0, good.stderr
-    assert good.stdout.splitlines()[:-1] == ["a-package 1.0", "torchvision 1.0", "xformers 1.0", "clip 1.0"]
+    assert good.stdout.splitlines() == ["a-package 1.0", "torchvision 1.0", "xformers 1.0", "clip 1.0"]
     assert bad.returncode != 0 and "ImportError: broken" in bad.stderr
 
 
@@ -452,7 +452,7 @@ def test_the_smoke_test_starts_the_webui_and_asks_for_its_options(tmp_path: Path
     done = environment.smoke()
 
     assert (done.returncode == 0) is passes, done.stderr
-    assert ("launch.py answers after" in done.stdout) is passes
+    assert ("launch.py answers after" in done.stderr) is passes  # not in the report, which is a layer: no times in it
     assert ("launch.py does not answer" in done.stderr) is not passes
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,3 +120,35 @@ def test_alone_it_prints_its_urls_and_ends_at_a_signal(folder: Path) -> None:
     assert process.returncode == 0
     assert any(line.startswith("export WEBUI_URL=http://127.0.0.1:") for line in lines)
     assert any(line.startswith("export RUNPOD_WEBHOOK_GET_JOB='http") for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the printed command needs curl, which is not installed")
+def test_the_curl_command_that_it_prints_saves_a_picture(folder: Path, tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OnePicture) as api:
+        threading.Thread(target=api.serve_forever, daemon=True).start()
+        out, _ = sandbox(folder, "--", "true", "--rp_serve_api", "--rp_api_port", str(api.server_port)).communicate(
+            timeout=60
+        )
+        (command,) = (line for line in out.splitlines() if "curl" in line)
+        (tmp_path / "test_input.json").write_text('{"input": {}}', encoding="utf-8")
+
+        subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, check=True)
+        api.shutdown()
+
+    assert (tmp_path / "picture.png").read_bytes() == OnePicture.PICTURE
+
+
+class OnePicture(http.server.BaseHTTPRequestHandler):
+    """A local API that answers each job with the same picture."""
+
+    PICTURE = b"\x89PNG and more"
+
+    def do_POST(self) -> None:
+        assert json.loads(self.rfile.read(int(self.headers["content-length"]))) == {"input": {}}
+        answer = {"status": "COMPLETED", "output": {"images": [base64.b64encode(self.PICTURE).decode()]}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -55,6 +55,7 @@ NOT_IMITATED = {
     "latency": "durations on one machine",
     "openapi": "the sandbox's tables of 1.9.3 and 1.10.1 are made from it",
     "png_info_dataurl": "the worker reads no pictures",
+    "pictures_of_scripts": "what scripts draw: tests/request/test_scripts.py checks the worker against it",
     "png_info_of_result": "the worker reads no pictures",
 }
 
