@@ -205,13 +205,7 @@ END
 
 # ---- the worker against the sandbox, without a WebUI or a GPU: docker compose --profile sandbox up ----
 FROM system AS sandbox
-ARG PYPI_INDEX_URL=https://pypi.org/simple
-RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv \
-    --mount=type=bind,from=worker,source=/opt/worker,target=/worker <<'END'
-cp -a /worker /opt/worker
-UV_LINK_MODE=copy /uv/bin/uv pip install --python /opt/worker/bin/python --default-index "$PYPI_INDEX_URL" Pillow
-END
-
+COPY --from=worker /opt/worker /opt/worker
 WORKDIR /checkout
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 CMD ["/opt/worker/bin/python", "-m", "sandbox", "--folder", "/tmp/sandbox", "--", \

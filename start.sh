@@ -298,7 +298,7 @@ make_data_dir() {
   mkdir -p "$(realpath -m "$WEBUI_DIR/config_states")" "$WEBUI_DATA_DIR"
   [[ "$WEBUI_DATA_DIR" != "$WEBUI_DIR" ]] || return 0
   for name in models embeddings extensions styles.csv config.json; do
-    [[ ! -e "$WEBUI_DIR/$name" ]] || cp -rsn "$(realpath "$WEBUI_DIR")/$name" "$WEBUI_DATA_DIR"
+    [[ ! -e "$WEBUI_DIR/$name" ]] || cp -rsn "$(realpath "$WEBUI_DIR")/$name" "$WEBUI_DATA_DIR" || true
   done
 }
 

@@ -598,6 +598,17 @@ def test_the_image_is_pushed_on_a_tag_with_a_cache() -> None:
     assert {line.split("=")[0] for line in build["build-args"].split() if "=" in line} <= set(DOCKERFILE.args)
 
 
+def test_a_release_resolves_the_lists_for_cu128_before_it_builds_the_image() -> None:
+    steps = yaml_of(".github/workflows/image.yml")["jobs"]["image"]["steps"]
+
+    resolves = next(i for i, step in enumerate(steps) if "locks/lock.sh cu128" in step.get("run", ""))
+    builds = next(i for i, step in enumerate(steps) if "build-push-action" in step.get("uses", ""))
+
+    assert resolves < builds
+    assert DOCKERFILE.arg("TORCH_INDEX_URL").startswith("https://")  # the step reads it from the Dockerfile
+    assert "continue-on-error" not in steps[resolves]
+
+
 def test_the_image_has_a_name_that_a_registry_takes_whoever_owns_the_repository(tmp_path: Path) -> None:
     text = (CHECKOUT / ".github/workflows/image.yml").read_text(encoding="utf-8")
     (naming,) = (
