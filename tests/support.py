@@ -134,10 +134,6 @@ class World:
         """The paths of the WebUI's requests after the first `before`. Requests for progress are left out."""
         return [asked.path for asked in self.webui.asked[before:] if not asked.path.endswith("/progress")]
 
-    def switches(self) -> int:
-        """How often the WebUI was asked to load a checkpoint."""
-        return sum(asked.method == "POST" and b"sd_model_checkpoint" in asked.body for asked in self.webui.asked)
-
     def leftovers(self) -> list[str]:
         """Files in the cache that are neither a model nor belong to one."""
         models = [path.name for path in self.models_dir.rglob("*.safetensors") if not path.name.startswith(".")]

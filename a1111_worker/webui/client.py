@@ -157,9 +157,9 @@ class WebUI:
         """Move the weights out of the GPU's memory."""
         self._post("/unload-checkpoint", None)
 
-    def reload_checkpoint(self) -> None:
-        """Move the weights of the unloaded checkpoint back to the GPU."""
-        self._post("/reload-checkpoint", None)
+    def reload_checkpoint(self, *, timeout: float | None = None) -> None:
+        """Move the weights of the unloaded checkpoint back to the GPU. If none was loaded since the start, load it."""
+        self._post("/reload-checkpoint", None, timeout=timeout)
 
     def _get(self, endpoint: str, parse: Callable[[Any], T], *, query: str = "", timeout: float | None = None) -> T:
         path = f"{endpoint}?{query}" if query else endpoint

@@ -108,11 +108,12 @@ class Generator:
         return generation
 
     def warm_up(self, context: JobContext) -> None:
-        """Run a tiny generation, so that the first job does not pay for what is loaded lazily."""
+        """Run a tiny generation: it proves the checkpoint, and the first job does not pay for what is loaded lazily."""
         began = time.monotonic()
         body = {"prompt": "warm-up", "steps": 1, "width": 64, "height": 64, "seed": 0}
-        self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
-        log.info("the WebUI is warm after %.1f s", time.monotonic() - began)
+        generation = self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
+        name = generation.checkpoint.name
+        log.info("the WebUI is warm after %.1f s, and has proven that it uses %s", time.monotonic() - began, name)
 
     # -- start: the tries, and each of them
 

@@ -229,7 +229,9 @@ class Readiness:
                 "the WebUI computes no hashes, so nothing can be proven", hint="leave --no-hashing out of WEBUI_ARGS"
             )
         self._lists = self._read_lists()
-        self._load_checkpoint()
+        self._step = _Step(f"loading {self.checkpoint.name}")
+        switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
+        switch.run(self._worker_end)
         # After the switch: setting `sd_vae` makes a WebUI without a checkpoint load the first one of its list.
         self._options.run(instance, timeout=self._ready_timeout)
         self._ready_instance = instance
@@ -245,16 +247,6 @@ class Readiness:
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
         )
-
-    def _load_checkpoint(self) -> None:
-        name = self.checkpoint.name
-        switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
-        listed = switch.find()
-        if switch.is_loaded(listed):
-            log.info("the checkpoint %s is loaded already", name)
-            return
-        self._step = _Step(f"loading {name}")
-        switch.run(listed, self._worker_end)
 
 
 @dataclass(frozen=True)

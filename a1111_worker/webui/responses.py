@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 
@@ -37,6 +38,11 @@ class ListedCheckpoint:
     @property
     def file(self) -> str:
         return file_of_title(self.title)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Texts by which the option `sd_model_checkpoint` means this file."""
+        return self.title, self.file, PurePosixPath(self.file).stem
 
 
 @dataclass(frozen=True)
