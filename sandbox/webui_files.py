@@ -202,8 +202,11 @@ class CheckpointList:
         return self.find(name) or next((each for each in self.listed if name in each.title), None)
 
     def hash(self, checkpoint: Checkpoint) -> str | None:
-        checkpoint.sha256 = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
-        return checkpoint.sha256
+        digest = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
+        for each in (checkpoint, *self.listed):  # the list may be a newer one than the checkpoint's
+            if each.name == checkpoint.name:
+                each.sha256 = digest
+        return digest
 
 
 @dataclass(eq=False)

@@ -93,8 +93,12 @@ class World:
         return self.folder / "models"
 
     def config(self, **changes: str) -> Config:
+        return Config.from_env(self.environ(**changes))
+
+    def environ(self, **changes: str) -> dict[str, str]:
+        """The settings of the worker, as variables."""
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
-        environ = {
+        return {
             "WEBUI_URL": self.webui.url,
             "CIVITAI_URL": self.civitai.url,
             "CIVITAI_API_KEY": "the-key",
@@ -106,8 +110,10 @@ class World:
             "WEBUI_READY_TIMEOUT": "5",
             "BOOT_TIMEOUT": "30",
             "WARMUP": "0",
+            "WORKER_STATE_FILE": str(self.folder / "worker.state"),
+            **self.settings,
+            **changes,
         }
-        return Config.from_env({**environ, **self.settings, **changes})
 
     def boot(self, **changes: str) -> Worker:
         """A worker that is ready for jobs. All its waits are short."""
@@ -115,6 +121,11 @@ class World:
         self.worker = Worker(config, models=quick_manager(config), timings=QUICK)
         self.worker.boot()
         return self.worker
+
+    def stop(self) -> None:
+        """Stop the worker. Another one may be booted."""
+        self.worker.close()
+        del self.worker
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer to a whole job, after `check_answer` has checked it."""

@@ -66,13 +66,13 @@ def test_a_job_returns_its_image_and_what_made_it(shared: World) -> None:
     assert (lora["version_id"], lora["scale"], lora["loaded"]) == (DETAIL, 0.7, True)
 
 
-def test_a_warm_job_costs_the_webui_one_request_and_civitai_none(shared: World) -> None:
+def test_a_warm_job_costs_somebody_elses_webui_one_look_and_one_request_and_civitai_none(shared: World) -> None:
     shared.ask(loras=[{"version_id": DETAIL}])
     before, asked = len(shared.webui.asked), len(shared.civitai.asked)
 
     shared.ask(loras=[{"version_id": DETAIL}])
 
-    assert shared.requests_since(before) == ["/sdapi/v1/txt2img"]
+    assert shared.requests_since(before) == ["/sdapi/v1/options", "/sdapi/v1/txt2img"]
     assert len(shared.civitai.asked) == asked
 
 

@@ -53,6 +53,7 @@ class CheckpointSwitch:
         """
         began = time.monotonic()
         self._webui.refresh_checkpoints()
+        named = self._webui.options().checkpoint  # before the list: a title that gets its hash now is found there
         listed = self._webui.checkpoints()
         ours = self._find(listed)
         if ours is None:
@@ -61,7 +62,7 @@ class CheckpointSwitch:
                 hint="the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does",
             )
         steps: tuple[Callable[[Deadline], None], ...] = (self._reload, self._switch)
-        if file_loaded_from_cold(self._webui.options().checkpoint, listed) != ours.file:
+        if file_loaded_from_cold(named, listed) != ours.file:
             # The switch first: 1.10.1 loads nothing else then. 1.9.3 may lose it, and has to load another one before.
             steps = (self._switch, *steps)
         for step in steps:

@@ -97,8 +97,8 @@ class WebUI:
         """Close the connections."""
         self._session.close()
 
-    def options(self) -> WebUIOptions:
-        return self._get("/options", parse_options)
+    def options(self, *, timeout: float | None = None) -> WebUIOptions:
+        return self._get("/options", parse_options, timeout=timeout)
 
     def set_options(self, options: Mapping[str, Any], *, timeout: float | None = None) -> None:
         """Set options. If a checkpoint is among them, it is loaded before this returns; a 200 does not verify that."""

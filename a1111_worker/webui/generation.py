@@ -50,11 +50,15 @@ OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them
 
 @dataclass(frozen=True)
 class StartedGeneration:
-    """A generation whose answer has begun: the WebUI can take the next request. The answer is not verified yet."""
+    """A generation whose answer has begun: the WebUI can take the next request. The answer is not verified yet.
+
+    `interrupted_job` is the WebUI's job that somebody else has interrupted, by its `job_timestamp`; None if unknown.
+    """
 
     answer: WebUIResponse
     plan: GenerationPlan
     checkpoint: Model
+    interrupted_job: str | None = None
 
     def discard(self) -> None:
         """Drop the answer: nobody will finish this generation."""
@@ -82,8 +86,7 @@ class Generator:
         self._wait_for_interruption(context)
         self._readiness.ensure_ready(context)
         if plan.body.get("script_name"):
-            # For the next job: a script may leave settings behind that no job may override.
-            self._readiness.invalidate()
+            self._readiness.expect_script()
         try:
             return self._generate(plan, context)
         except OutOfMemory as error:
@@ -96,7 +99,8 @@ class Generator:
     def finish(self, started: StartedGeneration, context: JobContext) -> Generation:
         """Read and verify the answer: made with this checkpoint and these LoRAs, all images there and none blank."""
         try:
-            generation = verify(self._read(started.answer, context), started.plan, started.checkpoint)
+            answer = self._read(started.answer, context)
+            generation = verify(answer, started.plan, started.checkpoint, interrupted_job=started.interrupted_job)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
@@ -163,7 +167,8 @@ class Generator:
             if not has_ended:
                 self._interrupt(request, context)
                 limit.check()
-            return StartedGeneration(request.result(), plan, self._readiness.checkpoint)
+            answer = request.result()
+            return StartedGeneration(answer, plan, self._readiness.checkpoint, self._readiness.find_interrupted_job())
 
     # -- the interruption of a generation whose time is up, or whose job was cancelled
 

@@ -87,7 +87,8 @@ class WebUIProgress:
     """How far the running generation is. It does not say whose generation that is.
 
     `progress` is 0 to 1. `image` counts from 1. `images` is -1 while a checkpoint is loaded inside a generation, and 0
-    if nothing runs. A1111's `job_timestamp`, which would tell jobs apart, is not read.
+    if nothing runs. `interrupted_job` is the `job_timestamp` of the job that runs, or ran last, if somebody has
+    interrupted it; it is also in the `info` of that job's answer.
     """
 
     progress: float
@@ -96,6 +97,7 @@ class WebUIProgress:
     images: int
     step: int
     steps: int
+    interrupted_job: str | None = None
 
 
 def file_of_title(title: str) -> str:
@@ -168,6 +170,7 @@ def parse_progress(answer: Any) -> WebUIProgress:
         images=int(_number(state, "job_count")),
         step=int(_number(state, "sampling_step")),
         steps=int(_number(state, "sampling_steps")),
+        interrupted_job=_text(state, "job_timestamp") if state.get("interrupted") is True else None,
     )
 
 

@@ -52,7 +52,7 @@ def test_without_a_warm_up_nothing_is_called_proven(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO"), world(tmp_path, boot=False) as it:
         it.boot(WARMUP="0")
         without = caplog.text
-        it.worker.close()
+        it.stop()
         it.boot(WARMUP="1")
 
     assert "is loaded after" in without
