@@ -21,8 +21,8 @@ import time
 from dataclasses import dataclass
 
 from a1111_worker.background import BackgroundCall
-from a1111_worker.context import Deadline, JobContext, ReportProgress
-from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Progress, Stage
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Stage
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
@@ -37,6 +37,7 @@ from a1111_worker.errors import (
 from a1111_worker.images import is_blank
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
+from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
@@ -153,6 +154,12 @@ class Generator:
         # The request itself times out last: before that, the worker has decided whether the WebUI hangs.
         timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
         limit = context.deadline.within(self._generation_timeout, what="a generation")
+        progress = GenerationProgress(plan.body)
+
+        def report(look: WebUIProgress) -> None:
+            if (found := progress.report(look)) is not None:
+                context.report(found)
+
         with context.timings.measure(Stage.GENERATE):
             request = RunningRequest(
                 self._webui,
@@ -161,7 +168,7 @@ class Generator:
                 timings=timings,
             )
             try:
-                has_ended = request.wait(limit, lambda progress: _report(progress, context.report))
+                has_ended = request.wait(limit, report)
             except WebUISilent as error:
                 raise self._kill(request, error) from error
             if not has_ended:
@@ -228,16 +235,3 @@ class Generator:
             context.deadline.check()
             raise WebUILost("the WebUI's answer did not come to its end")
         return reading.result()
-
-
-def _report(progress: WebUIProgress, report: ReportProgress) -> None:
-    if progress.images > 0:  # -1 while a checkpoint is loaded inside a generation
-        image = min(progress.image, progress.images)
-        report(
-            Progress(
-                Stage.GENERATE,
-                percent=progress.progress * 100,
-                detail=f"step {progress.step} of {progress.steps}, image {image} of {progress.images}",
-                eta_s=progress.eta_seconds,
-            )
-        )
