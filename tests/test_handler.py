@@ -103,6 +103,17 @@ def test_the_old_name_of_a_sampler_works_with_every_webui(tmp_path: Path, versio
     assert info["extra_generation_params"] == {"Schedule type": "Karras"}
 
 
+@pytest.mark.parametrize("scheduler", ["automatic", "AUTOMATIC", "Automatic"])
+def test_the_automatic_scheduler_is_understood_in_any_case(tmp_path: Path, scheduler: str) -> None:
+    hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent", "hr_scheduler": scheduler}
+    with world(tmp_path, version="1.9.3") as it:  # which draws without Karras for "automatic", and says so in no list
+        answer = it.ask(sampler_name="DPM++ 2M", scheduler=scheduler, **hires)
+
+    body, info = it.generations()[-1], json.loads(answer["info"])
+    assert (body["scheduler"], body["hr_scheduler"]) == ("Automatic", "Automatic")
+    assert info["extra_generation_params"]["Schedule type"] == "Karras"
+
+
 @pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
 def test_a_second_pass_with_another_lora_verifies_both(tmp_path: Path, version: str) -> None:
     hires: dict[str, Any] = {"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 2, "hr_upscaler": "Latent"}
