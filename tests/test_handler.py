@@ -105,9 +105,9 @@ def test_the_old_name_of_a_sampler_works_with_every_webui(tmp_path: Path, versio
 
 @pytest.mark.parametrize("scheduler", ["automatic", "AUTOMATIC", "Automatic"])
 def test_the_automatic_scheduler_is_understood_in_any_case(tmp_path: Path, scheduler: str) -> None:
-    hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent", "hr_scheduler": scheduler}
+    hires: dict[str, Any] = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent"}
     with world(tmp_path, version="1.9.3") as it:  # which draws without Karras for "automatic", and says so in no list
-        answer = it.ask(sampler_name="DPM++ 2M", scheduler=scheduler, **hires)
+        answer = it.ask(sampler_name="DPM++ 2M", scheduler=scheduler, hr_scheduler=scheduler, **hires)
 
     body, info = it.generations()[-1], json.loads(answer["info"])
     assert (body["scheduler"], body["hr_scheduler"]) == ("Automatic", "Automatic")
@@ -255,6 +255,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheduler": "Karas"}, "'Karras'"),
     ({"sampler_name": "Euler", "scheduler": "No"}, "unknown scheduler"),
     ({"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5, "hr_upscaler": "Lanczoss"}, "'Lanczos'"),
+    ({"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "R-ESRGAN 4x+"}, "'R-ESRGAN 4x+' is not there"),
     ({"script_name": "x/y plot"}, "'x/y/z plot'"),
     ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "unknown script"),
     ({"styles": ["cinematic"]}, "unknown style"),

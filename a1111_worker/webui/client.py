@@ -38,17 +38,20 @@ from a1111_worker.webui.responses import (
     Scheduler,
     Style,
     UnexpectedForm,
+    Upscaler,
+    WebUIFlags,
     WebUIOptions,
     WebUIProgress,
     parse_checkpoints,
+    parse_flags,
     parse_names,
-    parse_no_hashing,
     parse_options,
     parse_progress,
     parse_samplers,
     parse_schedulers,
     parse_scripts,
     parse_styles,
+    parse_upscalers,
     parse_vaes,
 )
 
@@ -110,9 +113,9 @@ class WebUI:
     def refresh_checkpoints(self) -> None:
         self._post("/refresh-checkpoints", {})
 
-    def has_no_hashing(self) -> bool:
-        """Whether the WebUI was started with `--no-hashing`."""
-        return self._get("/cmd-flags", parse_no_hashing)
+    def flags(self) -> WebUIFlags:
+        """How the WebUI was started."""
+        return self._get("/cmd-flags", parse_flags)
 
     def samplers(self) -> tuple[Sampler, ...]:
         return self._get("/samplers", parse_samplers)
@@ -120,8 +123,8 @@ class WebUI:
     def schedulers(self) -> tuple[Scheduler, ...]:
         return self._get("/schedulers", parse_schedulers)
 
-    def upscalers(self) -> tuple[str, ...]:
-        return self._get("/upscalers", parse_names)
+    def upscalers(self) -> tuple[Upscaler, ...]:
+        return self._get("/upscalers", parse_upscalers)
 
     def latent_upscale_modes(self) -> tuple[str, ...]:
         return self._get("/latent-upscale-modes", parse_names)

@@ -21,7 +21,11 @@ Body = Mapping[str, Any]  # of a txt2img request
 
 @dataclass(frozen=True)
 class WebUILists:
-    """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name."""
+    """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name.
+
+    `missing_upscalers` are listed by the WebUI too, and their files are not there. `can_restore_faces` is None if it is
+    unknown, because somebody else runs the WebUI.
+    """
 
     samplers: Sequence[Sampler]
     schedulers: Sequence[Scheduler]
@@ -29,6 +33,8 @@ class WebUILists:
     scripts: Sequence[str]
     styles: Mapping[str, Style]
     vaes: Sequence[str]
+    missing_upscalers: Sequence[str] = ()
+    can_restore_faces: bool | None = None
 
 
 def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
@@ -45,7 +51,24 @@ def resolve(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
             complaints.extend(error.complaints)
     if complaints:
         raise InvalidRequest(complaints)
-    return _merge_styles_with_loras(replace(request, body=body), lists)
+    warnings = request.warnings
+    if body.get("restore_faces") and lists.can_restore_faces is None:
+        warnings = (
+            *warnings,
+            "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders",
+        )
+    return _merge_styles_with_loras(replace(request, body=body, warnings=warnings), lists)
+
+
+def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
+    """An upscaler's name as the WebUI spells it; InvalidRequest if it has none of that name, or not its file."""
+    try:
+        missing = resolve_name(name, lists.missing_upscalers, "upscaler")
+    except InvalidRequest:
+        return resolve_name(name, lists.upscalers, "upscaler", path=path)
+    there = ", ".join(repr(other) for other in lists.upscalers)
+    complaint = f"the file of {missing!r} is not there, and A1111 would silently use Lanczos; these are there: {there}"
+    raise InvalidRequest([Complaint(path, complaint)])
 
 
 def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
@@ -133,7 +156,14 @@ def _resolve_sampler(body: Body, lists: WebUILists, prefix: str) -> Body:
 
 def _resolve_upscaler(body: Body, lists: WebUILists) -> Body:
     name = body.get("hr_upscaler")
-    return {"hr_upscaler": resolve_name(name, lists.upscalers, "upscaler", path="hr_upscaler")} if name else {}
+    return {"hr_upscaler": resolve_upscaler(name, lists, path="hr_upscaler")} if name else {}
+
+
+def _check_faces(body: Body, lists: WebUILists) -> Body:
+    if body.get("restore_faces") and lists.can_restore_faces is False:
+        reason = "the files for it are not there, and A1111 would silently leave every face as it is"
+        raise InvalidRequest([Complaint("restore_faces", f"is refused: {reason}")])
+    return {}
 
 
 def _resolve_script(body: Body, lists: WebUILists) -> Body:
@@ -174,6 +204,7 @@ _RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
     _resolve_first_pass,
     _resolve_second_pass,
     _resolve_upscaler,
+    _check_faces,
     _resolve_script,
     _resolve_always_on_scripts,
     _resolve_vae,

@@ -26,8 +26,10 @@ from a1111_worker.errors import (
 from a1111_worker.webui.checkpoint import CheckpointSwitch
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.composition import WebUILists
+from a1111_worker.webui.faces import can_restore_faces
 from a1111_worker.webui.options import OptionsReset
 from a1111_worker.webui.owner import OwnersOptions
+from a1111_worker.webui.responses import WebUIFlags
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 from a1111_worker.webui.timings import WebUITimings
 
@@ -276,11 +278,12 @@ class Readiness:
         self._step = _Step("waiting for the WebUI")
         self.wait_until_up(self._worker_end)
         instance = self._supervisor.instance_id
-        if self._webui.has_no_hashing():
+        flags = self._webui.flags()
+        if flags.no_hashing:
             raise CheckpointNotLoaded(
                 "the WebUI computes no hashes, so nothing can be proven", hint="leave --no-hashing out of WEBUI_ARGS"
             )
-        self._lists = self._read_lists()
+        self._lists = self._read_lists(flags)
         self._options.begin(self.checkpoint)
         self._step = _Step(f"loading {self.checkpoint.name}")
         switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
@@ -291,14 +294,21 @@ class Readiness:
         if not self.is_ready:
             raise WebUILost("the WebUI was restarted during its preparation")
 
-    def _read_lists(self) -> WebUILists:
+    def _read_lists(self, flags: WebUIFlags) -> WebUILists:
+        upscalers = self._webui.upscalers()
+        restorer = str(self._webui.options().values.get("face_restoration_model"))
         return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
-            upscalers=(*self._webui.latent_upscale_modes(), *self._webui.upscalers()),
+            upscalers=(
+                *self._webui.latent_upscale_modes(),
+                *(upscaler.name for upscaler in upscalers if upscaler.is_there),
+            ),
+            missing_upscalers=tuple(upscaler.name for upscaler in upscalers if not upscaler.is_there),
             scripts=self._webui.scripts(),
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
+            can_restore_faces=can_restore_faces(flags, restorer) if self._is_ours else None,
         )
 
 
