@@ -40,6 +40,7 @@ from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
+from a1111_worker.webui.owner import OwnersOptions, owner_file
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.supervisor import Supervisor
 from a1111_worker.webui.timings import WebUITimings
@@ -85,6 +86,9 @@ class Worker:
             Supervisor(config.webui_state_file),
             ready_timeout=config.webui_ready_timeout,
             timings=timings,
+            owner=None
+            if config.webui_state_file
+            else OwnersOptions(owner_file(config.worker_state_file, config.webui_url)),
         )
         self.generator = Generator(
             self._webui, self.readiness, generation_timeout=config.generation_timeout, limits=self.limits

@@ -64,7 +64,7 @@ class Booted:
 
     @classmethod
     def after(cls, seconds: float, log: Path) -> Booted:
-        switched = re.search(r"switched to .* in ([0-9.]+) s", log.read_text(errors="replace"))
+        switched = re.search(r"is loaded after ([0-9.]+) s", log.read_text(errors="replace"))
         if switched is None:
             raise RuntimeError(f"the worker did not switch: {log.read_text(errors='replace')[-2000:]}")
         return cls(seconds, float(switched[1]))

@@ -54,19 +54,21 @@ def black(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height))
 
 
-def encode(image: Image.Image, infotext: str, file_format: str, min_bytes: int = 0) -> bytes:
-    """A file as A1111 encodes it. The infotext is in PNG's `parameters`, or in EXIF's UserComment.
+def encode(image: Image.Image, infotext: str | None, file_format: str, min_bytes: int = 0) -> bytes:
+    """A file as A1111 encodes it. The infotext, if it has one, is in PNG's `parameters`, or in EXIF's UserComment.
 
     A PNG is brought to `min_bytes` by a private chunk of incompressible bytes, which readers skip.
     """
     file = io.BytesIO()
     if file_format == "png":
         about = PngImagePlugin.PngInfo()
-        about.add_text("parameters", infotext)
+        if infotext is not None:
+            about.add_text("parameters", infotext)
         image.save(file, "PNG", pnginfo=about, compress_level=4)
         return _padded(file.getvalue(), min_bytes)
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + infotext.encode("utf-16-be", "replace")
+    comment = (infotext or "").encode("utf-16-be", "replace")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
     image.save(file, "WEBP" if file_format == "webp" else "JPEG", exif=exif, quality=80)
     return file.getvalue()
 

@@ -28,10 +28,10 @@ from sandbox.server import Exchange, Server
 from sandbox.webui_errors import ErrorAnswer, MethodNotAllowed, RouteNotFound, WebUIError
 from sandbox.webui_fields import json_object, read_fields, read_query_bool
 from sandbox.webui_files import HashCache
-from sandbox.webui_knobs import WebUIKnobs
 from sandbox.webui_model import lowvram
-from sandbox.webui_process import VERSIONS, Killed, Process
-from sandbox.webui_txt2img import PictureSettings, Txt2ImgAnswer, check_fields, nans, out_of_memory, run
+from sandbox.webui_process import VERSIONS, Killed, Process, ProcessOwner
+from sandbox.webui_processing import PictureSettings, nans, out_of_memory
+from sandbox.webui_txt2img import Txt2ImgAnswer, answer, check_fields, run
 
 JSON = {"content-type": "application/json"}
 
@@ -61,16 +61,18 @@ class CannedAnswer:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class SandboxWebUI(WebUIKnobs, Server):
+class SandboxWebUI(ProcessOwner, Server):
     """A1111 on loopback. Further keywords are those of WebUIKnobs.
 
     `models_dir` has the folders `Stable-diffusion/`, `Lora/` and `VAE/`; links in them are followed.
-    `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is loaded in the
-    background at the start; None is `--skip-load-model-at-start`.
+    `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is `--ckpt`, and
+    is loaded in the background at the start; None is `--skip-load-model-at-start`. `config_json` is A1111's file of
+    options: read when a process starts, written by each POST of options.
 
-    `asked` lists every request so far, also those of earlier processes. `process` is the current one. `release` lets
+    `asked` lists every request so far, and `loads` every load of a checkpoint's file, also those of earlier processes.
+    `process` is the current one. `release` lets
     hanging jobs go on. `crash` ends the process, with every job in flight; `restart` starts it on the same port, with
-    nothing loaded and no option set.
+    nothing loaded.
     """
 
     models_dir: Path
@@ -79,7 +81,9 @@ class SandboxWebUI(WebUIKnobs, Server):
     port: dataclasses.InitVar[int] = 0
     no_hashing: dataclasses.InitVar[bool] = False
     initial_checkpoint: str | None = None
+    config_json: Mapping[str, Any] | None = None
 
+    loads: list[str] = dataclasses.field(default_factory=list, init=False)
     fail_next: list[WebUIFault | CannedAnswer] = dataclasses.field(default_factory=list, init=False)  # one per txt2img
     not_mounted_for: int = dataclasses.field(default=0, init=False)  # this many requests to /sdapi get the router's 404
 
@@ -136,7 +140,7 @@ class SandboxWebUI(WebUIKnobs, Server):
                 exchange.reset()
 
     def _new_process(self) -> Process:
-        return Process(self.models_dir, self.version, self, self.hashes, self.initial_checkpoint)
+        return Process(self.models_dir, self.version, self, self.initial_checkpoint)
 
     def _answer(self, exchange: Exchange, process: Process, began: float) -> None:
         asked = exchange.asked
@@ -195,9 +199,10 @@ class SandboxWebUI(WebUIKnobs, Server):
                     raise out_of_memory()
                 elif fault is WebUIFault.NANS:
                     raise nans()
-                answer = run(process, fields, sampler, settings)
-        _falsify(answer, fault)
-        return _Response(200, answer.body(), JSON, cut=fault is WebUIFault.CUT)
+                processed = run(process, fields, sampler, settings)
+        answered = answer(process, fields, processed, settings)
+        _falsify(answered, fault)
+        return _Response(200, answered.body(), JSON, cut=fault is WebUIFault.CUT)
 
     @contextlib.contextmanager
     def _journaled(self) -> Iterator[None]:
@@ -257,10 +262,16 @@ class SandboxWebUI(WebUIKnobs, Server):
         return _json(None)
 
     def _touch_checkpoint(self, process: Process, exchange: Exchange) -> _Response:
-        """unload-checkpoint and reload-checkpoint: neither waits for the lock, and neither repairs anything."""
+        """unload-checkpoint and reload-checkpoint: neither waits for the lock, and neither repairs anything.
+
+        If nothing is loaded yet, both load the checkpoint that the option names: they access `shared.sd_model`.
+        """
         if process.model.get() is None or process.model.is_broken:
             raise lowvram()
         return _json({})
+
+    def _upscalers(self, process: Process, exchange: Exchange) -> _Response:
+        return _json(process.files.upscalers)
 
     def _prompt_styles(self, process: Process, exchange: Exchange) -> _Response:
         keys = ("name", "prompt", "negative_prompt")
@@ -272,6 +283,7 @@ class SandboxWebUI(WebUIKnobs, Server):
 
     def _cmd_flags(self, process: Process, exchange: Exchange) -> _Response:
         folders = {"ckpt_dir": str(process.files.checkpoint_folder), "lora_dir": str(self.models_dir / "Lora")}
+        folders |= process.files.face_folders
         flags = {**process.tables["cmd-flags"], **folders, "no_hashing": not self.hashes.enabled}
         return _json(
             {**flags, "skip_load_model_at_start": self.initial_checkpoint is None, "port": self.url.rpartition(":")[2]}
@@ -363,7 +375,7 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
     "reload-checkpoint": {"POST": SandboxWebUI._touch_checkpoint},
     "samplers": {"GET": _table("samplers")},
     "schedulers": {"GET": _table("schedulers")},
-    "upscalers": {"GET": _table("upscalers")},
+    "upscalers": {"GET": SandboxWebUI._upscalers},
     "latent-upscale-modes": {"GET": _table("latent-upscale-modes")},
     "scripts": {"GET": _table("scripts")},
     "script-info": {"GET": _table("script-info")},

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sandbox.webui_errors import WebUIError
 
@@ -201,8 +202,11 @@ class CheckpointList:
         return self.find(name) or next((each for each in self.listed if name in each.title), None)
 
     def hash(self, checkpoint: Checkpoint) -> str | None:
-        checkpoint.sha256 = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
-        return checkpoint.sha256
+        digest = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
+        for each in (checkpoint, *self.listed):  # the list may be a newer one than the checkpoint's
+            if each.name == checkpoint.name:
+                each.sha256 = digest
+        return digest
 
 
 @dataclass(eq=False)
@@ -309,14 +313,46 @@ class VaeList:
 
 
 class ModelFiles:
-    """`models_dir` with its three folders, as A1111 lists them."""
+    """`models_dir` with its folders, as A1111 lists them.
 
-    def __init__(self, models_dir: Path, hashes: HashCache) -> None:
+    `upscalers` is /upscalers without any file: an upscaler with a file has an address there from which A1111 would
+    download it. The sandbox downloads nothing.
+    """
+
+    def __init__(self, models_dir: Path, hashes: HashCache, upscalers: Sequence[Mapping[str, Any]] = ()) -> None:
         self.checkpoint_folder = models_dir / "Stable-diffusion"
+        self._models_dir = models_dir
         self.hashes = hashes
+        self.upscalers = [{**upscaler, "model_path": self._upscaler_path(upscaler)} for upscaler in upscalers]
         self.checkpoints = CheckpointList(self.checkpoint_folder, hashes)
         self.loras = LoraList(models_dir / "Lora", hashes)
         self.vaes = VaeList(models_dir / "VAE", hashes)
+
+    @property
+    def face_folders(self) -> dict[str, str]:
+        """Where A1111 looks for what restores faces, as /cmd-flags shows it."""
+        folders = {"codeformer_models_path": "Codeformer", "gfpgan_models_path": "GFPGAN"}
+        return {flag: str(self._models_dir / folder) for flag, folder in folders.items()}
+
+    def has_face_restorer(self, name: str) -> bool:
+        """Whether all its files are there. Without them A1111 leaves the picture as it is, and tells nobody."""
+        restorers = {"CodeFormer": "Codeformer/codeformer-v0.1.0.pth", "GFPGAN": "GFPGAN/GFPGANv1.4.pth"}
+        helpers = ("GFPGAN/detection_Resnet50_Final.pth", "GFPGAN/parsing_parsenet.pth")
+        needed = (restorers[name], *helpers) if name in restorers else ("none",)
+        return all((self._models_dir / path).exists() for path in needed)
+
+    def effective_upscaler(self, name: str | None) -> str | None:
+        """What really enlarges: Lanczos in place of an upscaler whose file is not there. A1111 tells nobody."""
+        paths = {upscaler["name"]: upscaler["model_path"] for upscaler in self.upscalers}
+        is_missing = name == "LDSR" or str(paths.get(name)).startswith("http")
+        return "Lanczos" if is_missing else name
+
+    def _upscaler_path(self, upscaler: Mapping[str, Any]) -> str | None:
+        path: str | None = upscaler["model_path"]
+        if path is None:
+            return None
+        found = next(self._models_dir.glob(f"*/{path.rpartition('/')[2]}"), None)
+        return str(found) if found else path
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

@@ -12,6 +12,7 @@ class WebUIKnobs:
     """Keywords of `SandboxWebUI`. They are its attributes too, and may be set at any time."""
 
     step_seconds: float = 0.0  # duration of a sampling step (0: a job takes no time)
+    encode_seconds: float = 0.0  # between a job's begin and its first step: /progress still shows the job before
     switch_seconds: float = 0.0  # duration of loading a checkpoint
     hash_seconds: float = 0.0  # duration of hashing a checkpoint for the first time
     image_bytes: int | None = None  # each PNG is brought to this size by incompressible bytes

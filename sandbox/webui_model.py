@@ -24,9 +24,9 @@ _RESTRICTED = frozenset({"api_enable_requests", "api_forbid_local_requests", "ap
 class OptionStore:
     """A1111's `opts`. `data` holds only the options that were ever set."""
 
-    def __init__(self, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         self.defaults = defaults
-        self.data: dict[str, Any] = {}
+        self.data: dict[str, Any] = dict(saved)
 
     def get(self, key: str) -> Any:
         return self.data.get(key, self.defaults[key]) if key in self.defaults else self.data[key]
@@ -69,7 +69,8 @@ class ModelSlot:
     """`shared.sd_model` and `shared.sd_vae`, and what failed switches leave behind.
 
     `is_broken`: there is no model any more, and no switch helps. `is_hijacked`: prompts are read correctly. `pause`
-    waits, and raises if the process ends.
+    waits, and raises if the process ends. `loads` gets the name of every file that is loaded, and of every failure.
+    `loses_first_switch`: as long as nothing is loaded, a switch fails without a look at its file (1.9.3).
     """
 
     def __init__(
@@ -78,13 +79,16 @@ class ModelSlot:
         options: OptionStore,
         knobs: WebUIKnobs,
         pause: Callable[[float], None],
-        initial: str | None = None,
+        *,
+        loses_first_switch: bool,
+        loads: list[str],
     ) -> None:
         self._files = files
         self._options = options
         self._knobs = knobs
         self._pause = pause
-        self._initial = initial
+        self._loses_first_switch = loses_first_switch
+        self._loads = loads
         self.loaded: LoadedModel | None = None
         self.vae: str | None = None
         self.is_hijacked = True
@@ -98,13 +102,16 @@ class ModelSlot:
         with self._loading:
             if self.loaded is None and not self._was_loaded and not self.is_broken:
                 with contextlib.suppress(WebUIError):
-                    self.reload_weights()
+                    self._reload()
             return self.loaded
 
     def reload_weights(self) -> None:
-        """Load the checkpoint that the option names. The caller holds the queue lock."""
-        if self.is_broken:
+        """`reload_model_weights`: load the checkpoint that the option names. The caller holds the queue lock."""
+        if self.is_broken or (self.loaded is None and self._loses_first_switch):
             raise lowvram()
+        self._reload()
+
+    def _reload(self) -> None:
         target, current = self._selected(), self.loaded
         if current and current.checkpoint.path == target.path:
             return
@@ -136,10 +143,9 @@ class ModelSlot:
         self.vae = self._selected_vae()
 
     def _selected(self) -> Checkpoint:
-        """`select_checkpoint`: the checkpoint of the option, else the initial one (`--ckpt`), else the first."""
-        for name in (self._options.get("sd_model_checkpoint"), self._initial):
-            if checkpoint := self._files.checkpoints.find(name):
-                return checkpoint
+        """`select_checkpoint`: the checkpoint of the option, else the first of the list."""
+        if checkpoint := self._files.checkpoints.find(self._options.get("sd_model_checkpoint")):
+            return checkpoint
         if not self._files.checkpoints.listed:
             folder = self._files.checkpoint_folder
             raise WebUIError(
@@ -154,6 +160,7 @@ class ModelSlot:
     def _open(self, target: Checkpoint) -> SafetensorsHeader:
         """Hash the file, then open it."""
         hashes = self._files.hashes
+        self._loads.append(target.path.name)
         try:
             if hashes.enabled and hashes.cached(f"checkpoint/{target.name}", target.path) is None:
                 self._pause(self._knobs.hash_seconds)

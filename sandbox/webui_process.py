@@ -147,18 +147,29 @@ class SharedState:
         }
 
 
+class ProcessOwner(WebUIKnobs):
+    """What outlives a process: its files on disk (cache.json, config.json), and the loads of all processes."""
+
+    hashes: HashCache
+    config_json: Mapping[str, Any] | None
+    loads: list[str]
+
+
 class Process:
     """One run of the WebUI's process, from its start to its end."""
 
-    def __init__(
-        self, models_dir: Path, version: str, knobs: WebUIKnobs, hashes: HashCache, initial: str | None = None
-    ) -> None:
+    def __init__(self, models_dir: Path, version: str, server: ProcessOwner, initial: str | None = None) -> None:
         self.version = version
-        self.knobs = knobs
+        self.knobs = server
+        self._server = server
         self.tables = _tables(version)
-        self.files = ModelFiles(models_dir, hashes)
-        self.options = OptionStore(self.tables["options"])
-        self.model = ModelSlot(self.files, self.options, knobs, self.pause, initial)
+        self.files = ModelFiles(models_dir, server.hashes, self.tables["upscalers"])
+        self.options = OptionStore(self.tables["options"], server.config_json or {})
+        if initial and (checkpoint := self.files.checkpoints.find(initial)):
+            self.options.data["sd_model_checkpoint"] = checkpoint.title  # `--ckpt`
+        self.model = ModelSlot(
+            self.files, self.options, server, self.pause, loses_first_switch=version == "1.9.3", loads=server.loads
+        )
         self.active_loras: list[ActiveLora] = []
         self.lock = FifoLock()
         self.state = SharedState()
@@ -212,6 +223,7 @@ class Process:
                         self.model.reload_vae()
             except WebUIError:  # A1111 prints it on its console, and the caller gets 200
                 self.data[key] = before
+        self._server.config_json = dict(self.data)
 
     def _find_checkpoint(self, name: Any) -> Checkpoint | None:
         try:
@@ -229,11 +241,14 @@ class Process:
         finally:
             self.state.end()
 
-    def sample(self, steps: int) -> int:
-        """Take the time of one batch; the number of steps done. An interrupt or a skip makes it smaller."""
+    def sample(self, steps: int, *, is_adaptive: bool = False) -> int:
+        """Take the time of one batch; the number of steps done. An interrupt or a skip makes it smaller.
+
+        An adaptive sampler takes as many steps as it needs, and counts them past those that were asked for.
+        """
         state = self.state
-        state.sampling_steps = steps
-        for step in range(steps):
+        state.sampling_steps, state.sampling_step = steps, 0
+        for step in range(5 * steps if is_adaptive else steps):
             state.sampling_step = step
             if self.knobs.step_seconds:
                 state.changed.wait(self.knobs.step_seconds)

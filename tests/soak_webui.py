@@ -75,7 +75,7 @@ class SoakedWebUI(SandboxWebUI):
         if asked.path == "/sdapi/v1/txt2img":
             self._generate(exchange)
             return
-        if self._fault == "die-in-switch" and asked.method == "POST" and b"sd_model_checkpoint" in asked.body:
+        if self._fault == "die-in-switch" and asked.path == "/sdapi/v1/reload-checkpoint":
             self._after(SWITCH_SECONDS / 2, lambda: self._kill_itself("free-death", "-"))
         super().answer(exchange)
 

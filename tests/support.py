@@ -93,10 +93,10 @@ class World:
         return self.folder / "models"
 
     def config(self, **changes: str) -> Config:
-        return Config.from_env({**self.environ(), **changes})
+        return Config.from_env(self.environ(**changes))
 
-    def environ(self) -> dict[str, str]:
-        """The settings with which a worker uses these servers."""
+    def environ(self, **changes: str) -> dict[str, str]:
+        """The settings of the worker, as variables."""
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
         return {
             "WEBUI_URL": self.webui.url,
@@ -110,7 +110,9 @@ class World:
             "WEBUI_READY_TIMEOUT": "5",
             "BOOT_TIMEOUT": "30",
             "WARMUP": "0",
+            "WORKER_STATE_FILE": str(self.folder / "worker.state"),
             **self.settings,
+            **changes,
         }
 
     def boot(self, **changes: str) -> Worker:
@@ -119,6 +121,11 @@ class World:
         self.worker = Worker(config, models=quick_manager(config), timings=QUICK)
         self.worker.boot()
         return self.worker
+
+    def stop(self) -> None:
+        """Stop the worker. Another one may be booted."""
+        self.worker.close()
+        del self.worker
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer to a whole job, after `check_answer` has checked it."""
@@ -137,10 +144,6 @@ class World:
     def requests_since(self, before: int) -> list[str]:
         """The paths of the WebUI's requests after the first `before`. Requests for progress are left out."""
         return [asked.path for asked in self.webui.asked[before:] if not asked.path.endswith("/progress")]
-
-    def switches(self) -> int:
-        """How often the WebUI was asked to load a checkpoint."""
-        return sum(asked.method == "POST" and b"sd_model_checkpoint" in asked.body for asked in self.webui.asked)
 
     def leftovers(self) -> list[str]:
         """Files in the cache that are neither a model nor belong to one."""

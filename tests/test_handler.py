@@ -68,13 +68,13 @@ def test_a_job_returns_its_image_and_what_made_it(shared: World) -> None:
     assert (lora["version_id"], lora["scale"], lora["loaded"]) == (DETAIL, 0.7, True)
 
 
-def test_a_warm_job_costs_the_webui_one_request_and_civitai_none(shared: World) -> None:
+def test_a_warm_job_costs_somebody_elses_webui_one_look_and_one_request_and_civitai_none(shared: World) -> None:
     shared.ask(loras=[{"version_id": DETAIL}])
     before, asked = len(shared.webui.asked), len(shared.civitai.asked)
 
     shared.ask(loras=[{"version_id": DETAIL}])
 
-    assert shared.requests_since(before) == ["/sdapi/v1/txt2img"]
+    assert shared.requests_since(before) == ["/sdapi/v1/options", "/sdapi/v1/txt2img"]
     assert len(shared.civitai.asked) == asked
 
 
@@ -103,6 +103,17 @@ def test_the_old_name_of_a_sampler_works_with_every_webui(tmp_path: Path, versio
     info = json.loads(answer["info"])
     assert (info["version"], info["sampler_name"]) == (version, "DPM++ 2M")
     assert info["extra_generation_params"] == {"Schedule type": "Karras"}
+
+
+@pytest.mark.parametrize("scheduler", ["automatic", "AUTOMATIC", "Automatic"])
+def test_the_automatic_scheduler_is_understood_in_any_case(tmp_path: Path, scheduler: str) -> None:
+    hires: dict[str, Any] = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent"}
+    with world(tmp_path, version="1.9.3") as it:  # which draws without Karras for "automatic", and says so in no list
+        answer = it.ask(sampler_name="DPM++ 2M", scheduler=scheduler, hr_scheduler=scheduler, **hires)
+
+    body, info = it.generations()[-1], json.loads(answer["info"])
+    assert (body["scheduler"], body["hr_scheduler"]) == ("Automatic", "Automatic")
+    assert info["extra_generation_params"]["Schedule type"] == "Karras"
 
 
 @pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
@@ -254,6 +265,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheduler": "Karas"}, "'Karras'"),
     ({"sampler_name": "Euler", "scheduler": "No"}, "unknown scheduler"),
     ({"enable_hr": True, "denoising_strength": 0.5, "hr_scale": 1.5, "hr_upscaler": "Lanczoss"}, "'Lanczos'"),
+    ({"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "R-ESRGAN 4x+"}, "'R-ESRGAN 4x+' is not there"),
     ({"script_name": "x/y plot"}, "'x/y/z plot'"),
     ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "unknown script"),
     ({"styles": ["cinematic"]}, "unknown style"),

@@ -8,7 +8,10 @@ The modules, the public one first:
     verification    what `info` in an answer must show before the answer is believed
     readiness       makes the WebUI ready, and ready again: it answers, has the defaults, and has loaded the checkpoint
     checkpoint      the switch to a checkpoint, verified by its hash
+    faces           whether the files are there that restore faces
     options         the options that a job may override, set to their defaults
+    owner           what the options of somebody else's WebUI were, in a file until they are put back
+    progress        how far a generation is, as its caller can believe it
     running         a long request while it runs: its progress, interrupt and end
     supervisor      the WebUI's process: what start.sh has written about it, and signals to it
     client          the WebUI's HTTP API, one method an endpoint

@@ -1,28 +1,43 @@
-"""The switch to a checkpoint, verified.
+"""The checkpoint gets loaded: with one load wherever A1111 allows that, and checked by its hash.
 
-What A1111 reports is believed only if it was checked (measured on 1.9.3 and 1.10.1): a switch is verified when POST
-/options has returned and `sd_checkpoint_hash` equals the SHA-256 of our file, which a fresh /sd-models lists under its
-name. `200 null` verifies nothing, and neither does a name in /options.
+After a start, nothing in /options shows that a model is loaded: title and hash may come from config.json. POST /options
+does nothing if the option has that very text already. And as long as nothing is loaded, 1.9.3 loses a switch: 200 null,
+and the option has its old value again. POST /reload-checkpoint works on both versions: it loads the checkpoint that the
+option names (else the first of the list), waits if that is being loaded, and does nothing if one is loaded (measured on
+1.9.3 and 1.10.1; modules/sd_models.py, `get_sd_model`).
+
+The hash shows what A1111 believes. The proof is a picture: its `info` names the checkpoint that made it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 
 from a1111_worker.context import Deadline
 from a1111_worker.domain import Model
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, InvalidRequest
 from a1111_worker.webui.client import WebUI
-from a1111_worker.webui.responses import ListedCheckpoint, file_of_title
+from a1111_worker.webui.responses import ListedCheckpoint
 from a1111_worker.webui.running import RunningRequest
 from a1111_worker.webui.timings import WebUITimings
 
 log = logging.getLogger(__name__)
 
 
+def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint]) -> str | None:
+    """The file that A1111 loads first, if its option holds the text `named`; None if it lists no checkpoint.
+
+    A text that is no name of a listed file means the first of the list (`select_checkpoint`): for example a title with
+    a hash that A1111 does not know any more.
+    """
+    chosen = next((entry for entry in listed if named in entry.names), next(iter(listed), None))
+    return chosen.file if chosen else None
+
+
 class CheckpointSwitch:
-    """Loads `checkpoint` into the WebUI. `timeout` is seconds: for loading it, and again for its verification."""
+    """Loads `checkpoint` into the WebUI. `timeout` is seconds for one load."""
 
     def __init__(self, webui: WebUI, checkpoint: Model, *, timeout: float, timings: WebUITimings) -> None:
         self._webui = webui
@@ -30,51 +45,46 @@ class CheckpointSwitch:
         self._timeout = timeout
         self._timings = timings
 
-    def find(self) -> ListedCheckpoint:
-        """The checkpoint as the WebUI lists it; CheckpointNotLoaded if the WebUI does not see the file."""
-        listed = self._find_listed()
-        if listed is None:
-            self._webui.refresh_checkpoints()
-            listed = self._find_listed()
-        if listed is None:
+    def run(self, deadline: Deadline) -> None:
+        """Load the checkpoint, and return when its hash says that it is loaded.
+
+        Raises CheckpointNotLoaded if the WebUI does not list the file, or does not load it; WebUIBroken if the switch
+        has broken the WebUI; WebUISilent if the WebUI hangs.
+        """
+        began = time.monotonic()
+        self._webui.refresh_checkpoints()
+        named = self._webui.options().checkpoint  # before the list: a title that gets its hash now is found there
+        listed = self._webui.checkpoints()
+        ours = self._find(listed)
+        if ours is None:
             raise CheckpointNotLoaded(
                 f"the WebUI does not list {self._checkpoint.file}",
                 hint="the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does",
             )
-        return listed
-
-    def is_loaded(self, listed: ListedCheckpoint | None) -> bool:
-        """Whether the hashes verify that the checkpoint is loaded. `listed` is how a fresh /sd-models lists it."""
-        if listed is None or listed.sha256 != self._checkpoint.sha256:
-            return False
-        return self._webui.options().checkpoint_sha256 == self._checkpoint.sha256
-
-    def run(self, listed: ListedCheckpoint, deadline: Deadline) -> None:
-        """Load the checkpoint, and return when it is verified.
-
-        Raises CheckpointNotLoaded if it is not; WebUIBroken if the switch has broken the WebUI; WebUISilent if the
-        WebUI hangs.
-        """
-        began = time.monotonic()
-        self._load(listed.title, deadline)
-        limit = deadline.within(self._timeout)
-        name = self._checkpoint.name
-        while not self.is_loaded(self._find_listed()):
-            # A WebUI that is loading it already answers the switch at once. One that failed has its old name again.
-            if not self._is_named():
-                raise CheckpointNotLoaded(f"the WebUI reported {name} as loaded, but its hash shows that it is not")
-            if limit.remaining() == 0.0:
-                raise CheckpointNotLoaded(f"the WebUI did not load {name} in {self._timeout:.0f} s")
-            deadline.wait(self._timings.interrupt_interval)
-        log.info("switched to %s in %.1f s, proven by its hash", name, time.monotonic() - began)
-
-    def _load(self, title: str, deadline: Deadline) -> None:
-        request = RunningRequest(
-            self._webui,
-            lambda: self._webui.set_options({"sd_model_checkpoint": title}, timeout=self._timeout),
-            activity="switches",
-            timings=self._timings,
+        steps: tuple[Callable[[Deadline], None], ...] = (self._reload, self._switch)
+        if file_loaded_from_cold(named, listed) != ours.file:
+            # The switch first: 1.10.1 loads nothing else then. 1.9.3 may lose it, and has to load another one before.
+            steps = (self._switch, *steps)
+        for step in steps:
+            step(deadline)
+            if self._is_loaded():
+                log.info("%s is loaded after %.1f s", self._checkpoint.name, time.monotonic() - began)
+                return
+        raise CheckpointNotLoaded(
+            f"the WebUI reported {self._checkpoint.name} as loaded, but its hash shows that it is not"
         )
+
+    def _reload(self, deadline: Deadline) -> None:
+        self._run(lambda: self._webui.reload_checkpoint(timeout=self._timeout), deadline)
+
+    def _switch(self, deadline: Deadline) -> None:
+        # By its name that is not there now: if the option does not change, nothing happens.
+        names = (self._checkpoint.file, self._checkpoint.stem)
+        name = names[self._webui.options().checkpoint == names[0]]
+        self._run(lambda: self._webui.set_options({"sd_model_checkpoint": name}, timeout=self._timeout), deadline)
+
+    def _run(self, load: Callable[[], None], deadline: Deadline) -> None:
+        request = RunningRequest(self._webui, load, activity="loads a checkpoint", timings=self._timings)
         if not request.wait(deadline):
             deadline.check()
         try:
@@ -84,10 +94,12 @@ class CheckpointSwitch:
         except GenerationFailed as error:
             raise CheckpointNotLoaded(f"the WebUI could not load {self._checkpoint.name}: {error.message}") from error
 
-    def _find_listed(self) -> ListedCheckpoint | None:
-        return next((found for found in self._webui.checkpoints() if found.file == self._checkpoint.file), None)
+    def _is_loaded(self) -> bool:
+        """Whether A1111 reports our file's hash as that of the loaded checkpoint, and of the file under our name."""
+        ours = self._find(self._webui.checkpoints())
+        if ours is None or ours.sha256 != self._checkpoint.sha256:
+            return False
+        return self._webui.options().checkpoint_sha256 == self._checkpoint.sha256
 
-    def _is_named(self) -> bool:
-        """Whether the options name the checkpoint: it is loaded, or being loaded."""
-        name = file_of_title(self._webui.options().checkpoint or "")
-        return name in (self._checkpoint.file, self._checkpoint.stem)
+    def _find(self, listed: Sequence[ListedCheckpoint]) -> ListedCheckpoint | None:
+        return next((entry for entry in listed if entry.file == self._checkpoint.file), None)

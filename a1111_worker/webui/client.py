@@ -39,11 +39,13 @@ from a1111_worker.webui.responses import (
     Scheduler,
     Style,
     UnexpectedForm,
+    Upscaler,
+    WebUIFlags,
     WebUIOptions,
     WebUIProgress,
     parse_checkpoints,
+    parse_flags,
     parse_names,
-    parse_no_hashing,
     parse_options,
     parse_progress,
     parse_samplers,
@@ -51,6 +53,7 @@ from a1111_worker.webui.responses import (
     parse_script_axes,
     parse_scripts,
     parse_styles,
+    parse_upscalers,
     parse_vaes,
 )
 
@@ -100,8 +103,8 @@ class WebUI:
         """Close the connections."""
         self._session.close()
 
-    def options(self) -> WebUIOptions:
-        return self._get("/options", parse_options)
+    def options(self, *, timeout: float | None = None) -> WebUIOptions:
+        return self._get("/options", parse_options, timeout=timeout)
 
     def set_options(self, options: Mapping[str, Any], *, timeout: float | None = None) -> None:
         """Set options. If a checkpoint is among them, it is loaded before this returns; a 200 does not verify that."""
@@ -113,9 +116,9 @@ class WebUI:
     def refresh_checkpoints(self) -> None:
         self._post("/refresh-checkpoints", {})
 
-    def has_no_hashing(self) -> bool:
-        """Whether the WebUI was started with `--no-hashing`."""
-        return self._get("/cmd-flags", parse_no_hashing)
+    def flags(self) -> WebUIFlags:
+        """How the WebUI was started."""
+        return self._get("/cmd-flags", parse_flags)
 
     def samplers(self) -> tuple[Sampler, ...]:
         return self._get("/samplers", parse_samplers)
@@ -123,8 +126,8 @@ class WebUI:
     def schedulers(self) -> tuple[Scheduler, ...]:
         return self._get("/schedulers", parse_schedulers)
 
-    def upscalers(self) -> tuple[str, ...]:
-        return self._get("/upscalers", parse_names)
+    def upscalers(self) -> tuple[Upscaler, ...]:
+        return self._get("/upscalers", parse_upscalers)
 
     def latent_upscale_modes(self) -> tuple[str, ...]:
         return self._get("/latent-upscale-modes", parse_names)
@@ -164,9 +167,9 @@ class WebUI:
         """Move the weights out of the GPU's memory."""
         self._post("/unload-checkpoint", None)
 
-    def reload_checkpoint(self) -> None:
-        """Move the weights of the unloaded checkpoint back to the GPU."""
-        self._post("/reload-checkpoint", None)
+    def reload_checkpoint(self, *, timeout: float | None = None) -> None:
+        """Move the weights of the unloaded checkpoint back to the GPU. If none was loaded since the start, load it."""
+        self._post("/reload-checkpoint", None, timeout=timeout)
 
     def _get(self, endpoint: str, parse: Callable[[Any], T], *, query: str = "", timeout: float | None = None) -> T:
         path = f"{endpoint}?{query}" if query else endpoint

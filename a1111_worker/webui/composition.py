@@ -27,6 +27,8 @@ class WebUILists:
     """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name.
 
     `script_axes` are the axes of "X/Y/Z plot": a job names them by their number.
+    `missing_upscalers` are listed by the WebUI too, and their files are not there. `can_restore_faces` is None if it is
+    unknown, because somebody else runs the WebUI.
     """
 
     samplers: Sequence[Sampler]
@@ -36,6 +38,8 @@ class WebUILists:
     styles: Mapping[str, Style]
     vaes: Sequence[str]
     script_axes: Sequence[str] = ()
+    missing_upscalers: Sequence[str] = ()
+    can_restore_faces: bool | None = None
 
 
 def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
@@ -53,10 +57,27 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
             complaints.extend(error.complaints)
     if complaints:
         raise InvalidRequest(complaints)
-    resolved = _merge_styles_with_loras(replace(request, body=body), lists)
+    warnings = request.warnings
+    if body.get("restore_faces") and lists.can_restore_faces is None:
+        warnings = (
+            *warnings,
+            "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders",
+        )
+    resolved = _merge_styles_with_loras(replace(request, body=body, warnings=warnings), lists)
     if complaints := check_script(resolved.body, limits, lists.script_axes):
         raise InvalidRequest(complaints)
     return resolved
+
+
+def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
+    """An upscaler's name as the WebUI spells it; InvalidRequest if it has none of that name, or not its file."""
+    try:
+        missing = resolve_name(name, lists.missing_upscalers, "upscaler")
+    except InvalidRequest:
+        return resolve_name(name, lists.upscalers, "upscaler", path=path)
+    there = ", ".join(repr(other) for other in lists.upscalers)
+    complaint = f"the file of {missing!r} is not there, and A1111 would silently use Lanczos; these are there: {there}"
+    raise InvalidRequest([Complaint(path, complaint)])
 
 
 def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
@@ -144,7 +165,14 @@ def _resolve_sampler(body: Body, lists: WebUILists, prefix: str) -> Body:
 
 def _resolve_upscaler(body: Body, lists: WebUILists) -> Body:
     name = body.get("hr_upscaler")
-    return {"hr_upscaler": resolve_name(name, lists.upscalers, "upscaler", path="hr_upscaler")} if name else {}
+    return {"hr_upscaler": resolve_upscaler(name, lists, path="hr_upscaler")} if name else {}
+
+
+def _check_faces(body: Body, lists: WebUILists) -> Body:
+    if body.get("restore_faces") and lists.can_restore_faces is False:
+        reason = "the files for it are not there, and A1111 would silently leave every face as it is"
+        raise InvalidRequest([Complaint("restore_faces", f"is refused: {reason}")])
+    return {}
 
 
 def _resolve_script(body: Body, lists: WebUILists) -> Body:
@@ -185,6 +213,7 @@ _RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
     _resolve_first_pass,
     _resolve_second_pass,
     _resolve_upscaler,
+    _check_faces,
     _resolve_script,
     _resolve_always_on_scripts,
     _resolve_vae,

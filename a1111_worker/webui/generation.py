@@ -21,8 +21,8 @@ import time
 from dataclasses import dataclass
 
 from a1111_worker.background import BackgroundCall
-from a1111_worker.context import Deadline, JobContext, ReportProgress
-from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Progress, Stage
+from a1111_worker.context import Deadline, JobContext
+from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Stage
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
@@ -38,6 +38,7 @@ from a1111_worker.images import is_blank
 from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
+from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
@@ -51,11 +52,15 @@ OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them
 
 @dataclass(frozen=True)
 class StartedGeneration:
-    """A generation whose answer has begun: the WebUI can take the next request. The answer is not verified yet."""
+    """A generation whose answer has begun: the WebUI can take the next request. The answer is not verified yet.
+
+    `interrupted_job` is the WebUI's job that somebody else has interrupted, by its `job_timestamp`; None if unknown.
+    """
 
     answer: WebUIResponse
     plan: GenerationPlan
     checkpoint: Model
+    interrupted_job: str | None = None
 
     def discard(self) -> None:
         """Drop the answer: nobody will finish this generation."""
@@ -86,8 +91,7 @@ class Generator:
         self._wait_for_interruption(context)
         self._readiness.ensure_ready(context)
         if plan.body.get("script_name"):
-            # For the next job: a script may leave settings behind that no job may override.
-            self._readiness.invalidate()
+            self._readiness.expect_script()
         try:
             return self._generate(plan, context)
         except OutOfMemory as error:
@@ -100,7 +104,8 @@ class Generator:
     def finish(self, started: StartedGeneration, context: JobContext) -> Generation:
         """Read and verify the answer: made with this checkpoint and these LoRAs, all images there and none blank."""
         try:
-            generation = verify(self._read(started.answer, context), started.plan, started.checkpoint)
+            answer = self._read(started.answer, context)
+            generation = verify(answer, started.plan, started.checkpoint, interrupted_job=started.interrupted_job)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
@@ -112,11 +117,12 @@ class Generator:
         return generation
 
     def warm_up(self, context: JobContext) -> None:
-        """Run a tiny generation, so that the first job does not pay for what is loaded lazily."""
+        """Run a tiny generation: it proves the checkpoint, and the first job does not pay for what is loaded lazily."""
         began = time.monotonic()
         body = {"prompt": "warm-up", "steps": 1, "width": 64, "height": 64, "seed": 0}
-        self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
-        log.info("the WebUI is warm after %.1f s", time.monotonic() - began)
+        generation = self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
+        name = generation.checkpoint.name
+        log.info("the WebUI is warm after %.1f s, and has proven that it uses %s", time.monotonic() - began, name)
 
     # -- start: the tries, and each of them
 
@@ -152,6 +158,12 @@ class Generator:
         # The request itself times out last: before that, the worker has decided whether the WebUI hangs.
         timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
         limit = context.deadline.within(self._generation_timeout, what="a generation")
+        progress = GenerationProgress(plan.body)
+
+        def report(look: WebUIProgress) -> None:
+            if (found := progress.report(look)) is not None:
+                context.report(found)
+
         with context.timings.measure(Stage.GENERATE):
             request = RunningRequest(
                 self._webui,
@@ -160,13 +172,14 @@ class Generator:
                 timings=timings,
             )
             try:
-                has_ended = request.wait(limit, lambda progress: _report(progress, context.report))
+                has_ended = request.wait(limit, report)
             except WebUISilent as error:
                 raise self._kill(request, error) from error
             if not has_ended:
                 self._interrupt(request, context)
                 limit.check()
-            return StartedGeneration(request.result(), plan, self._readiness.checkpoint)
+            answer = request.result()
+            return StartedGeneration(answer, plan, self._readiness.checkpoint, self._readiness.find_interrupted_job())
 
     # -- the interruption of a generation whose time is up, or whose job was cancelled
 
@@ -226,16 +239,3 @@ class Generator:
             context.deadline.check()
             raise WebUILost("the WebUI's answer did not come to its end")
         return reading.result()
-
-
-def _report(progress: WebUIProgress, report: ReportProgress) -> None:
-    if progress.images > 0:  # -1 while a checkpoint is loaded inside a generation
-        image = min(progress.image, progress.images)
-        report(
-            Progress(
-                Stage.GENERATE,
-                percent=progress.progress * 100,
-                detail=f"step {progress.step} of {progress.steps}, image {image} of {progress.images}",
-                eta_s=progress.eta_seconds,
-            )
-        )

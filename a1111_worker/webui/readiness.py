@@ -26,7 +26,10 @@ from a1111_worker.errors import (
 from a1111_worker.webui.checkpoint import CheckpointSwitch
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.composition import WebUILists
+from a1111_worker.webui.faces import can_restore_faces
 from a1111_worker.webui.options import OptionsReset
+from a1111_worker.webui.owner import OwnersOptions
+from a1111_worker.webui.responses import WebUIFlags
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 from a1111_worker.webui.timings import WebUITimings
 
@@ -42,11 +45,21 @@ MAX_ATTEMPTS = 3  # to prepare a WebUI that dies, or has to be restarted, meanwh
 class Readiness:
     """One WebUI, and whether it may get a job. `ready_timeout` is seconds for its start, and for a switch.
 
+    `owner` keeps the options of a WebUI that somebody else runs, and may use meanwhile; None if the WebUI is ours.
+
     The preparation runs in a thread of its own. If a job ends meanwhile, the preparation goes on, and the next job
     waits for it.
     """
 
-    def __init__(self, webui: WebUI, supervisor: Supervisor, *, ready_timeout: float, timings: WebUITimings) -> None:
+    def __init__(
+        self,
+        webui: WebUI,
+        supervisor: Supervisor,
+        *,
+        ready_timeout: float,
+        timings: WebUITimings,
+        owner: OwnersOptions | None = None,
+    ) -> None:
         self._webui = webui
         self._supervisor = supervisor
         self._ready_timeout = ready_timeout
@@ -56,7 +69,8 @@ class Readiness:
         self._step = _Step("waiting for the WebUI")
         self._checkpoint: Model | None = None
         self._lists: WebUILists | None = None
-        self._options = OptionsReset(webui)
+        self._is_ours = owner is None
+        self._options = OptionsReset(webui, owner)
         self._ready_instance: str | None = None
 
     @property
@@ -92,12 +106,26 @@ class Readiness:
         return self._supervisor.ownership is Ownership.GIVEN_UP
 
     def close(self) -> None:
-        """End a preparation that still runs, as soon as it checks for this."""
+        """End a preparation that still runs, as soon as it checks for this. Give the WebUI back to its owner."""
         self._worker_end.cancel()
+        if self._is_ours:
+            return
+        if self._preparation is not None and not self._preparation.wait(self.timings.interrupt_patience, Deadline()):
+            log.warning("the WebUI keeps this worker's settings until its next start: it is being prepared")
+            return
+        try:
+            self._options.put_back()
+        except WorkerError as error:
+            log.warning("the WebUI keeps this worker's settings until its next start: %s", error.message)
 
     def invalidate(self) -> None:
         """Have the next job prepare the WebUI again."""
         self._ready_instance = None
+
+    def expect_script(self) -> None:
+        """A script runs now: it may leave settings behind that no job may override, so the next job prepares again."""
+        self._options.expect_changes()
+        self.invalidate()
 
     def wait_until_up(self, deadline: Deadline) -> None:
         """Return when the API answers. Raises WebUINotReady if it does not in time, or nobody will ever start it.
@@ -127,13 +155,17 @@ class Readiness:
         self.ensure_ready(context)
 
     def ensure_ready(self, context: JobContext) -> None:
-        """Return when the WebUI is ready: at once if nothing has happened to it, else after another preparation."""
-        if self.is_ready:
+        """Return when the WebUI is ready: at once if nothing has happened to it, else after another preparation.
+
+        If somebody else runs it, it may have been changed at any time: so its options are looked at.
+        """
+        if self.is_ready and self._is_ours:
             return
         with context.timings.measure(Stage.SWITCH):
             preparation = self._preparation
             if preparation is None or preparation.is_done():
-                preparation = self._preparation = BackgroundCall(self._prepare, name="webui-call")
+                prepare = self._prepare_if_changed if self.is_ready else self._prepare
+                preparation = self._preparation = BackgroundCall(prepare, name="webui-call")
             while not preparation.wait(self.timings.progress_interval, context.deadline):
                 context.deadline.check()
                 context.report(Progress(Stage.SWITCH, detail=str(self._step)))
@@ -154,6 +186,18 @@ class Readiness:
         except WorkerError:
             return False
         return True
+
+    def find_interrupted_job(self) -> str | None:
+        """The job that somebody has interrupted, if it was the last one; None if the WebUI is ours.
+
+        A single picture that was interrupted looks finished. A1111 tells of it until its next job begins.
+        """
+        if self._is_ours:
+            return None
+        try:
+            return self._webui.progress().interrupted_job
+        except WorkerError:
+            return None
 
     def restart(self, reason: str) -> bool:
         """Kill the WebUI, so that start.sh starts another one. False if start.sh does not own it."""
@@ -199,6 +243,16 @@ class Readiness:
 
     # -- the preparation, in its own thread
 
+    def _prepare_if_changed(self) -> None:
+        try:
+            if self._options.are_unchanged():
+                return
+            log.info("somebody has changed the WebUI's checkpoint or settings; it is prepared again")
+        except WorkerError as error:
+            log.warning("the WebUI's settings cannot be read: %s; it is prepared again", error.message)
+        self.invalidate()
+        self._prepare()
+
     def _prepare(self) -> None:
         """Prepare the WebUI, in a few attempts.
 
@@ -226,38 +280,39 @@ class Readiness:
         self._step = _Step("waiting for the WebUI")
         self.wait_until_up(self._worker_end)
         instance = self._supervisor.instance_id
-        if self._webui.has_no_hashing():
+        flags = self._webui.flags()
+        if flags.no_hashing:
             raise CheckpointNotLoaded(
                 "the WebUI computes no hashes, so nothing can be proven", hint="leave --no-hashing out of WEBUI_ARGS"
             )
-        self._lists = self._read_lists()
-        self._load_checkpoint()
+        self._lists = self._read_lists(flags)
+        self._options.begin(self.checkpoint)
+        self._step = _Step(f"loading {self.checkpoint.name}")
+        switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
+        switch.run(self._worker_end)
         # After the switch: setting `sd_vae` makes a WebUI without a checkpoint load the first one of its list.
         self._options.run(instance, timeout=self._ready_timeout)
         self._ready_instance = instance
         if not self.is_ready:
             raise WebUILost("the WebUI was restarted during its preparation")
 
-    def _read_lists(self) -> WebUILists:
+    def _read_lists(self, flags: WebUIFlags) -> WebUILists:
+        upscalers = self._webui.upscalers()
+        restorer = str(self._webui.options().values.get("face_restoration_model"))
         return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
-            upscalers=(*self._webui.latent_upscale_modes(), *self._webui.upscalers()),
+            upscalers=(
+                *self._webui.latent_upscale_modes(),
+                *(upscaler.name for upscaler in upscalers if upscaler.is_there),
+            ),
+            missing_upscalers=tuple(upscaler.name for upscaler in upscalers if not upscaler.is_there),
             scripts=self._webui.scripts(),
             script_axes=self._webui.script_axes(),
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
+            can_restore_faces=can_restore_faces(flags, restorer) if self._is_ours else None,
         )
-
-    def _load_checkpoint(self) -> None:
-        name = self.checkpoint.name
-        switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
-        listed = switch.find()
-        if switch.is_loaded(listed):
-            log.info("the checkpoint %s is loaded already", name)
-            return
-        self._step = _Step(f"loading {name}")
-        switch.run(listed, self._worker_end)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
     GET /sd-models              [{"title": "x.safetensors [0123456789]", "sha256": "<64 digits>" or null}]
     GET /samplers               [{"name": "Euler a", "aliases": ["k_euler_a"]}]
     GET /schedulers             [{"name": "karras", "label": "Karras", "aliases": null}]
-    GET /upscalers              [{"name": "Lanczos"}], and so does /latent-upscale-modes
+    GET /upscalers              [{"name": "R-ESRGAN 4x+", "model_path": "<path>", "https://<address>" or null}]
+    GET /latent-upscale-modes   [{"name": "Latent"}]
     GET /sd-vae                 [{"model_name": "x.safetensors"}]
     GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
     GET /scripts                {"txt2img": ["x/y/z plot"]}
     GET /script-info            [{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": ["Seed"]}]}]
     GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
-    GET /cmd-flags              {"no_hashing": false}
+    GET /cmd-flags              {"no_hashing": false, "codeformer_models_path": "<folder>", "gfpgan_models_path": …}
     GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …}}
 
 Each holds more than is shown here (A1111 1.9.3 and 1.10.1: tests/data). A parse function takes an answer's JSON and
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 
@@ -39,6 +41,11 @@ class ListedCheckpoint:
     def file(self) -> str:
         return file_of_title(self.title)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Texts by which the option `sd_model_checkpoint` means this file."""
+        return self.title, self.file, PurePosixPath(self.file).stem
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -53,6 +60,23 @@ class Scheduler:
     name: str
     label: str
     aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """An upscaler. `is_there`: it needs no file, or its file is there; if not, A1111 silently uses Lanczos."""
+
+    name: str
+    is_there: bool
+
+
+@dataclass(frozen=True)
+class WebUIFlags:
+    """How the WebUI was started: whether with `--no-hashing`, and its folders for what restores faces."""
+
+    no_hashing: bool
+    codeformer_folder: str | None = None
+    gfpgan_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,8 @@ class WebUIProgress:
     """How far the running generation is. It does not say whose generation that is.
 
     `progress` is 0 to 1. `image` counts from 1. `images` is -1 while a checkpoint is loaded inside a generation, and 0
-    if nothing runs. A1111's `job_timestamp`, which would tell jobs apart, is not read.
+    if nothing runs. `interrupted_job` is the `job_timestamp` of the job that runs, or ran last, if somebody has
+    interrupted it; it is also in the `info` of that job's answer.
     """
 
     progress: float
@@ -91,6 +116,7 @@ class WebUIProgress:
     images: int
     step: int
     steps: int
+    interrupted_job: str | None = None
 
 
 def file_of_title(title: str) -> str:
@@ -110,8 +136,19 @@ def parse_schedulers(answer: Any) -> tuple[Scheduler, ...]:
     return tuple(Scheduler(_text(entry, "name"), _text(entry, "label"), _aliases(entry)) for entry in _entries(answer))
 
 
+def parse_upscalers(answer: Any) -> tuple[Upscaler, ...]:
+    """The upscalers. The path of one whose file is not there is the address from which A1111 would download it.
+
+    LDSR has no path in either case, and loads its files itself: it never counts as there (1.9.3 and 1.10.1).
+    """
+    return tuple(
+        Upscaler(_text(entry, "name"), not str(entry.get("model_path")).startswith("http") and entry["name"] != "LDSR")
+        for entry in _entries(answer)
+    )
+
+
 def parse_names(answer: Any) -> tuple[str, ...]:
-    """The names in a list of upscalers or of latent upscale modes."""
+    """The names of the latent upscale modes."""
     return tuple(_text(entry, "name") for entry in _entries(answer))
 
 
@@ -154,12 +191,14 @@ def parse_options(answer: Any) -> WebUIOptions:
     )
 
 
-def parse_no_hashing(answer: Any) -> bool:
-    """Whether the WebUI was started with `--no-hashing`."""
-    value = _object(answer).get("no_hashing", False)
-    if not isinstance(value, bool):
+def parse_flags(answer: Any) -> WebUIFlags:
+    flags = _object(answer)
+    no_hashing = flags.get("no_hashing", False)
+    if not isinstance(no_hashing, bool):
         raise UnexpectedForm("no_hashing is neither true nor false")
-    return value
+    folders = {name: flags.get(name) for name in ("codeformer_models_path", "gfpgan_models_path")}
+    codeformer, gfpgan = (folder if isinstance(folder, str) else None for folder in folders.values())
+    return WebUIFlags(no_hashing, codeformer, gfpgan)
 
 
 def parse_progress(answer: Any) -> WebUIProgress:
@@ -172,6 +211,7 @@ def parse_progress(answer: Any) -> WebUIProgress:
         images=int(_number(state, "job_count")),
         step=int(_number(state, "sampling_step")),
         steps=int(_number(state, "sampling_steps")),
+        interrupted_job=_text(state, "job_timestamp") if state.get("interrupted") is True else None,
     )
 
 

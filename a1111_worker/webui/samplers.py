@@ -3,7 +3,8 @@
 1.9.3 answers 404 to "DPM++ 2M Karras", "euler a" and "k_euler_a"; 1.10.1 understands the first and silently samples
 with DPM++ 2M for the others. So the worker knows the spellings, and sends the WebUI only names of its own lists.
 
-    DPM++ 2M Karras · dpm++ 2m karras · dpmpp_2m_karras · k_dpmpp_2m + Karras        all mean ("DPM++ 2M", "Karras")
+    DPM++ 2M Karras · dpm++ 2m karras · dpmpp_2m_karras · k_dpmpp_2m_ka · k_dpmpp_2m + Karras
+                                                                                     all mean ("DPM++ 2M", "Karras")
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from a1111_worker.text import quoted, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler
 
 AUTOMATIC = "Automatic"  # the label of a sampler's own scheduler; A1111's default
+
+OLD_SUFFIXES = {"ka": "karras", "exp": "exponential"}
+"""How the aliases of A1111 until 1.8 end, if they name a scheduler too: `k_dpmpp_2m_ka`, `k_dpmpp_3m_sde_exp` (1.8.0,
+modules/sd_samplers_kdiffusion.py). 1.9.3 answers 404 to them, 1.10.1 samples with DPM++ 2M."""
 
 
 def resolve_sampler(
@@ -101,6 +106,7 @@ def _find_sampler(
     if key in names:
         return names[key], None
     labels = _scheduler_labels(schedulers)
+    labels |= {suffix: labels[name] for suffix, name in OLD_SUFFIXES.items() if name in labels}
     for length in range(len(key) - 1, 0, -1):  # if there are two readings, the longest sampler wins
         if key[:length] in names and key[length:] in labels:
             return names[key[:length]], labels[key[length:]]

@@ -23,6 +23,7 @@ from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotAp
 from a1111_worker.text import quoted, quoted_list
 
 PNG_IN_BASE64 = "iVBORw0KGgo"
+INTERRUPTED = "it was interrupted by somebody else; send the job again"
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class GenerationPlan:
     allow_blank: bool = False
 
 
-def verify(answer: Any, plan: GenerationPlan, checkpoint: Model) -> Generation:
+def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_job: str | None = None) -> Generation:
     """The generation, if the answer shows everything the plan asks for.
 
-    Raises WebUILost (no answer of txt2img), GenerationFailed (no images, too few, another sampler),
-    CheckpointNotLoaded, or LoraNotApplied unless the job wants only a warning for that.
+    `interrupted_job` is the `job_timestamp` of a job that somebody has interrupted. Raises WebUILost (no answer of
+    txt2img), GenerationFailed (no images, too few, cut short, another sampler), CheckpointNotLoaded, or LoraNotApplied
+    unless the job wants only a warning for that.
     """
     info = _parse_info(answer)
     _check_images(answer["images"], plan.body)
+    if interrupted_job is not None and info.get("job_timestamp") == interrupted_job:
+        raise GenerationFailed("the WebUI did not finish the pictures", hint=INTERRUPTED)
     _check_checkpoint(info, plan.body, checkpoint)
     _check_sampler(info, plan.body)
     loras, warnings = _verify_loras(info, plan)
@@ -84,9 +88,7 @@ def _check_images(images: Sequence[Any], body: Mapping[str, Any]) -> None:
     expected = int(body.get("batch_size", 1)) * int(body.get("n_iter", 1))
     # A script (X/Y/Z plot, Prompts from file) decides for itself how many images there are.
     if not body.get("script_name") and len(images) != expected:
-        raise GenerationFailed(
-            f"the WebUI made {len(images)} of {expected} pictures", hint="it was interrupted by somebody else"
-        )
+        raise GenerationFailed(f"the WebUI made {len(images)} of {expected} pictures", hint=INTERRUPTED)
 
 
 def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoint: Model) -> None:

@@ -136,6 +136,33 @@ def test_a_style_with_a_lora_can_make_a_matrix_too_large() -> None:
         resolve(request, lists(styles=many))
 
 
+@pytest.mark.parametrize("name", ["SwinIR 4x", "swinir 4X", "LDSR"])
+def test_an_upscaler_without_its_file_is_refused_and_those_that_are_there_are_named(name: str) -> None:
+    request = parse(enable_hr=True, denoising_strength=0.5, hr_scale=1.5, hr_upscaler=name)
+
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(request, lists(missing_upscalers=("SwinIR 4x", "LDSR")))
+
+    (complaint,) = raised.value.complaints
+    assert complaint.path == "hr_upscaler"
+    assert "is not there" in complaint.message
+    assert complaint.message.endswith("these are there: 'Latent', 'Lanczos', 'R-ESRGAN 4x+'")
+
+
+@pytest.mark.parametrize(("able", "warnings"), [(True, 0), (None, 1)])
+def test_faces_that_may_not_be_restored_are_a_warning(able: bool | None, warnings: int) -> None:
+    request = resolve(parse(restore_faces=True), lists(can_restore_faces=able))
+
+    assert len(request.warnings) == warnings
+
+
+def test_faces_that_cannot_be_restored_are_refused_with_everything_else() -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        resolve(parse(restore_faces=True, sampler_name="Eulerr"), lists(can_restore_faces=False))
+
+    assert [complaint.path for complaint in raised.value.complaints] == ["sampler_name", "restore_faces"]
+
+
 def test_names_are_sent_in_the_webuis_case() -> None:
     matrix = {"script_name": "Prompt Matrix", "script_args": [False, False, "positive", "comma", 0]}
     request = parse(vae="SDXL_VAE.safetensors", alwayson_scripts={"hypertile": {"args": []}}, **matrix)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from a1111_worker.webui import client
 from sandbox.webui import CannedAnswer, WebUIFault
 from tests.support import QUICK, world
 from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
 
+MATRIX = [False, False, "positive", "comma", 0]
 LOWVRAM = CannedAnswer(
     500,
     {"error": "AttributeError", "detail": "", "body": "", "errors": "'NoneType' object has no attribute 'lowvram'"},
@@ -79,6 +83,34 @@ def test_a_webui_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
         assert lost["code"] == "WEBUI_LOST"
         assert "error" not in after
         assert start_sh.restarted == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"n_iter": 2}, {"script_name": "prompt matrix", "script_args": MATRIX}])
+def test_a_picture_that_somebody_interrupts_is_not_completed(tmp_path: Path, more: dict[str, Any]) -> None:
+    with world(tmp_path) as it:
+        it.webui.step_seconds = 0.05
+
+        def interrupt() -> None:
+            wait_for(lambda: bool(it.webui.process.state.sampling_step))
+            client.WebUI(it.webui.url).interrupt()
+
+        threading.Thread(target=interrupt).start()
+
+        answer = it.ask(steps=60, **more)
+        it.webui.step_seconds = 0.0
+        after = it.ask()
+
+        assert (answer["code"], answer["retryable"]) == ("GENERATION_FAILED", False)
+        assert "interrupted by somebody else" in answer["hint"]
+        assert "error" not in after
+
+
+def test_an_interrupt_between_two_jobs_costs_neither(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        it.ask()
+        client.WebUI(it.webui.url).interrupt()
+
+        assert "error" not in it.ask()
 
 
 def test_out_of_memory_frees_the_gpu_and_touches_nothing_else(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from a1111_worker.errors import WebUINotReady
+from a1111_worker.errors import CheckpointNotLoaded, WebUINotReady
 from a1111_worker.webui.supervisor import Supervisor
 from sandbox.server import Exchange
+from sandbox.webui import WebUIFault
 from tests.support import QUICK, world
 from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
 
@@ -36,6 +37,35 @@ def test_a_webui_that_was_restarted_unseen_leaks_no_setting_from_job_to_job(tmp_
         after = it.ask()
 
         assert after["images"] == plain
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+def test_a_boot_loads_the_checkpoint_once(tmp_path: Path, version: str) -> None:
+    with world(tmp_path, version=version, WARMUP="1") as it:
+        answer = it.ask()
+
+        assert "error" not in answer
+        assert it.webui.loads == ["jib_mix_illustrious_realistic_v2.safetensors"]
+
+
+def test_without_a_warm_up_nothing_is_called_proven(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), world(tmp_path, boot=False) as it:
+        it.boot(WARMUP="0")
+        without = caplog.text
+        it.stop()
+        it.boot(WARMUP="1")
+
+    assert "is loaded after" in without
+    assert "proven" not in without
+    assert "proven that it uses Jib Mix" in caplog.text
+
+
+def test_a_boot_whose_first_picture_names_another_checkpoint_fails(tmp_path: Path) -> None:
+    with world(tmp_path, boot=False) as it:
+        it.webui.fail_next = [WebUIFault.OTHER_CHECKPOINT]
+
+        with pytest.raises(CheckpointNotLoaded):
+            it.boot(WARMUP="1")
 
 
 def test_a_webui_that_dies_during_its_preparation_costs_no_job(tmp_path: Path) -> None:
@@ -113,7 +143,7 @@ def test_a_webui_that_hangs_while_it_switches_is_killed_and_costs_no_job(tmp_pat
         it.worker.readiness.invalidate()
 
         def stuck(exchange: Exchange) -> bool:
-            if b"sd_model_checkpoint" not in exchange.asked.body or start_sh.restarted:
+            if not exchange.asked.path.endswith("/reload-checkpoint") or start_sh.restarted:
                 return False
             silence(it)
             return exchange.hold(20) or True
@@ -124,7 +154,7 @@ def test_a_webui_that_hangs_while_it_switches_is_killed_and_costs_no_job(tmp_pat
 
         assert "error" not in answer
         assert start_sh.restarted == 1
-        assert it.switches() == 3  # the boot's, that of the silent one, and that of the next: none is asked for twice
+        assert len(it.webui.loads) == 2  # at the boot, and after the restart: none was loaded twice
 
 
 @pytest.mark.parametrize("path", ["/sdapi/v1/progress", "/sdapi/v1/samplers", "/sdapi/v1/options"])
@@ -169,7 +199,7 @@ def test_a_job_that_ends_during_a_switch_leaves_it_to_the_next(tmp_path: Path) -
 
         assert ended["code"] == "JOB_TIMEOUT"
         assert "error" not in after
-        assert it.switches() == 2  # the boot's, and the one that both jobs waited for
+        assert len(it.webui.loads) == 2  # at the boot, and the one that both jobs waited for
 
 
 def test_a_boot_whose_webui_never_answers_reports_that(tmp_path: Path) -> None:

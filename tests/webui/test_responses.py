@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from a1111_worker.errors import WebUILost
 from a1111_worker.webui.client import WebUI
 from sandbox.server import Exchange, Server
-from tests.support import World, world
+from tests.support import DATA, World, world
 
 
 class OneAnswer(Server):
@@ -77,7 +78,7 @@ FORMS: list[tuple[str, Callable[[WebUI], Any], list[bytes]]] = [
             b'[{"name": "x", "label": "X", "aliases": "x"}]',
         ],
     ),
-    ("/upscalers", WebUI.upscalers, [*NO_LIST, *NO_ENTRY, b'[{"name": 7}]']),
+    ("/upscalers", WebUI.upscalers, [*NO_LIST, *NO_ENTRY, b'[{"name": 7}]', b'[{"name": null, "model_path": "x"}]']),
     ("/latent-upscale-modes", WebUI.latent_upscale_modes, [*NO_LIST, *NO_ENTRY, b'[{"name": 7}]']),
     ("/sd-vae", WebUI.vaes, [*NO_LIST, *NO_ENTRY, b'[{"model_name": null}]', b'[{"name": "x"}]']),
     (
@@ -121,7 +122,7 @@ FORMS: list[tuple[str, Callable[[WebUI], Any], list[bytes]]] = [
     ),
     (
         "/cmd-flags",
-        WebUI.has_no_hashing,
+        WebUI.flags,
         [*NO_OBJECT, b'{"no_hashing": "no"}', b'{"no_hashing": null}', b'{"no_hashing": 0}'],
     ),
     (
@@ -161,6 +162,17 @@ def test_an_answer_in_another_form_is_a_lost_webui_and_names_its_endpoint(
         ask(WebUI(server.url, backoff=0.0))
 
     assert f"the WebUI's answer to {endpoint} has another form than A1111's" in lost.value.message
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+def test_an_upscaler_whose_file_is_an_address_is_not_there(server: OneAnswer, version: str) -> None:
+    recorded = json.loads((DATA / f"webui-{version}" / "answers" / "upscalers_offline.json").read_text())
+    server.body = json.dumps(recorded["response"]["body"]).encode()
+
+    found = WebUI(server.url, backoff=0.0).upscalers()
+
+    assert {upscaler.name for upscaler in found if upscaler.is_there} == {"None", "Lanczos", "Nearest"}
+    assert "LDSR" in {upscaler.name for upscaler in found}
 
 
 # the path, and what the WebUI answers to it in place of its own

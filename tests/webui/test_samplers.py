@@ -78,10 +78,20 @@ def complaints(*args: Any, **more: Any) -> dict[str, str]:
         ("DPM2 Karras", None, ("DPM2", "Karras")),
         ("LMS Karras", None, ("LMS", "Karras")),
         ("DPM++ 2S a Karras", None, ("DPM++ 2S a", "Karras")),
+        # A1111's old aliases of both in one
+        ("k_dpmpp_2m_ka", None, ("DPM++ 2M", "Karras")),
+        ("k_dpmpp_2m_sde_ka", None, ("DPM++ 2M SDE", "Karras")),
+        ("k_dpmpp_2m_sde_heun_exp", None, ("DPM++ 2M SDE Heun", "Exponential")),
+        ("k_dpmpp_3m_sde_exp", None, ("DPM++ 3M SDE", "Exponential")),
+        ("k_lms_ka", None, ("LMS", "Karras")),
+        ("dpm_2_a_ka", None, ("DPM2 a", "Karras")),
+        ("k_dpm_ad", None, ("DPM adaptive", None)),
         # both at once, and they agree
         ("DPM++ 2M Karras", "karras", ("DPM++ 2M", "Karras")),
         ("DPM++ 2M Karras", "Automatic", ("DPM++ 2M", "Karras")),
         ("DPM++ 2M", "automatic", ("DPM++ 2M", "Automatic")),
+        ("DPM++ 2M", "AUTOMATIC", ("DPM++ 2M", "Automatic")),
+        ("k_dpmpp_2m_ka", "automatic", ("DPM++ 2M", "Karras")),
         ("DPM++ 2M", "sgm_uniform", ("DPM++ 2M", "SGM Uniform")),
     ],
 )

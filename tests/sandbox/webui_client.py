@@ -1,0 +1,116 @@
+"""A client of the sandbox's WebUI, and how its answers are compared with recorded ones."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import requests
+from PIL import Image
+
+from sandbox.webui import SandboxWebUI
+from tests.support import wait_until
+
+TINY = {"prompt": "a cat", "steps": 2, "width": 64, "height": 64, "seed": 1}
+
+
+def post(webui: SandboxWebUI, path: str, body: Any = None) -> requests.Response:
+    return requests.post(f"{webui.url}/sdapi/v1/{path}", json=body, headers={"accept-encoding": "identity"}, timeout=30)
+
+
+def get(webui: SandboxWebUI, path: str) -> Any:
+    return requests.get(f"{webui.url}/sdapi/v1/{path}", headers={"accept-encoding": "identity"}, timeout=30).json()
+
+
+def switch(webui: SandboxWebUI, name: Any) -> requests.Response:
+    """Switch to a checkpoint. If nothing is loaded yet, 1.9.3 would lose that: it loads one first."""
+    if webui.version == "1.9.3" and webui.process.model.loaded is None and not webui.process.model.is_broken:
+        post(webui, "reload-checkpoint")
+    return post(webui, "options", {"sd_model_checkpoint": name})
+
+
+def txt2img(webui: SandboxWebUI, **fields: Any) -> Any:
+    """A tiny job; its answer with `info` decoded."""
+    answer = post(webui, "txt2img", {**TINY, **fields})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    body["info"] = json.loads(body["info"])
+    return body
+
+
+def image(webui: SandboxWebUI, **fields: Any) -> str:
+    """A hash of the pixels of a tiny job's picture."""
+    return pixels(txt2img(webui, **fields)["images"][0])
+
+
+def open_image(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def pixels(encoded: str) -> str:
+    return hashlib.sha256(open_image(encoded).convert("RGB").tobytes()).hexdigest()
+
+
+def started(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
+    """Start a job in the background. Call the result for its answer."""
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(txt2img(webui, **fields)))
+    thread.start()
+    wait_until(lambda: get(webui, "progress")["state"]["job"] or answers, "the job in /progress")
+
+    def answer() -> Any:
+        thread.join()
+        return answers[0]
+
+    return answer
+
+
+def sampling(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
+    """The same, after its first step: an interrupt from now on leaves an unfinished picture."""
+    answer = started(webui, **fields)
+    wait_until(lambda: get(webui, "progress")["state"]["sampling_step"], "the first step")
+    return answer
+
+
+# --- Comparison ---------------------------------------------------------------------------------------------------
+
+
+def without_variable_parts(info: Any, random_seed: bool = False) -> Any:
+    """`info` without what differs each time: times, random seeds, hashes of other files."""
+    text = re.sub(r"\b[0-9a-f]{12}\b", "LORA", json.dumps(info))
+    text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{10}\b|(?<=hash\": \")\d{10}\b", "HASH", text)
+    text = re.sub(r'("job_timestamp": )"\d+"', r"\1MOMENT", text)
+    text = re.sub(r'("(all_)?subseeds?": )(\[[\d, ]+\]|\d+)', r"\1RANDOM", text)
+    if random_seed:
+        text = re.sub(r'("(all_)?seeds?": )(\[[\d, ]+\]|\d+)|Seed: \d+', "RANDOM", text)
+    return text
+
+
+def typed(value: Any) -> Any:
+    """The types at every level: 7 and 7.0 are equal numbers, but not the same JSON."""
+    if isinstance(value, dict):
+        return {key: typed(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [typed(each) for each in value]
+    return type(value).__name__
+
+
+def assert_same_shape(ours: Any, theirs: Any) -> None:
+    """The same keys in the same order, and compatible types. Of a list only the first element is compared."""
+    if isinstance(theirs, dict) and isinstance(ours, dict) and "ss_network_dim" not in theirs:
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            if key != "metadata":
+                assert_same_shape(ours[key], theirs[key])
+    elif isinstance(theirs, list) and isinstance(ours, list):
+        if ours and theirs:
+            assert_same_shape(ours[0], theirs[0])
+    elif ours is not None and theirs is not None:
+        numbers = (int, float)
+        assert type(ours) is type(theirs) or (isinstance(ours, numbers) and isinstance(theirs, numbers))
