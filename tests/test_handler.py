@@ -877,11 +877,11 @@ def test_a_local_run_without_a_job_ends_at_once_with_one_line(tmp_path: Path) ->
 def test_a_taken_port_ends_the_start_at_once_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        done = start_handler("--rp_serve_api", "--rp_api_port", str(port))
+        done = start_handler("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
 
     (line,) = printed_by(done)
     assert done.returncode == 2
-    assert line.startswith(f"handler.py: port {port} of localhost is taken")
+    assert line.startswith(f"handler.py: port {port} of 127.0.0.1 is taken")
     assert "--rp_api_port" in line
 
 

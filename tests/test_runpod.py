@@ -349,7 +349,7 @@ def test_the_local_api_answers_too(tmp_path: Path) -> None:
         its = Endpoint(it, queue, tmp_path / "worker.log")
         environ = {name: value for name, value in its.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}
         process = subprocess.Popen(
-            [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_port", str(port)],
+            [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)],
             cwd=ROOT,
             env=environ,
             stdout=subprocess.PIPE,
