@@ -8,8 +8,10 @@
     │   ├── ModelRejected
     │   ├── DownloadFailed
     │   │   └── PartialFileLost      another worker took the partial file over, or it is gone
-    │   └── VolumeFull
-    │       └── FileTooLong          the file system takes no file of this size
+    │   ├── VolumeFull
+    │   │   ├── FileTooLong          the file system takes no file of this size
+    │   │   └── RoomInUse            there would be room if other jobs released their models
+    │   └── VolumeFailed             the volume cannot be read or written
     ├── WebUINotReady            did not start in time, or was given up on
     │   └── RouteMissing             a bare 404: the API is not mounted (yet)
     ├── WebUILost                died or hung while it worked for this job
@@ -121,7 +123,7 @@ class PartialFileLost(DownloadFailed):
 
 
 class VolumeFull(ModelError):
-    """There is no room, and none may be freed; or there is no folder to write to."""
+    """There is no room, and none may be freed."""
 
     code = "VOLUME_FULL"
     retryable = True
@@ -129,6 +131,17 @@ class VolumeFull(ModelError):
 
 class FileTooLong(VolumeFull):
     """The volume takes no file of that size: evicting others would not help."""
+
+
+class RoomInUse(VolumeFull):
+    """There is no room now. There would be enough if other jobs and workers released the models that they use."""
+
+
+class VolumeFailed(ModelError):
+    """The volume cannot be read or written, or there is nowhere to write."""
+
+    code = "VOLUME_FAILED"
+    retryable = True
 
 
 class WebUINotReady(WorkerError):

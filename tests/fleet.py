@@ -28,7 +28,7 @@ CIVITAI_TIMINGS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longe
 TUNING = Tuning(
     stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
 )
-TIMINGS = CacheTimings(heartbeat=0.05, stale_after=30.0, poll=0.02)
+TIMINGS = CacheTimings(heartbeat=0.05, stale_after=30.0, poll=0.02, room_wait=0.5, room_poll=0.02)
 
 
 def timings(**changes: float) -> CacheTimings:

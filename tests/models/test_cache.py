@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from a1111_worker.context import JobContext
-from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFull
+from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFailed
 from sandbox.civitai import NO_MODEL
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
 from tests.disks import read_only
@@ -186,14 +186,14 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
     assert fleet.civitai.resolves == {1: 1, 2: 1}
 
 
-def test_without_a_writable_folder_a_missing_model_is_volume_full(fleet: Fleet) -> None:
+def test_without_a_writable_folder_a_missing_model_is_volume_failed(fleet: Fleet) -> None:
     fleet.serve(1)
     (fleet.folder / "file").touch()
     (fleet.folder / "container1").mkdir()
     (fleet.folder / "container1/local").touch()
     worker = fleet.start(models_dir=fleet.folder / "file/models")
 
-    with pytest.raises(VolumeFull):
+    with pytest.raises(VolumeFailed):
         fetch(worker, lora(1))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -255,23 +255,21 @@ def test_a_lora_of_another_family_is_refused_and_an_unknown_one_comes_with_a_war
 def test_slow_housekeeping_delays_no_sign_of_life(fleet: Fleet) -> None:
     fleet.serve(77)
     worker = fleet.start(timings=timings(stale_after=0.2))
+    hangs, may_go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        may_go_on.wait(30)
+
+    worker._housekeeping.add_listener(hang)
     with worker.hold([lora(77)], JobContext(soon())):
         (hold,) = (fleet.loras / ".holds").iterdir()
-        dead_lease = fleet.loras / ".leases/v9"
-        os.mkfifo(dead_lease)  # the housekeeping that reads it waits until somebody writes
-        writer: list[int] = []
+        assert hangs.wait(10)
 
-        def housekeeping_hangs() -> bool:
-            with contextlib.suppress(OSError):  # nobody reads yet
-                writer.append(os.open(dead_lease, os.O_WRONLY | os.O_NONBLOCK))
-            return bool(writer)
+        os.utime(hold, (1, 1))
 
-        wait_until(housekeeping_hangs, "the housekeeping")
-        try:
-            os.utime(hold, (1, 1))
-            wait_until(lambda: hold.stat().st_mtime != 1, "a touch")
-        finally:
-            os.close(writer[0])
+        wait_until(lambda: hold.stat().st_mtime != 1, "a touch")
+        may_go_on.set()
 
 
 def test_old_partial_files_are_removed_again_and_again(fleet: Fleet) -> None:
