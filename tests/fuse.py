@@ -63,12 +63,15 @@ class Fault:
 class Behaviour:
     """How the volume behaves. `quota` is the most bytes that all files may take; statvfs does not show it.
 
+    `takes_no_files_when_full`: then files and folders can be made only below the quota.
+
     `free`: what statvfs shows as free, in bytes (None: the truth). `has_apparent_blocks`: a file counts its length in
     st_blocks, as on MooseFS, however much of it was written.
     """
 
     faults: list[Fault] = field(default_factory=list)
     quota: int | None = None
+    takes_no_files_when_full: bool = False
     free: int | None = None
     has_apparent_blocks: bool = False
 
@@ -264,6 +267,8 @@ class Server:
             if fault.is_lost:
                 self._lose(paths[0])
             raise OSError(fault.number, "")
+        if call in ("create", "mkdir") and self._behaviour.takes_no_files_when_full:
+            self._check_quota(1)
 
     def _lose(self, path: str) -> None:
         """Forget the bytes that were written to a file since it was opened."""
