@@ -291,8 +291,9 @@ class ModelCache:
             path = unfinished.path
             keep = BEING_FETCHED if self._is_being_fetched(directory, path) else None
             yield Entry(directory.kind, path.name, path, unfinished.size, unfinished.written, keep)
-        for path, size, is_left in directory.trashed_files():
-            yield Entry(directory.kind, path.name, path, size, 0.0, None if is_left else "being removed")
+        for path, size in directory.trashed_files():
+            keep = "being removed" if self._leases.is_alive(path) else None  # its worker was killed meanwhile
+            yield Entry(directory.kind, path.name, path, size, 0.0, keep)
 
     def _is_being_fetched(self, directory: CacheDirectory, partial_file: Path) -> bool:
         return self._leases.is_alive(directory.sign_of_life(partial_file))
@@ -387,13 +388,14 @@ class ModelCache:
     # -- other workers
 
     def observe_other_workers(self, deadline: Deadline, *, poll: float = 0.5) -> bool:
-        """Watch all holds and leases of other owners until each has changed or is gone. False if there are none.
+        """Watch all holds and leases of other owners, and the trash, until each file has changed or is gone.
 
-        A worker knows the others anyway. A new process has not seen anybody's files twice yet.
+        False if there are none. A worker knows the others anyway. A new process has not seen anybody's files twice yet.
         """
-        files = [path for directory in self.directories.writable() for path in self._holds.others(directory.holds)]
-        leases = [directory.leases for directory in self.directories.writable()]
-        files += [folder / name for folder in leases for name in names_in(folder)]
+        files: list[Path] = []
+        for directory in self.directories.writable():
+            files += self._holds.others(directory.holds)
+            files += [folder / name for folder in (directory.leases, directory.trash) for name in names_in(folder)]
         undecided = {path: state for path in files if (state := state_of(path)) is not None}
         if undecided:
             log.warning("watching whether the owners of %d holds and leases are alive", len(undecided))
@@ -408,6 +410,7 @@ class ModelCache:
         for directory in self.directories.writable():
             self._holds.watch(directory.holds)
             self._leases.watch(directory.leases)
+            self._leases.watch(directory.trash)
             self._leases.watch_partial_files(directory.partial_files)
         if self._webui is not None:
             self._webui.prune()

@@ -81,7 +81,10 @@ class Leases:
             return None if look(path) is None else LeaseNote("?")
 
     def watch(self, folder: Path) -> None:
-        """Look at everybody's leases, and remove those of the dead, so that they are known when a lease is needed."""
+        """Look at everybody's leases, and remove those of the dead, so that they are known when a lease is needed.
+
+        The same serves for the trash: a worker that lives empties it at once.
+        """
         names = names_in(folder)
         self._liveness.forget_missing(folder, names)
         for name in names:

@@ -38,10 +38,10 @@ def slug(text: str, otherwise: str = "model") -> str:
 def short_name(file: str) -> str:
     """A file name to which an owner's name can be added: itself, or its beginning and a digest if it is too long.
 
-    File systems take names of 255 bytes. What is added has at most 80.
+    File systems take names of 255 bytes. What is added has at most 100.
     """
     encoded = os.fsencode(file)
-    if len(encoded) <= MAX_NAME_BYTES - 80:
+    if len(encoded) <= MAX_NAME_BYTES - 100:
         return file
     return f"{os.fsdecode(encoded[:100])}~{hashlib.sha256(encoded).hexdigest()[:16]}"
 

@@ -57,9 +57,6 @@ USES = ".uses"
 SOURCE_FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
 """The folders that a source may have for a kind: named like ours, or like the WebUI's. A source may also be flat."""
 
-_TRASH_SECONDS = 60.0  # the worker that evicts a model may still put it back
-
-
 _ALONE = "alone-"
 
 
@@ -70,14 +67,6 @@ class UnfinishedDownload(NamedTuple):
     path: Path
     size: int
     written: float
-
-
-class Trashed(NamedTuple):
-    """A file in the trash. `is_left` by a worker that was killed: a living one would have removed it long ago."""
-
-    path: Path
-    size: int
-    is_left: bool
 
 
 class CacheDirectory:
@@ -294,14 +283,11 @@ class CacheDirectory:
             return
         _unlink(trashed)
 
-    def trashed_files(self) -> Iterator[Trashed]:
-        """What is in the trash."""
-        names = self._names_in(self.trash)
-        now = self._time() if names else None
-        for name in names:
+    def trashed_files(self) -> Iterator[tuple[Path, int]]:
+        """What is in the trash, with its size."""
+        for name in self._names_in(self.trash):
             if (found := look(self.trash / name)) is not None:
-                is_left = now is not None and found.st_ctime < now - _TRASH_SECONDS
-                yield Trashed(self.trash / name, found.st_size, is_left)
+                yield self.trash / name, found.st_size
 
     def remove_sidecars(self, file: str) -> None:
         """Remove what lies beside a model."""
@@ -322,7 +308,7 @@ class CacheDirectory:
                 self.beside(file, suffix).rename(self.beside(new_name, suffix))
 
     def sweep(self, older_than: float) -> None:
-        """Remove what nobody needs any more: the trash, and partial files untouched for `older_than` seconds.
+        """Remove what nobody needs any more: partial files untouched for `older_than` seconds.
 
         Also removed are drafts of that age, which a dead writer left, and sidecars without a model. Ages are by the
         volume's own clock. Raises VolumeFailed.
@@ -330,9 +316,6 @@ class CacheDirectory:
         now = self._time()
         if now is None:
             return
-        for trashed in self.trashed_files():
-            if trashed.is_left:
-                _unlink(trashed.path)
         for path in (self.partial_files / name for name in self._names_in(self.partial_files)):
             if 0 < _mtime(path) < now - older_than and _unlink(path):
                 log.info("removed %s, left unfinished long ago", path.name)
