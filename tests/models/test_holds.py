@@ -103,6 +103,22 @@ def test_of_many_who_find_a_dead_claim_one_evicts(tmp_path: Path, start: StartWo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_claim_stays_though_a_late_worker_remembers_the_dead_one(tmp_path: Path, start: StartWorker) -> None:
+    claim = tmp_path / f"{A}.evicting"
+    claim.touch()
+    one, late = start("one"), start("late")
+    wait_until(lambda: late.liveness.is_dead(claim) and one.liveness.is_dead(claim), "a dead claim")
+    dead = late.liveness.dead_state(claim)
+    assert dead is not None
+
+    with one.holds.claim(tmp_path, A) as first:
+        late.liveness.remove(claim, dead)
+        with late.holds.claim(tmp_path, A) as second:
+            answers = (first, second)
+
+    assert answers == (True, False)
+
+
 def test_a_model_with_the_longest_name_can_be_held_and_claimed(tmp_path: Path, start: StartWorker) -> None:
     one, other = start("one"), start("other")
     names = [f"{'é' * 121}{letter}.safetensors" for letter in "ab"]  # 255 bytes

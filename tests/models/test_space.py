@@ -188,6 +188,7 @@ def test_two_jobs_that_need_each_others_room_never_wait_for_each_other(fleet: Fl
     workers = [fleet.start(checkpoint=None, limit=3 * MB, timings=timings(room_wait=30)) for _ in range(2)]
     for ref in refs[:2]:
         fetch(workers[0], ref)
+    fleet.civitai.storage.latency = 0.1  # so that each has its first model when it needs room for the second
 
     def job(number: int) -> int:
         done = 0
