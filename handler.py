@@ -56,7 +56,7 @@ async def run_job(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
         request = await jobs.run(context, worker.read_request, job.get("input"))
         async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
             async with worker.gpu.turn(context):
-                started = await jobs.run(context, worker.generator.start, request, held, undo=StartedGeneration.discard)
+                started = await jobs.run(context, worker.start, request, held, undo=StartedGeneration.discard)
             with context.timings.measure(Stage.DELIVER):
                 generation = await jobs.run(context, worker.generator.finish, started)
         return await jobs.run(context, worker.delivery.deliver, generation, request.output)
@@ -176,6 +176,10 @@ class Worker:
             with self.models.hold([lora.ref for lora in request.loras], context, tolerate=tolerate) as held:
                 place.leave()
                 yield held
+
+    def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
+        """Generate with models that are still there: another worker may have evicted one while this one was paused."""
+        return self.generator.start(request, self.models.hold_again(held, context), context)
 
     def jobs_in_flight(self, _current: int) -> int:
         """How many jobs the SDK may hold: its `concurrency_modifier`. It calls this in its loop before every take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -114,10 +115,15 @@ class Model:
 
 @dataclass(frozen=True)
 class HeldModels:
-    """Models that stay on disk as long as they are held. `failures`: why others are missing, if that is tolerated."""
+    """Models that stay on disk as long as they are held. `failures`: why others are missing, if that is tolerated.
+
+    `holds` releases them when it is closed.
+    """
 
     models: Mapping[ModelRef, Model] = field(default_factory=dict)
     failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
+    is_tolerant: bool = False
+    holds: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
 
 class OnLoraError(str, Enum):

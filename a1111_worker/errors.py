@@ -9,7 +9,8 @@
     │   ├── DownloadFailed
     │   │   └── PartialFileLost      another worker took the partial file over, or it is gone
     │   ├── VolumeFull
-    │   │   └── FileTooLong          the file system takes no file of this size
+    │   │   ├── FileTooLong          the file system takes no file of this size
+    │   │   └── RoomInUse            there would be room if other jobs released their models
     │   └── VolumeFailed             the volume cannot be read or written
     ├── WebUINotReady            did not start in time, or was given up on
     │   └── RouteMissing             a bare 404: the API is not mounted (yet)
@@ -146,6 +147,10 @@ class VolumeFull(ModelError):
 
 class FileTooLong(VolumeFull):
     """The volume takes no file of that size: evicting others would not help."""
+
+
+class RoomInUse(VolumeFull):
+    """There is no room now. There would be enough if other jobs and workers released the models that they use."""
 
 
 class VolumeFailed(ModelError):

@@ -21,6 +21,7 @@ from a1111_worker.transfer.ranges import Tuning
 from sandbox.civitai import SandboxCivitAI
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.server import Exchange
+from tests.fuse import backing_of
 
 KEY = "the-key"
 CHECKPOINT, DETAIL = 1590699, 135867
@@ -28,7 +29,7 @@ CIVITAI_TIMINGS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longe
 TUNING = Tuning(
     stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
 )
-TIMINGS = CacheTimings(heartbeat=0.05, stale_after=30.0, poll=0.02)
+TIMINGS = CacheTimings(heartbeat=0.05, stale_after=30.0, poll=0.02, room_wait=0.5, room_poll=0.02)
 
 
 def timings(**changes: float) -> CacheTimings:
@@ -90,6 +91,13 @@ class Fleet:
     def put(self, name: str, seed: int, kind: Callable[..., Path] = sdxl_lora, **about: Any) -> Path:
         """Put a file into the cache by hand."""
         return kind(self.loras / name, seed, **about)
+
+    def backing_models(self) -> list[str]:
+        """The models on a volume that may fail (tests/fuse.py), looked at from behind it."""
+        return sorted(path.name for path in (backing_of(self.models) / "loras").glob("*.safetensors"))
+
+    def on_exit(self, function: Callable[[], object]) -> None:
+        self._workers.callback(function)
 
     def asked(self) -> list[str]:
         """Everything that the network was asked for."""

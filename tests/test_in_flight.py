@@ -17,7 +17,7 @@ from a1111_worker.request.parse import parse_request
 from handler import Worker
 from sandbox import civitai as c
 from sandbox.server import Exchange
-from tests.support import DETAIL, HAND, SMALL, World, world
+from tests.support import DETAIL, HAND, SMALL, World, wait_until, world
 
 
 @pytest.fixture
@@ -61,6 +61,28 @@ def test_jobs_generate_one_after_the_other_in_the_order_they_came(it: World) -> 
         assert prompts(it) == ["a", "b", "c"]
 
     play(it, scene())
+
+
+def test_a_lora_that_was_evicted_while_its_job_waited_is_fetched_again(it: World) -> None:
+    # As by another worker that thought this one dead: it was paused for a minute.
+    it.webui.step_seconds = 0.2
+
+    async def scene() -> None:
+        first = asyncio.ensure_future(it.worker.handle(job("first", steps=10)))
+        generating = seen(it, "/sdapi/v1/txt2img")
+        await asyncio.to_thread(generating.wait, 10)
+        second = asyncio.ensure_future(it.worker.handle(job("second", loras=[{"version_id": HAND}])))
+        loras = it.models_dir / "loras"
+        await asyncio.to_thread(wait_until, lambda: [*(loras / ".holds").glob("hand_detail_flux_xl*")], "the hold")
+        (loras / "hand_detail_flux_xl.safetensors").unlink()
+        it.webui.step_seconds = 0.0
+
+        assert "error" not in await first
+        answer = await second
+        assert [lora["loaded"] for lora in answer["worker"]["loras"]] == [True]
+
+    play(it, scene())
+    assert it.civitai.resolves[HAND] == 2
 
 
 def test_a_download_for_one_job_does_not_keep_the_gpu_from_another(it: World) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from a1111_worker.catalog import LORAS, lora_of_version
 from a1111_worker.context import Deadline
 from a1111_worker.domain import Model, ModelKind, ModelRef
-from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFull
-from a1111_worker.models.eviction import Entry
+from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, VolumeFailed
+from a1111_worker.files import VolumeState, names_in, translated, volume_error, volume_state
+from a1111_worker.models.eviction import BEING_FETCHED, IN_USE, Entry
 from a1111_worker.models.holds import Holds
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import state_of
-from a1111_worker.models.names import SUFFIX, digest_file
+from a1111_worker.models.names import SUFFIX, digest_file, short_name
 from a1111_worker.models.safetensors import read_header
 from a1111_worker.models.sidecars import ModelRecord, Sidecars
 from a1111_worker.models.volume import CacheDirectories, CacheDirectory
@@ -94,6 +95,8 @@ class ModelCache:
         self._webui.prepare([*self.directories.folders(), *vae_folders])
         for path in (path for folder in vae_folders for path in folder.glob(f"*{SUFFIX}")):
             try:
+                if not path.is_file():  # to read a FIFO or a device would take for ever
+                    raise ModelRejected("it is not a regular file")
                 read_header(path)
                 self._webui.show_vae(path)
             except (ModelRejected, OSError) as error:
@@ -205,28 +208,49 @@ class ModelCache:
     def hold(self, hit: CacheHit, deadline: Deadline) -> Model | None:
         """Hold a model, and show it to the WebUI. None if it is gone by now. `release` it afterwards."""
         directory, record = hit.directory, hit.record
-        if directory.is_writable:
-            self._holds.hold(directory.holds, record.file, deadline)
-        path = directory.path(record.file)
-        if directory.size(record.file) != record.size:
-            self._release(directory, record.file)
+        model = record.model(
+            directory.path(record.file),
+            downloaded=hit.downloaded,
+            warnings=(*hit.warnings, _LOCAL_ONLY) if directory.is_local else hit.warnings,
+        )
+        if not self._hold(directory, model, deadline):
             return None
-        if self._webui is not None:
-            try:
-                self._webui.show(record.kind, path)
-            except OSError as error:
-                self._release(directory, record.file)
-                raise VolumeFull(f"the WebUI's folder of models cannot be written ({error.strerror})") from error
         self.sidecars.count_use(directory, record.file)
-        warnings = (*hit.warnings, _LOCAL_ONLY) if directory.is_local else hit.warnings
-        return record.model(path, downloaded=hit.downloaded, warnings=warnings)
+        return model
+
+    def is_still_there(self, model: Model, deadline: Deadline) -> bool:
+        """Whether a model that is held is still there. It is held and shown to the WebUI again, as in the beginning.
+
+        Another worker may have evicted it: it saw no sign of life while this worker was paused for a minute.
+        """
+        directory = self._directory_of(model)
+        if not self._hold(directory, model, deadline):
+            return False
+        self._release(directory, model.file)
+        return True
 
     def release(self, model: Model) -> None:
         """End one `hold` of a model."""
-        for directory in self.directories.of(model.kind):
-            if directory.folder == model.path.parent:
-                self._release(directory, model.file)
-                return
+        self._release(self._directory_of(model), model.file)
+
+    def _hold(self, directory: CacheDirectory, model: Model, deadline: Deadline) -> bool:
+        """Keep a model, and show it to the WebUI. False if it is gone by now; then it is not held either."""
+        if directory.is_writable:
+            self._holds.hold(directory.holds, model.file, deadline)
+        try:
+            is_there = directory.size(model.file) == model.size
+            if is_there and self._webui is not None:
+                with translated("showing a model to the WebUI"):
+                    self._webui.show(model.kind, model.path)
+        except BaseException:
+            self._release(directory, model.file)
+            raise
+        if not is_there:
+            self._release(directory, model.file)
+        return is_there
+
+    def _directory_of(self, model: Model) -> CacheDirectory:
+        return next(found for found in self.directories.of(model.kind) if found.folder == model.path.parent)
 
     def _release(self, directory: CacheDirectory, file: str) -> None:
         if directory.is_writable:
@@ -252,18 +276,27 @@ class ModelCache:
     def _entries(self, directory: CacheDirectory) -> Iterator[Entry]:
         held = self._holds.held(directory.holds)
         for file in directory.refresh().files:
-            size = directory.size(file)
+            try:
+                size, last_used = directory.size(file), self.sidecars.uses(directory, file).last
+            except VolumeFailed:
+                yield Entry(directory.kind, file, directory.path(file), 0, 0.0, "cannot be read")
+                continue
             if size is None:
                 continue
-            keep = "in use" if file in held else None
+            keep = IN_USE if short_name(file) in held else None
             if self.is_checkpoint(directory.kind, file):
                 keep = "the checkpoint"
-            last_used = self.sidecars.uses(directory, file).last
             yield Entry(directory.kind, file, directory.path(file), size, last_used, keep)
         for unfinished in directory.unfinished_downloads():
             path = unfinished.path
-            keep = "being fetched" if self._leases.is_alive(directory.leases / unfinished.key) else None
+            keep = BEING_FETCHED if self._is_being_fetched(directory, path) else None
             yield Entry(directory.kind, path.name, path, unfinished.size, unfinished.written, keep)
+        for path, size in directory.trashed_files():
+            keep = "being removed" if self._leases.is_alive(path) else None  # its worker was killed meanwhile
+            yield Entry(directory.kind, path.name, path, size, 0.0, keep)
+
+    def _is_being_fetched(self, directory: CacheDirectory, partial_file: Path) -> bool:
+        return self._leases.is_alive(directory.sign_of_life(partial_file))
 
     def is_checkpoint(self, kind: ModelKind, file: str) -> bool:
         """Whether this is the file name of the fixed checkpoint."""
@@ -273,36 +306,58 @@ class ModelCache:
     # -- removing and renaming models
 
     def evict(self, entry: Entry, why: str, *, even_checkpoint: bool = False) -> bool:
-        """Remove a model, unless anybody uses it by now. Returns whether it is gone."""
+        """Remove a model, unless anybody uses it by now. Returns whether it is gone.
+
+        Raises VolumeFailed if it cannot be found out whether it is in use, or the volume refuses its removal.
+        """
         if self.is_checkpoint(entry.kind, entry.file) and not even_checkpoint:
             return False
         directory = next(d for d in self.directories.writable() if entry.path.is_relative_to(d.folder))
         if entry.path.parent == directory.partial_files:
+            if self._is_being_fetched(directory, entry.path):
+                return False
             log.info("removing %s, left unfinished: %s", entry.file, why)
             directory.remove_partial_file(entry.path)
+            return True
+        if entry.path.parent == directory.trash:
+            with translated("emptying the trash"):
+                entry.path.unlink(missing_ok=True)
             return True
         with self._holds.claim(directory.holds, entry.file) as may_evict:
             if not may_evict:
                 return directory.size(entry.file) is None
             try:
                 trashed = directory.move_to_trash(entry.file, self._owner)
-            except OSError:
+            except FileNotFoundError:
                 return directory.size(entry.file) is None
-            if entry.file in self._holds.held(directory.holds):  # a volume that shows other workers' files late
-                directory.restore(trashed, entry.file)
+            # Without a claim, or on a volume that shows other workers' files late, somebody may hold it by now.
+            if trashed is not None and self._is_held_after_all(directory, entry.file, trashed):
                 return False
             self.sidecars.remove(directory, entry.file)
             if self._webui is not None:
                 self._webui.hide(entry.kind, entry.path)
-            trashed.unlink(missing_ok=True)
+            if trashed is not None:
+                with translated("removing a model"):
+                    trashed.unlink(missing_ok=True)
         log.info("evicted %s %s, %.2f GB: %s", entry.kind.value, entry.file, entry.size / 1e9, why)
         return True
+
+    def _is_held_after_all(self, directory: CacheDirectory, file: str, trashed: Path) -> bool:
+        """Whether anybody uses a model that is in the trash. Then it is brought back."""
+        try:
+            is_held = self._holds.is_held(directory.holds, file)
+        except VolumeFailed:
+            directory.restore(trashed, file)
+            raise
+        if is_held:
+            directory.restore(trashed, file)
+        return is_held
 
     def make_name_free(self, directory: CacheDirectory, file: str, sha256: str, deadline: Deadline) -> bool:
         """Free a name for a model with this SHA-256. False if the very model has the name already.
 
         A different file under the name is renamed after its own bytes, not deleted. Raises DownloadFailed if another
-        worker uses it.
+        worker uses it, VolumeFailed if it cannot be read.
         """
         present = _file_under_name(directory, file)
         if present is None:
@@ -314,7 +369,9 @@ class ModelCache:
             record = record or self.sidecars.rebuild(directory, present, deadline)
             new_name = digest_file(present, record.sha256)
         except ModelRejected:
-            new_name = f"{present}.not-a-model"
+            new_name = f"{short_name(present)}.not-a-model"
+        except ModelNotFound:  # it is gone by now
+            return True
         with self._holds.claim(directory.holds, present) as may_rename:
             if not may_rename:
                 raise DownloadFailed(f"another worker uses a different file under the name {present}", hint="try again")
@@ -326,17 +383,19 @@ class ModelCache:
 
     def is_in_use(self, directory: CacheDirectory, file: str) -> bool:
         """Whether there is a file of this name, and anybody uses it."""
-        return directory.size(file) is not None and file in self._holds.held(directory.holds)
+        return directory.size(file) is not None and self._holds.is_held(directory.holds, file)
 
     # -- other workers
 
     def observe_other_workers(self, deadline: Deadline, *, poll: float = 0.5) -> bool:
-        """Watch all holds and leases of other owners until each has changed or is gone. False if there are none.
+        """Watch all holds and leases of other owners, and the trash, until each file has changed or is gone.
 
-        A worker knows the others anyway. A new process has not seen anybody's files twice yet.
+        False if there are none. A worker knows the others anyway. A new process has not seen anybody's files twice yet.
         """
-        files = [path for directory in self.directories.writable() for path in self._holds.others(directory.holds)]
-        files += [path for directory in self.directories.writable() for path in directory.leases.glob("*")]
+        files: list[Path] = []
+        for directory in self.directories.writable():
+            files += self._holds.others(directory.holds)
+            files += [folder / name for folder in (directory.leases, directory.trash) for name in names_in(folder)]
         undecided = {path: state for path in files if (state := state_of(path)) is not None}
         if undecided:
             log.warning("watching whether the owners of %d holds and leases are alive", len(undecided))
@@ -347,17 +406,23 @@ class ModelCache:
         return bool(files)
 
     def look_after(self) -> None:
-        """Remove what dead workers left, and links to models that are gone."""
+        """Remove what dead workers left, and links to models that are gone. Raises VolumeFailed."""
         for directory in self.directories.writable():
             self._holds.watch(directory.holds)
             self._leases.watch(directory.leases)
+            self._leases.watch(directory.trash)
+            self._leases.watch_partial_files(directory.partial_files)
         if self._webui is not None:
             self._webui.prune()
 
 
 def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
-    """The file that has a name. If the volume does not distinguish `A` from `a`, it may be spelled differently."""
-    if directory.size(file) is None:
+    """What has a name, a model or not. If the volume takes `A` and `a` for the same, it may be spelled differently."""
+    try:
+        directory.path(file).lstat()
+    except OSError as error:
+        if volume_state(error) is not VolumeState.GONE:
+            raise volume_error(error, "looking at a file") from error
         return None
     index = directory.refresh()
     if file in index.files:

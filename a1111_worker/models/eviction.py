@@ -11,6 +11,9 @@ from a1111_worker.domain import ModelKind
 MARGIN = 64 << 20
 """Bytes that stay free for the sidecars, the WebUI's own files, and what another worker writes meanwhile."""
 
+IN_USE, BEING_FETCHED = "in use", "being fetched"
+"""Reasons to keep a file that end by themselves, with the job that uses it."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -25,53 +28,76 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Room:
+    """The room that is needed.
+
+    `needed` bytes more than there are now, and at most `limit` bytes in all (None: any number). `free` bytes are free
+    on the disk, an upper bound; `margin` of them stay free. `promised` bytes are, or will be, other jobs' downloads.
+    `own` are files that are not evicted, and that others cannot release.
+    """
+
+    needed: int
+    limit: int | None
+    free: int
+    promised: int = 0
+    margin: int = MARGIN
+    own: frozenset[Path] = frozenset()
+
+
+@dataclass(frozen=True)
 class Eviction:
-    """What is removed, in this order, and why. `short` is the bytes that would still be missing: then nothing is
-    removed at all."""
+    """What is removed, in this order, and why.
+
+    `short` is the bytes that would still be missing: then nothing is removed at all. `is_in_use`: none would be missing
+    if others released what they use.
+    """
 
     remove: tuple[Entry, ...]
     short: int
     why: str
+    is_in_use: bool = False
 
 
-def plan_eviction(
-    entries: Iterable[Entry], needed: int, *, limit: int | None, free: int, margin: int = MARGIN
-) -> Eviction:
-    """Make room for `needed` bytes: the least recently used first, nothing that must stay, nothing without need.
-
-    `limit` is what all entries together may take. `free` is what the disk still has, an upper bound.
-    """
+def plan_eviction(entries: Iterable[Entry], room: Room) -> Eviction:
+    """Make room: the least recently used first, nothing that must stay, nothing without need."""
     by_age = sorted(entries, key=lambda entry: (entry.last_used, entry.file))
-    over_limit = 0 if limit is None else sum(entry.size for entry in by_age) + needed - limit
-    over_disk = needed + (margin if needed else 0) - free
+    over_limit = 0 if room.limit is None else sum(entry.size for entry in by_age) + room.needed - room.limit
+    over_disk = room.needed + (room.margin if room.needed else 0) - room.free
     missing = max(over_limit, over_disk)
     if missing <= 0:
         return Eviction((), 0, "there is room")
-    why = f"over the limit of {_gb(limit or 0)}" if over_limit >= over_disk else f"{_gb(free)} free on the disk"
-    if needed:
-        why = f"{_gb(needed)} needed, {why}"
+    why = (
+        f"over the limit of {_gb(room.limit or 0)}" if over_limit >= over_disk else f"{_gb(room.free)} free on the disk"
+    )
+    if room.needed:
+        why = f"{_gb(room.needed)} needed, {why}"
+    others = [entry for entry in by_age if entry.path not in room.own]
     chosen: list[Entry] = []
-    for entry in by_age:
+    for entry in others:
         if missing <= 0:
             break
         if entry.keep is None:
             chosen.append(entry)
             missing -= entry.size
-    if missing > 0:
-        return Eviction((), missing, why)
-    return Eviction(tuple(chosen), 0, why)
+    if missing <= 0:
+        return Eviction(tuple(chosen), 0, why)
+    in_use = room.promised + sum(entry.size for entry in others if entry.keep in (IN_USE, BEING_FETCHED))
+    return Eviction((), missing, why, is_in_use=missing <= in_use)
 
 
-def plan_for_full_disk(entries: Iterable[Entry], needed: int, *, free: int) -> Eviction:
-    """Make room for `needed` bytes on a disk that refused them, and for a little more if that much may be removed.
+def plan_for_full_disk(
+    entries: Iterable[Entry], needed: int, *, free: int, wish: int = MARGIN, own: frozenset[Path] = frozenset()
+) -> Eviction:
+    """Make room for `needed` bytes on a disk that refused them, and for up to `wish` if that much may be removed.
 
     A disk that is full although it reports enough free space has a quota that it does not show. Then it counts as
     having nothing free.
     """
     entries = list(entries)
     free = free if free < needed else 0
-    removable = sum(entry.size for entry in entries if entry.keep is None)
-    return plan_eviction(entries, max(needed, min(MARGIN, removable + free)), limit=None, free=free, margin=0)
+    removable = sum(entry.size for entry in entries if entry.keep is None and entry.path not in own)
+    least = max(needed, min(wish, removable + free), 1)
+    return plan_eviction(entries, Room(least, None, free, margin=0, own=own))
 
 
 def _gb(size: int) -> str:

@@ -1,7 +1,7 @@
 """How a missing model gets into the cache: fetched once in this process, once in the fleet, and verified.
 
-    describe → [a job of this process fetches it: wait] → [another worker fetches it: wait] → already here, under a name
-    that claims it? → room → download → length, SHA-256, safetensors → its final name → its sidecar
+    describe → room → [a job of this process fetches it: wait] → [another worker fetches it: wait] → already here, under
+    a name that claims it? → download → length, SHA-256, safetensors → its final name → its sidecar
 
 Each step looks first whether the model has appeared in the meantime. If the job or worker that fetches gives up, one of
 those that wait takes over, and goes on with its partial file.
@@ -13,22 +13,32 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelRef
-from a1111_worker.errors import DownloadFailed, FileTooLong, ModelError, ModelRejected, PartialFileLost, VolumeFull
+from a1111_worker.errors import (
+    DownloadFailed,
+    FileTooLong,
+    ModelError,
+    ModelRejected,
+    PartialFileLost,
+    VolumeFailed,
+    VolumeFull,
+)
+from a1111_worker.files import VolumeState, translated, volume_error, volume_state
 from a1111_worker.models.cache import CacheHit, CheckpointSpec, ModelCache
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.leases import Lease, Leases
 from a1111_worker.models.progress import FileProgress, ReportFile, report_bytes
 from a1111_worker.models.single_flight import SingleFlight
-from a1111_worker.models.space import CacheSpace, missing_bytes
+from a1111_worker.models.space import CacheSpace, RoomRequest
 from a1111_worker.models.targets import FetchTarget
-from a1111_worker.models.volume import CacheDirectory, can_write
+from a1111_worker.models.volume import CacheDirectory
 from a1111_worker.transfer.download import Downloader, OnBytes, Source
+from a1111_worker.transfer.partial_file import saved_state
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +60,35 @@ class Fetcher:
         self._poll = poll
         self._single_flight = SingleFlight()
 
-    def fetch(
+    def describe(
         self, ref: ModelRef, context: JobContext, report: ReportFile, *, checkpoint: CheckpointSpec | None = None
-    ) -> CacheHit:
-        """The model that a reference with an id or a URL means, in the cache and verified.
+    ) -> FetchTarget | CacheHit:
+        """What a reference with an id or a URL means; if CivitAI cannot tell, a file that claims to be it.
 
-        With `checkpoint` it is the fixed checkpoint, and is kept under the checkpoint's name.
+        With `checkpoint` it is the fixed checkpoint, and will be kept under the checkpoint's name.
         """
         try:
-            remote = self._civitai.describe(ref, context.deadline)
+            return FetchTarget(ref, self._civitai.describe(ref, context.deadline), checkpoint)
         except ModelError as error:
             hit = self._find_unverified(ref, context.deadline, report, error) if checkpoint is None else None
             if hit is None:
                 raise
             return hit
-        target = FetchTarget(ref, remote, checkpoint)
+
+    @contextlib.contextmanager
+    def reserve(self, targets: Sequence[FetchTarget], own: frozenset[Path]) -> Iterator[frozenset[Path]]:
+        """Have room for all that one job must download, until the block ends. It is settled for all of it at once.
+
+        A model that is there by now, or that another worker fetches, needs no room; if it turns out that this worker
+        must download it after all, `fetch` has room made for it alone. `own` are the files that the job holds. Returns
+        them with those that it will write to. Raises as CacheSpace.reserve does.
+        """
+        requests = [self._room_request(target) for target in targets if not self._is_on_its_way(target)]
+        with self._space.reserve(requests, self._cache.limit, own):
+            yield own.union(*(request.resumes for request in requests))
+
+    def fetch(self, target: FetchTarget, context: JobContext, report: ReportFile) -> CacheHit:
+        """The model, in the cache and verified."""
         hit = None
         while hit is None:
             with self._single_flight.join(target.flight_key, context.is_next) as (shared, is_first):
@@ -73,7 +97,24 @@ class Fetcher:
                     hit = shared.hit = self._fetch_with_lease(target, own, shared.reporting(report))
                 elif (shared_hit := shared.wait(context.deadline, report)) is not None:
                     hit = replace(shared_hit, downloaded=False)
-        return replace(hit, warnings=(*remote.warnings, *hit.warnings))
+        return replace(hit, warnings=(*target.remote.warnings, *hit.warnings))
+
+    def _is_on_its_way(self, target: FetchTarget) -> bool:
+        """Whether nothing has to be downloaded by this worker, as far as is known."""
+        directory = self._cache.directories.for_new(target.ref.kind)
+        return (
+            self._cache.find(target.exact_ref, fresh=True) is not None
+            or any(True for _ in self._cache.list_unverified(target.exact_ref))
+            or self._leases.is_alive(directory.leases / target.key)
+        )
+
+    def _room_request(self, target: FetchTarget, partial_file: Path | None = None) -> RoomRequest:
+        """The room for a download, to `partial_file` or to where the owner of the lease downloads to."""
+        directory = self._cache.directories.for_new(target.ref.kind)
+        resumes = [partial_file or directory.partial_file(target.key, self._owner)]
+        if partial_file is None and target.sha256 is not None:
+            resumes += directory.left_partial_files(target.key, self._owner)
+        return RoomRequest(target.flight_key, target.label, directory, target.size, tuple(resumes))
 
     def _find_unverified(
         self, ref: ModelRef, deadline: Deadline, report: ReportFile, error: ModelError
@@ -94,9 +135,9 @@ class Fetcher:
     def _fetch_with_lease(self, target: FetchTarget, context: JobContext, report: ReportFile) -> CacheHit:
         """The model, downloaded by this worker while it has the lease, or by another one."""
         directory = self._cache.directories.for_new(target.ref.kind)
-        with contextlib.suppress(OSError):
-            directory.prepare()  # somebody may have removed the folders
         while True:
+            with contextlib.suppress(OSError):
+                directory.prepare()  # somebody may have removed the folders
             lease = self._wait_for_lease(target, directory, context.deadline, report)
             if isinstance(lease, CacheHit):
                 return lease
@@ -105,20 +146,15 @@ class Fetcher:
                 hit = self._find(target) or self._verify_present(target, context.deadline, report)
                 if hit is not None:
                     return hit
-                partial_file = self._prepare_partial_file(target, directory)
-                on_bytes = _reporting_both(target, lease, report)
-                # The worker is nothing without its checkpoint: no limit of ours keeps it out.
-                limit = self._cache.limit if target.checkpoint is None else None
-                room = self._space.reserve(partial_file, target.size, target.label, directory, limit)
-                try:
-                    with room, _kept_if_useful(directory, partial_file):
-                        sha256 = self._download(target, partial_file, context, on_bytes)
-                    with _kept_if_useful(directory, partial_file):  # a complete file needs no more room
-                        return self._place(target, directory, partial_file, sha256, context.deadline)
-                except PartialFileLost:
-                    log.warning(
-                        "%s: another worker took the partial file over, because this one seemed dead", target.label
+                if target.reserved_file is not None and self._cache.is_in_use(directory, target.reserved_file):
+                    raise DownloadFailed(
+                        f"another worker uses a different file under the name {target.reserved_file}",
+                        hint="try again later",
                     )
+                try:
+                    return self._fetch_file(target, lease, context, _reporting_both(target, lease, report))
+                except PartialFileLost as error:
+                    log.warning("%s: %s (this worker seemed dead)", target.label, error.message)
             context.deadline.wait(self._poll)
 
     def _wait_for_lease(
@@ -177,68 +213,82 @@ class Fetcher:
 
     # -- one file
 
-    def _prepare_partial_file(self, target: FetchTarget, directory: CacheDirectory) -> Path:
-        """Where the file is downloaded to, with what an earlier download of any worker left there."""
-        if target.sha256 is not None:
-            # Not without a hash: the owner of the partial file may only seem dead, and might still write to it.
-            directory.adopt_partial_file(target.key, self._owner)
-        if target.reserved_file is not None and self._cache.is_in_use(directory, target.reserved_file):
-            raise DownloadFailed(
-                f"another worker uses a different file under the name {target.reserved_file}", hint="try again later"
-            )
-        return directory.partial_file(target.key, self._owner)
+    def _fetch_file(self, target: FetchTarget, lease: Lease, context: JobContext, on_bytes: OnBytes) -> CacheHit:
+        """Download the file, verify it, and make it a model. The lease, if it is a real one, is this worker's.
+
+        If the volume turns out to be full (a quota does not show sooner), models are evicted, and the download goes on,
+        as long as that brings it further.
+        """
+        directory = self._cache.directories.for_new(target.ref.kind)
+        if lease.is_real:
+            partial_file = directory.partial_file(target.key, self._owner)
+        else:  # another worker may download the same file now: nothing of it is touched
+            partial_file = directory.partial_file_alone(target.key, target.sha256, self._owner)
+        request = self._room_request(target, None if lease.is_real else partial_file)
+        # The worker is nothing without its checkpoint: no limit of ours keeps it out.
+        limit = self._cache.limit if target.checkpoint is None else None
+        full_at: int | None = None  # how many bytes were there when the volume was full the last time
+        with self._space.reserve([request], limit), _kept_if_useful(directory, partial_file, target.sha256):
+            while True:
+                try:
+                    with translated("making the folders of the cache"):
+                        directory.prepare()
+                    if lease.is_real and target.sha256 is not None:
+                        check = context.deadline.check
+                        directory.adopt_partial_files(target.key, self._owner, target.sha256, check)
+                    sha256 = self._download(target, partial_file, context, on_bytes)
+                    # If the volume loses these bytes now, others do not take their place.
+                    target = replace(target, remote=replace(target.remote, sha256=sha256))
+                    return self._place(target, partial_file, sha256, context.deadline)
+                except FileTooLong:
+                    raise
+                except VolumeFull as error:
+                    state = saved_state(partial_file)
+                    present = 0 if state is None else state.present
+                    if present == full_at:
+                        raise
+                    full_at = present
+                    log.warning("%s: %s: evicting", target.label, error.message)
+                    self._space.make_room_on_full_disk(replace(request, resumes=(partial_file,)))
+                    if target.sha256 is None:
+                        directory.remove_partial_file(partial_file)
 
     def _download(self, target: FetchTarget, partial_file: Path, context: JobContext, on_bytes: OnBytes) -> str:
         """Have every byte of the file in the partial file. Returns its SHA-256, which is the right one if one is known.
 
-        A file with a wrong hash is downloaded once more, with a new link. If the disk turns out to be full (a quota
-        does not show sooner), models are evicted, once for each of the two downloads.
+        A file with a wrong hash is downloaded once more, with a new link.
         """
         directory = self._cache.directories.for_new(target.ref.kind)
         link = functools.partial(self._civitai.link, target.remote, context.deadline)
         source = Source(target.label, link, size=target.remote.size, sha256=target.sha256)
-        is_second, may_evict = False, True
-        while True:
-            try:
-                sha256 = self._downloader.fetch(source, partial_file, context, on_bytes).sha256
-            except FileTooLong:
-                raise
-            except VolumeFull:
-                if not may_evict or not can_write(partial_file.parent, self._owner):
-                    raise
-                may_evict = False
-                log.warning("the disk was full before %s was complete: evicting once", target.label)
-                missing = missing_bytes(partial_file, target.size)
-                self._space.make_room_on_full_disk(missing, target.label, directory)
-                continue
-            if target.sha256 in (None, sha256):
-                return sha256
-            if is_second:
-                raise ModelRejected(
-                    f"{target.label} was downloaded twice, and its SHA-256 is {sha256[:12]}…, "
-                    f"not {(target.sha256 or '')[:12]}…"
-                )
-            is_second, may_evict = True, True
+        sha256 = self._downloader.fetch(source, partial_file, context, on_bytes).sha256
+        if target.sha256 not in (None, sha256):
             log.warning("%s has a wrong SHA-256, %s: downloading it again, with a new link", target.label, sha256[:12])
             directory.remove_partial_file(partial_file)
+            sha256 = self._downloader.fetch(source, partial_file, context, on_bytes).sha256
+        if target.sha256 not in (None, sha256):
+            raise ModelRejected(
+                f"{target.label} was downloaded twice, and its SHA-256 is {sha256[:12]}…, "
+                f"not {(target.sha256 or '')[:12]}…"
+            )
+        return sha256
 
-    def _place(
-        self, target: FetchTarget, directory: CacheDirectory, partial_file: Path, sha256: str, deadline: Deadline
-    ) -> CacheHit:
+    def _place(self, target: FetchTarget, partial_file: Path, sha256: str, deadline: Deadline) -> CacheHit:
         """Make a complete partial file a model: the last verification, its name, its sidecar."""
+        directory = self._cache.directories.for_new(target.ref.kind)
         file = target.file(sha256)
         if target.remote.version_id is None and (same := self._cache.find_same_bytes(directory, sha256)) is not None:
             file = same.file
         try:
             record = target.record(partial_file, file, sha256)
-            if self._cache.make_name_free(directory, file, sha256, deadline):
-                directory.place(partial_file, file)
-            else:  # another worker was as fast, and the WebUI may have that file open
-                directory.remove_partial_file(partial_file)
-        except FileNotFoundError as error:
-            raise PartialFileLost(f"the partial file of {target.label} is gone", hint="try again") from error
         except OSError as error:
-            raise VolumeFull(f"{target.label} could not be written ({error.strerror or 'I/O error'})") from error
+            if volume_state(error) is VolumeState.GONE:
+                raise PartialFileLost(f"the partial file of {target.label} is gone", hint="try again") from error
+            raise volume_error(error, "reading a model back") from error
+        if self._cache.make_name_free(directory, file, sha256, deadline):
+            directory.place(partial_file, file)
+        else:  # another worker was as fast, and the WebUI may have that file open
+            directory.remove_partial_file(partial_file)
         record = self._cache.sidecars.write(directory, record)
         if target.ref.url is not None:
             self._cache.sidecars.remember_url(directory, target.ref.url, file)
@@ -257,18 +307,19 @@ def _reporting_both(target: FetchTarget, lease: Lease, report: ReportFile) -> On
 
 
 @contextlib.contextmanager
-def _kept_if_useful(directory: CacheDirectory, partial_file: Path) -> Iterator[None]:
-    """Keep the partial file after a failure only if a later download may go on with it."""
+def _kept_if_useful(directory: CacheDirectory, partial_file: Path, sha256: str | None) -> Iterator[None]:
+    """Keep the partial file after a failure only if a later download may go on with it.
+
+    A volume that failed may have lost bytes that it took before. Only a hash that is known beforehand shows that.
+    """
     try:
         yield
     except ModelError as error:
-        if not isinstance(error, DownloadFailed) or _is_empty(partial_file):
-            directory.remove_partial_file(partial_file)
+        is_useful = isinstance(error, DownloadFailed) or (
+            sha256 is not None and isinstance(error, (VolumeFull, VolumeFailed)) and not isinstance(error, FileTooLong)
+        )
+        state = saved_state(partial_file)
+        if not is_useful or state is None or not state.present:
+            with contextlib.suppress(VolumeFailed):
+                directory.remove_partial_file(partial_file)
         raise
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        return path.stat().st_size == 0
-    except OSError:
-        return True

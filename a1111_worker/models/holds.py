@@ -6,6 +6,11 @@
 A worker that holds writes its hold first, and then looks for a claim. A worker that evicts writes its claim first, and
 then looks for holds. So at least one of the two sees the other, and the evicting one gives way. How a dead owner is
 known: liveness.py.
+
+A volume that is full may refuse new files. Then models are evicted without a claim, because nothing else makes room.
+That a holder finds its model is certain without a claim too: the evicting worker looks for holds again after it has
+taken the model's name away (cache.py), and the holder looks for the model after it has written its hold. If a hold
+cannot be written either, the model may be evicted. So a job looks at its models again before it generates (manager.py).
 """
 
 from __future__ import annotations
@@ -18,8 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from a1111_worker.context import Deadline
+from a1111_worker.files import VolumeState, create_empty, error_name, names_in, volume_error, volume_state
 from a1111_worker.heartbeat import Heartbeat
 from a1111_worker.models.liveness import LivenessMonitor
+from a1111_worker.models.names import short_name
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +73,9 @@ class Holds:
         path = self._path(folder, file)
         while not self._add_user(path):
             pass  # another thread has just released it for the last time
-        claim = folder / f"{file}.{EVICTING}"
+        claim = _claim_path(folder, file)
         try:
-            while claim.exists() and not self._liveness.is_dead(claim):
+            while self._liveness.is_alive(claim):
                 deadline.wait(self._poll)
         except BaseException:
             self.release(folder, file)
@@ -84,51 +91,67 @@ class Holds:
                 self._drop_user(path, hold)
 
     def held(self, folder: Path) -> set[str]:
-        """The files of a folder that anybody alive uses. The owner's own are known without a look at the folder."""
+        """The files of a folder that anybody alive uses, as `short_name` has them.
+
+        The owner's own are known without a look at the folder. Raises VolumeFailed if it cannot be listed: then any
+        model may be in use.
+        """
         with self._lock:
             own = {path.name.removesuffix(f".{self.owner}") for path in self._own if path.parent == folder}
-        return own | {file for file, owner in self._living(folder) if owner != EVICTING}
+        return own | {file for file, owner in self._living(folder, names_in(folder)) if owner != EVICTING}
+
+    def is_held(self, folder: Path, file: str) -> bool:
+        """Whether anybody alive uses a model. Raises VolumeFailed if that cannot be found out."""
+        return short_name(file) in self.held(folder)
 
     @contextlib.contextmanager
     def claim(self, folder: Path, file: str) -> Iterator[bool]:
-        """The right to evict a model while the block lasts. False if anybody uses it, or is evicting it too."""
-        claim = folder / f"{file}.{EVICTING}"
+        """The right to evict a model while the block lasts. False if anybody uses it, or is evicting it too.
+
+        Raises VolumeFailed if that cannot be found out.
+        """
+        claim = _claim_path(folder, file)
+        self._liveness.remove_if_dead(claim)
+        is_written = True
         try:
-            if self._liveness.is_dead(claim):
-                claim.unlink()
-            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-        except OSError:
+            folder.mkdir(exist_ok=True)  # somebody may have removed it
+            create_empty(claim, exclusive=True)
+        except FileExistsError:
             yield False
             return
+        except OSError as error:
+            if volume_state(error) is not VolumeState.FULL:
+                raise volume_error(error, "claiming a model") from error
+            log.warning("evicting %s without a claim: the volume takes no new file (%s)", file, error_name(error))
+            is_written = False
         try:
-            yield file not in self.held(folder)
+            yield not self.is_held(folder, file)
         finally:
-            with contextlib.suppress(OSError):
-                claim.unlink()
+            if is_written:
+                with contextlib.suppress(OSError):
+                    claim.unlink()
 
     def others(self, folder: Path) -> list[Path]:
         """The holds and claims of other owners that are not known to be dead."""
-        return [folder / f"{file}.{owner}" for file, owner in self._living(folder) if owner != self.owner]
+        names = names_in(folder)
+        return [folder / f"{file}.{owner}" for file, owner in self._living(folder, names) if owner != self.owner]
 
     def watch(self, folder: Path) -> None:
         """Look at everybody's holds, and remove those of dead owners, so that they are known when room is needed."""
-        names = _names_in(folder)
+        names = names_in(folder)
         self._liveness.forget_missing(folder, set(names))
         for _ in self._living(folder, names):
             pass
 
     def _path(self, folder: Path, file: str) -> Path:
-        return folder / f"{file}.{self.owner}"
+        return folder / f"{short_name(file)}.{self.owner}"
 
-    def _living(self, folder: Path, names: list[str] | None = None) -> Iterator[tuple[str, str]]:
-        """Every hold and claim of the living as (file, owner). Those of the dead are removed."""
-        for name in _names_in(folder) if names is None else names:
+    def _living(self, folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+        """Every hold and claim of the living among `names` as (file, owner). Those of the dead are removed."""
+        for name in names:
             file, _, owner = name.rpartition(".")
-            path = folder / name
-            if owner != self.owner and self._liveness.is_dead(path):
-                log.info("removing a hold of %s: no sign of life", owner)
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            if owner != self.owner and self._liveness.is_dead(folder / name):
+                self._liveness.remove_if_dead(folder / name)
             else:
                 yield file, owner
 
@@ -141,8 +164,8 @@ class Holds:
         with hold.lock:
             if hold.is_over:
                 return False
-            if not hold.users:
-                _make(path)
+            # Also if it has users already: another worker may have thought this one dead, and removed its hold.
+            _make(path)
             hold.users += 1
             return True
 
@@ -184,19 +207,16 @@ class _OwnHold:
         self.is_over = False
 
 
+def _claim_path(folder: Path, file: str) -> Path:
+    return folder / f"{short_name(file)}.{EVICTING}"
+
+
 def _make(path: Path) -> None:
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644))
-    except FileNotFoundError:
-        with contextlib.suppress(OSError):
+        try:
+            create_empty(path)
+        except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            create_empty(path)
     except OSError as error:
-        log.warning("a hold cannot be made (%s): another worker may evict what this one uses", error.strerror)
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - only the names are needed
-    except OSError:
-        return []
+        log.warning("a hold cannot be made (%s): another worker may evict what this one uses", error_name(error))

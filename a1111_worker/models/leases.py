@@ -1,9 +1,8 @@
 """Leases: one worker of the fleet fetches a file. The others wait, and see how far it is.
 
     .leases/v135867         {"owner": "…", "done": 1048576, "total": 228452352}
-    .leases/v135867.42.dead somebody is removing a dead owner's lease, the file with the inode 42
 
-How a dead owner is known: liveness.py.
+How a dead owner is known, and how its lease is removed: liveness.py.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from a1111_worker.files import error_name, look, names_in, read_small
 from a1111_worker.heartbeat import Heartbeat
-from a1111_worker.models.liveness import FileState, LivenessMonitor, state_of
+from a1111_worker.models.liveness import LivenessMonitor
 
 log = logging.getLogger(__name__)
 
@@ -50,74 +50,58 @@ class Leases:
     def acquire(self, path: Path) -> Lease | None:
         """The lease, or None if another worker has it.
 
-        A lease that cannot be made is granted all the same: that costs a second download, and nothing else.
+        A lease that cannot be made is granted all the same, but it is not real: other workers do not see it, and may
+        fetch the same file. So its owner touches nothing that another worker may be using.
         """
-        self._remove_if_dead(path)
+        self._liveness.remove_if_dead(path)
         descriptor = None
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return None
         except OSError as error:
-            log.warning("a lease cannot be made (%s): another worker may fetch the same file", error.strerror)
+            log.warning("a lease cannot be made (%s): another worker may fetch the same file", error_name(error))
         lease = Lease(path, self.owner, descriptor, self._heartbeat, self._write_interval)
         lease.update(0, None)
         return lease
 
     def is_alive(self, path: Path) -> bool:
-        """Whether somebody alive has this lease, as far as is known."""
-        return path.exists() and not self._liveness.is_dead(path)
+        """Whether somebody alive has this lease (or another sign of life), as far as is known."""
+        return self._liveness.is_alive(path)
 
     def read(self, path: Path) -> LeaseNote | None:
         """The note of a lease, whoever has it, or None if there is no such lease."""
         try:
-            note = json.loads(path.read_bytes() or b"{}")
+            note = json.loads(read_small(path) or b"{}")
             total = note.get("total")
             return LeaseNote(
                 str(note.get("owner", "?")), int(note.get("done", 0)), total if isinstance(total, int) else None
             )
         except (OSError, ValueError, AttributeError, TypeError):
-            return LeaseNote("?") if path.exists() else None
+            return None if look(path) is None else LeaseNote("?")
 
     def watch(self, folder: Path) -> None:
-        """Look at everybody's leases, and remove those of the dead, so that they are known when a lease is needed."""
-        try:
-            names = os.listdir(folder)  # noqa: PTH208 - names are all that is needed
-        except OSError:
-            return
+        """Look at everybody's leases, and remove those of the dead, so that they are known when a lease is needed.
+
+        The same serves for the trash: a worker that lives empties it at once.
+        """
+        names = names_in(folder)
         self._liveness.forget_missing(folder, names)
         for name in names:
-            self._remove_if_dead(folder / name)
+            self._liveness.remove_if_dead(folder / name)
 
-    def _remove_if_dead(self, path: Path) -> None:
-        dead = self._liveness.dead_state(path)
-        if dead is not None:
-            self._remove(path, dead)
-
-    def _remove(self, path: Path, dead: FileState) -> None:
-        """Remove a lease, if it is still the dead one. By now another worker may have removed it and have its own.
-
-        Only the worker that makes the ticket for this very file may remove it. So no new lease can appear between the
-        look and the removal.
-        """
-        ticket = path.with_name(f"{path.name}.{dead[2]}.dead")
-        try:
-            os.close(os.open(ticket, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-        except OSError:
-            return
-        with contextlib.suppress(OSError):
-            if state_of(path) == dead:
-                owner = (self.read(path) or LeaseNote("somebody")).owner
-                path.unlink()
-                log.info("removed the lease of %s: no sign of life for %g s", owner, self._liveness.stale_after)
-        with contextlib.suppress(OSError):
-            ticket.unlink()
+    def watch_partial_files(self, folder: Path) -> None:
+        """Look at everybody's partial files, so that those of dead owners without a lease are known."""
+        names = names_in(folder)
+        self._liveness.forget_missing(folder, names)
+        for name in names:
+            self._liveness.is_dead(folder / name)
 
 
 class Lease:
     """A lease that this worker has, and keeps fresh inside a `with`.
 
-    Without a descriptor it could not be made on the disk, and only its owner knows of it.
+    Without a descriptor it could not be made on the disk, and only its owner knows of it: it is not `is_real`.
     """
 
     def __init__(
@@ -126,6 +110,7 @@ class Lease:
         self._path = path
         self._owner = owner
         self._descriptor = descriptor
+        self.is_real = descriptor is not None
         self._heartbeat = heartbeat
         self._write_interval = write_interval
         self._written_at = float("-inf")
@@ -146,7 +131,8 @@ class Lease:
             # If the file is another one, this worker seemed dead, and another worker has the lease.
             if os.path.samestat(os.fstat(descriptor), self._path.stat()):
                 self._path.unlink()
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
     def update(self, done: int, total: int | None) -> None:
         """Write how far the fetch is, for those who wait."""

@@ -12,12 +12,14 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
+from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress, Stage
 from a1111_worker.errors import (
     DownloadFailed,
     InvalidRequest,
@@ -26,8 +28,11 @@ from a1111_worker.errors import (
     ModelError,
     ModelNotFound,
     ModelRejected,
+    RoomInUse,
+    VolumeFailed,
     VolumeFull,
 )
+from a1111_worker.files import error_name, look
 from a1111_worker.heartbeat import Heartbeat
 from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache
 from a1111_worker.models.civitai import CivitAI
@@ -41,10 +46,14 @@ from a1111_worker.models.progress import AggregateProgress, ReportFile, report_b
 from a1111_worker.models.safetensors import families_fit
 from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.models.space import CacheSpace
+from a1111_worker.models.targets import FetchTarget
 from a1111_worker.models.volume import CacheDirectory
 from a1111_worker.transfer.download import Downloader
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_Source = FetchTarget | CacheHit | None
 
 MAX_THREADS = 16
 """Models of one job that are fetched at the same time."""
@@ -62,6 +71,8 @@ class CacheTimings:
     heartbeat: float = 10.0  # between two touches of its own files, and between two looks at those of others
     stale_after: float = 60.0  # an owner whose file does not change for so long is dead
     poll: float = 0.1  # between two looks while another worker fetches
+    room_wait: float = 60.0  # how long a job waits until others release the models that take its room
+    room_poll: float = 1.0  # between two looks meanwhile
     sweep: float = 3600.0  # between two removals of what nobody needs any more
 
 
@@ -100,6 +111,8 @@ class ModelManager:
             self.cache.prepare_webui_folder()
         except OSError as error:
             self._webui_folder_error = error
+        self._room_wait = timings.room_wait
+        self._room_poll = timings.room_poll
         self._sweep_interval = timings.sweep
         self._next_sweep = 0.0
         # It has a heartbeat of its own: on a large or slow volume it takes long, and no sign of life may wait for it.
@@ -123,20 +136,22 @@ class ModelManager:
     def prepare_checkpoint(self, context: JobContext) -> Model:
         """Have the fixed checkpoint on disk, and keep it there as long as this worker lives.
 
-        If it is on disk under its name, it is used without asking anybody. Raises VolumeFull, before a byte is fetched,
-        if nothing can be shown to the WebUI.
+        If it is on disk under its name, it is used without asking anybody. Raises VolumeFailed, before a byte is
+        fetched, if nothing can be shown to the WebUI.
         """
-        if self._checkpoint_spec is None:
+        spec = self._checkpoint_spec
+        if spec is None:
             raise ModelNotFound("no checkpoint is configured")
         if self._webui_folder_error is not None:
-            raise VolumeFull(
-                f"the WebUI's folder of models cannot be made ({self._webui_folder_error.strerror})",
+            raise VolumeFailed(
+                f"the WebUI's folder of models cannot be made ({error_name(self._webui_folder_error)})",
                 hint="set WEBUI_MODELS_DIR to one",
             ) from self._webui_folder_error
         with self._checkpoint_lock:
             model = self._checkpoint
-            if model is None or not model.path.exists():
-                model = self._checkpoint = self._obtain_checkpoint(self._checkpoint_spec, context)
+            if model is None or not self.cache.is_still_there(model, context.deadline):
+                model = self._wait_for_room(context, lambda _: self._obtain_checkpoint(spec, context))
+                self._checkpoint = model
             return model
 
     def _obtain_checkpoint(self, spec: CheckpointSpec, context: JobContext) -> Model:
@@ -144,7 +159,8 @@ class ModelManager:
         while True:
             hit = self._find_checkpoint(spec, context.deadline, report)
             if hit is None:
-                hit = self._fetcher.fetch(spec.ref, context, report, checkpoint=spec)
+                found = self._fetcher.describe(spec.ref, context, report, checkpoint=spec)
+                hit = found if isinstance(found, CacheHit) else self._fetcher.fetch(found, context, report)
                 if not spec.accepts(hit.record):
                     raise ModelRejected(
                         f"the checkpoint has the SHA-256 {hit.record.sha256[:12]}…, "
@@ -174,7 +190,7 @@ class ModelManager:
         cache = self.cache.directories.of(ModelKind.LORA)[0]
         if cache.is_writable:  # if it could not be made at the start, the local folder is used in its place
             next(cache.folder.iterdir(), None)
-        if self._checkpoint is None or not self._checkpoint.path.exists():
+        if self._checkpoint is None or look(self._checkpoint.path) is None:
             raise ModelNotFound("the checkpoint is not on disk any more")
 
     # -- a job's models
@@ -184,27 +200,75 @@ class ModelManager:
         """Have every model on disk, and keep it there until the block ends.
 
         Raises the first ModelError. With `tolerate` those are in `failures` instead. Downloads of a job that the GPU
-        waits for (`context.is_next`) go before others'.
+        waits for (`context.is_next`) go before others'. If only models in use leave no room, the job releases its own
+        and waits. So two jobs never wait for each other.
         """
         refs = list(dict.fromkeys(refs))
+        held = self._wait_for_room(
+            context, lambda is_last: self._hold_all(refs, context, _Tolerance(tolerate, is_last))
+        )
+        with held.holds:
+            yield held
+
+    def hold_again(self, held: HeldModels, context: JobContext) -> HeldModels:
+        """The same models, after another look at each: one that is gone by now is fetched again.
+
+        Another worker evicts models of a worker that it thinks dead. This one may have been only paused.
+        """
+        models, failures = dict(held.models), dict(held.failures)
+        for ref, model in held.models.items():
+            if self.cache.is_still_there(model, context.deadline):
+                continue
+            log.warning("%s was evicted while it was held: getting it again", model.file)
+            tolerance = _Tolerance(held.is_tolerant, is_last=True)
+            models.pop(ref)
+            again = self._hold_missing([ref], context, tolerance, held.holds)
+            checked = self._check_families([ref], again, tolerance)
+            models |= checked.models
+            failures |= checked.failures
+        return replace(held, models=models, failures=failures)
+
+    def _wait_for_room(self, context: JobContext, attempt: Callable[[bool], T]) -> T:
+        """Call `attempt` again, for at most `room_wait` seconds, if only models in use leave it no room.
+
+        It is told whether this is its last call.
+        """
+        until: float | None = None
+        while True:
+            is_last = until is not None and time.monotonic() >= until
+            try:
+                return attempt(is_last)
+            except RoomInUse as error:
+                if is_last:
+                    raise
+                until = until or time.monotonic() + self._room_wait
+                left = max(0.0, until - time.monotonic())
+                log.info("waiting for room, %.0f s at most: %s", left, error.message)
+                detail = f"waiting for room until other jobs release their models, {left:.0f} s at most"
+                context.report(Progress(Stage.MODELS, detail=detail))
+            context.deadline.wait(min(self._room_poll, left))
+
+    def _hold_all(self, refs: Sequence[ModelRef], context: JobContext, tolerance: _Tolerance) -> HeldModels:
+        """Hold every model, or none if one fails and that is not tolerated."""
         with contextlib.ExitStack() as holds:
-            outcomes: dict[ModelRef, Model | BaseException] = {}
+            outcomes: dict[ModelRef, Model | ModelError] = {}
             for ref in refs:
-                if (model := self._hold_known(ref, context.deadline)) is not None:
+                try:
+                    model = self._hold_known(ref, context.deadline)
+                except ModelError as error:
+                    if not tolerance.allows(error):
+                        raise
+                    outcomes[ref] = error
+                    continue
+                if model is not None:
                     holds.callback(self.cache.release, model)
                     outcomes[ref] = model
             missing = [ref for ref in refs if ref not in outcomes]
             if missing:
-                fetched = self._fetch_missing(missing, context, tolerate=tolerate)
-                for outcome in fetched.values():
-                    if isinstance(outcome, Model):
-                        holds.callback(self.cache.release, outcome)
-                _raise_unless_tolerable(fetched, context.deadline)
-                outcomes |= fetched
-            held = self._check_families(refs, outcomes)
-            if held.failures and not tolerate:
-                raise next(iter(held.failures.values()))
-            yield held
+                own = frozenset(model.path for model in outcomes.values() if isinstance(model, Model))
+                outcomes |= self._hold_missing(missing, context, tolerance, holds, own)
+            held = self._check_families(refs, outcomes, tolerance)
+            return replace(held, holds=holds.pop_all())
 
     def _hold_known(self, ref: ModelRef, deadline: Deadline) -> Model | None:
         """Hold a model that is there and known. Nobody is asked, and nothing is read."""
@@ -216,47 +280,118 @@ class ModelManager:
             return None
         return self.cache.hold(hit, deadline)
 
-    def _fetch_missing(
-        self, refs: Sequence[ModelRef], context: JobContext, *, tolerate: bool
-    ) -> dict[ModelRef, Model | BaseException]:
-        """Have models that are missing, all at once. Returns each one, held, or the error that it ended with.
+    def _hold_missing(
+        self,
+        refs: Sequence[ModelRef],
+        context: JobContext,
+        tolerance: _Tolerance,
+        holds: contextlib.ExitStack,
+        own: frozenset[Path] = frozenset(),
+    ) -> dict[ModelRef, Model | ModelError]:
+        """Have models that are missing, all at once, and hold them until `holds` is closed.
 
-        The first failure ends the others, unless it is a ModelError and those are tolerated.
+        Room for all of them is settled before the first byte, and nothing is evicted if they do not fit together with
+        `own`, the files that the job holds. Returns each model, or the error that is tolerated. The first failure that
+        is not tolerated ends the others, and is raised.
         """
         progress = AggregateProgress(len(refs), context.report)
+
+        def describe(ref: ModelRef, context: JobContext) -> _Source:
+            return self._describe(ref, context, progress.of(ref))
+
+        def obtain(ref: ModelRef, context: JobContext) -> Model:
+            model = self._obtain(ref, sources.pop(ref), context, progress.of(ref))
+            holds.callback(self.cache.release, model)
+            progress.count_ready()
+            return model
+
+        found = self._for_each(refs, describe, context, tolerance)
+        failed = {ref: source for ref, source in found.items() if isinstance(source, ModelError)}
+        targets = {ref: source for ref, source in found.items() if isinstance(source, FetchTarget)}
+        with contextlib.ExitStack() as room:
+            failed |= self._reserve(targets, own, tolerance, room)
+            sources = {ref: s for ref, s in found.items() if ref not in failed and not isinstance(s, ModelError)}
+            return {**failed, **self._for_each(list(sources), obtain, context, tolerance)}
+
+    def _reserve(
+        self,
+        targets: Mapping[ModelRef, FetchTarget],
+        own: frozenset[Path],
+        tolerance: _Tolerance,
+        room: contextlib.ExitStack,
+    ) -> dict[ModelRef, ModelError]:
+        """Have room for everything that a job must download, until `room` is closed.
+
+        If not everything fits and that is tolerated: for as much as fits, in the job's order. Returns the errors of the
+        others.
+        """
+        try:
+            room.enter_context(self._fetcher.reserve(list(targets.values()), own))
+            return {}
+        except VolumeFull as error:
+            if not tolerance.allows(error):
+                raise
+        failed: dict[ModelRef, ModelError] = {}
+        for ref, target in targets.items():
+            try:
+                own = room.enter_context(self._fetcher.reserve([target], own))
+            except VolumeFull as error:
+                failed[ref] = error
+        return failed
+
+    def _for_each(
+        self,
+        refs: Sequence[ModelRef],
+        function: Callable[[ModelRef, JobContext], T],
+        context: JobContext,
+        tolerance: _Tolerance,
+    ) -> dict[ModelRef, T | ModelError]:
+        """Call a function for each reference, all at once. Returns what it returned, or the error that is tolerated.
+
+        The first failure that is not tolerated ends the other calls, and is raised.
+        """
         # A cancellation of their own, so that one failure can end the others without cancelling the job.
         own = replace(context, deadline=Deadline(context.deadline.remaining()))
         with (
             context.deadline.on_cancel(own.deadline.cancel),
-            ThreadPoolExecutor(min(len(refs), MAX_THREADS), "models") as threads,
+            ThreadPoolExecutor(max(1, min(len(refs), MAX_THREADS)), "models") as threads,
         ):
             futures = {
                 # In a copy of the context, so that log lines carry the job's id.
-                ref: threads.submit(contextvars.copy_context().run, self._obtain, ref, own, progress)
+                ref: threads.submit(contextvars.copy_context().run, function, ref, own)
                 for ref in refs
             }
             for future in as_completed(futures.values()):
                 error = future.exception()
-                if error is not None and not (tolerate and isinstance(error, ModelError)):
+                if error is not None and not tolerance.allows(error):
                     own.deadline.cancel()
-        return {ref: future.exception() or future.result() for ref, future in futures.items()}
+        errors = [future.exception() for future in futures.values()]
+        _raise_worst([error for error in errors if error and not tolerance.allows(error)], context.deadline)
+        outcomes: dict[ModelRef, T | ModelError] = {}
+        for ref, future in futures.items():
+            error = future.exception()
+            outcomes[ref] = error if isinstance(error, ModelError) else future.result()
+        return outcomes
 
-    def _obtain(self, ref: ModelRef, context: JobContext, progress: AggregateProgress) -> Model:
+    def _describe(self, ref: ModelRef, context: JobContext, report: ReportFile) -> _Source:
+        """What a reference means. None: a bare name, which is looked for on disk alone."""
+        return None if ref.is_bare_name else self._fetcher.describe(ref, context, report)
+
+    def _obtain(self, ref: ModelRef, source: _Source, context: JobContext, report: ReportFile) -> Model:
         """Have a model that is not there, or of which nothing is known, and hold it."""
-        report = progress.of(ref)
         while True:
-            if ref.is_bare_name:
+            if source is None:
                 hit = self._identify(ref, context.deadline, report)
             else:
-                hit = self._fetcher.fetch(ref, context, report)
+                hit = source if isinstance(source, CacheHit) else self._fetcher.fetch(source, context, report)
             if ref.sha256 is not None and hit.record.sha256 != ref.sha256:
                 raise ModelRejected(
                     f"{ref.label} has the SHA-256 {hit.record.sha256[:12]}…, and {ref.sha256[:12]}… was asked for"
                 )
             model = self.cache.hold(hit, context.deadline)
             if model is not None:
-                progress.count_ready()
                 return model
+            source = self._describe(ref, context, report)
 
     def _identify(self, ref: ModelRef, deadline: Deadline, report: ReportFile) -> CacheHit:
         """The file that a bare name means. It is read if nothing is known of it."""
@@ -269,21 +404,25 @@ class ModelManager:
         raise ModelNotFound(f"no model is known by the name {ref.label}", hint=hint)
 
     def _check_families(
-        self, refs: Sequence[ModelRef], outcomes: Mapping[ModelRef, Model | BaseException]
+        self, refs: Sequence[ModelRef], outcomes: Mapping[ModelRef, Model | ModelError], tolerance: _Tolerance
     ) -> HeldModels:
-        """The models and failures, in the order of `refs`. A LoRA that does not fit the checkpoint is a failure."""
+        """The models and failures, in the order of `refs`. A LoRA that does not fit the checkpoint is a failure.
+
+        Raises the first failure if it is not tolerated.
+        """
         models: dict[ModelRef, Model] = {}
         failures: dict[ModelRef, ModelError] = {}
         for ref in refs:
             outcome = outcomes[ref]
-            if isinstance(outcome, Model):
-                try:
-                    models[ref] = self._check_family(outcome)
-                except ModelError as error:
-                    failures[ref] = error
-            elif isinstance(outcome, ModelError):
-                failures[ref] = outcome
-        return HeldModels(models, failures)
+            try:
+                if isinstance(outcome, ModelError):
+                    raise outcome
+                models[ref] = self._check_family(outcome)
+            except ModelError as error:
+                if not tolerance.allows(error):
+                    raise
+                failures[ref] = error
+        return HeldModels(models, failures, tolerance.is_tolerant)
 
     def _check_family(self, model: Model) -> Model:
         """The model if it can be applied to the checkpoint, with a warning if that is unknown. Else ModelRejected."""
@@ -311,11 +450,14 @@ class ModelManager:
 
     def _verify(self, directory: CacheDirectory, entry: Entry, deadline: Deadline, *, repair: bool) -> VerifyResult:
         sidecars = self.cache.sidecars
-        known = sidecars.find(directory, entry.file) or sidecars.find_for_changed_file(directory, entry.file)
         spec = self._checkpoint_spec if self.cache.is_checkpoint(entry.kind, entry.file) else None
+        known: ModelRecord | None = None
         is_damaged = True
         try:
+            known = sidecars.find(directory, entry.file) or sidecars.find_for_changed_file(directory, entry.file)
             found = sidecars.rebuild(directory, entry.file, deadline, keep=known is None)
+        except (VolumeFailed, ModelNotFound) as error:  # nothing was read, so nothing is known to be wrong
+            return VerifyResult(entry, None, f"unknown: {error.message}", ok=False)
         except ModelError as error:
             problem = f"damaged: {error.message}"
         else:
@@ -370,28 +512,44 @@ class ModelManager:
     def shrink(self, to_bytes: int) -> tuple[Entry, ...]:
         """Evict until the cache takes no more than `to_bytes`. Raises VolumeFull if what must stay takes more."""
         before = self.cache.list_entries()
-        directory = self.cache.directories.for_new(ModelKind.LORA)
-        CacheSpace(self.cache).make_room(0, "nothing more", directory, limit=to_bytes)
+        CacheSpace(self.cache).shrink(to_bytes)
         after = {entry.path for entry in self.cache.list_entries()}
         return tuple(entry for entry in before if entry.path not in after)
 
     def _look_after(self) -> None:
-        self.cache.look_after()
-        if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + self._sweep_interval
-            for directory in self.cache.directories.writable():
-                directory.sweep(PARTIAL_FILE_SECONDS)
+        try:
+            self.cache.look_after()
+            if time.monotonic() >= self._next_sweep:
+                self._next_sweep = time.monotonic() + self._sweep_interval
+                for directory in self.cache.directories.writable():
+                    directory.sweep(PARTIAL_FILE_SECONDS)
+        except VolumeFailed as error:
+            log.warning("looking after the cache: %s", error.message)
 
 
-def _raise_unless_tolerable(outcomes: Mapping[ModelRef, Model | BaseException], deadline: Deadline) -> None:
-    """Raise what ended the job rather than one of its models."""
+@dataclass(frozen=True)
+class _Tolerance:
+    """Which failures do not end a job: those of its models, if it `is_tolerant`.
+
+    Unless it `is_last`, the job will try again if only models in use leave no room, so that is not tolerated yet.
+    """
+
+    is_tolerant: bool
+    is_last: bool
+
+    def allows(self, error: BaseException) -> bool:
+        may_wait = isinstance(error, RoomInUse) and not self.is_last
+        return self.is_tolerant and isinstance(error, ModelError) and not may_wait
+
+
+def _raise_worst(errors: Sequence[BaseException], deadline: Deadline) -> None:
+    """Raise what ended a job, if anything did: what is no model's failure first, a lack of room last."""
     deadline.check()
-    for outcome in outcomes.values():
-        if isinstance(outcome, (Model, ModelError, JobCancelled)):  # cancelled: another model's failure ended it
-            continue
-        if isinstance(outcome, JobTimeout):
+    errors = [error for error in errors if not isinstance(error, JobCancelled)]  # another failure ended these
+    for error in sorted(errors, key=lambda error: (isinstance(error, ModelError), isinstance(error, RoomInUse))):
+        if isinstance(error, JobTimeout):
             deadline.wait(1.0)  # the job's own deadline ends a moment later, and its error names the right time
-        raise outcome
+        raise error
 
 
 def _source_of(known: ModelRecord) -> ModelRef | None:

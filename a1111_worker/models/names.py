@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 SUFFIX = ".safetensors"
 
 SLUG_LENGTH = 80
+MAX_NAME_BYTES = 255
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)  # devices, on Windows volumes
 _VERSION = re.compile(r"_([1-9][0-9]{0,15})(?:_([1-9][0-9]{0,15}))?\.safetensors$", re.IGNORECASE)
 _DIGEST = re.compile(r"_([0-9a-f]{16})\.safetensors$")
@@ -30,6 +33,17 @@ def slug(text: str, otherwise: str = "model") -> str:
     if not plain or _RESERVED.match(plain):
         plain = f"{otherwise}-{plain}".rstrip("-")[:SLUG_LENGTH]
     return plain
+
+
+def short_name(file: str) -> str:
+    """A file name to which an owner's name can be added: itself, or its beginning and a digest if it is too long.
+
+    File systems take names of 255 bytes. What is added has at most 100.
+    """
+    encoded = os.fsencode(file)
+    if len(encoded) <= MAX_NAME_BYTES - 100:
+        return file
+    return f"{os.fsdecode(encoded[:100])}~{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
 def version_file(name: str, version_id: int, file_id: int | None = None) -> str:

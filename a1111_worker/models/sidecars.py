@@ -8,10 +8,11 @@
          "downloaded_at": "2026-01-31T12:00:00Z"}
     detail_tweaker_xl.safetensors.uses      one byte a use, appended; its time is the last use
 
-A sidecar is knowledge, never the truth. It is not believed if it is unreadable, has another schema, or has another size
-than the file. Then the file is read once, as if there were no sidecar. `version_id` is set only if the file's bytes are
-verified to be that version's. `null` means that somebody put the file there by hand (or that CivitAI could not be
-asked), whatever its name claims. The time of such a file is compared too, because people replace such files.
+A sidecar is knowledge, never the truth. It is not believed if it makes no sense, is no regular file, has more than 1
+MB, or has another schema or another size than the file. Then the file is read once, as if there were no sidecar.
+`version_id` is set only if the file's bytes are verified to be that version's. `null` means that somebody put the file
+there by hand (or that CivitAI could not be asked), whatever its name claims. The time of such a file is compared too,
+because people replace such files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -31,8 +33,16 @@ from typing import Any
 
 from a1111_worker.context import Deadline
 from a1111_worker.domain import Model, ModelKind, ModelRef
-from a1111_worker.errors import ModelNotFound
-from a1111_worker.files import write_atomically
+from a1111_worker.errors import ModelNotFound, ModelRejected
+from a1111_worker.files import (
+    VolumeState,
+    error_name,
+    look,
+    read_small,
+    volume_error,
+    volume_state,
+    write_atomically,
+)
 from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.safetensors import family_of, lora_hash, read_header
 from a1111_worker.models.volume import SIDECAR, USES, CacheDirectory
@@ -179,7 +189,10 @@ class Sidecars:
         self._lock = threading.Lock()  # guards the dict alone, never a call to the volume
 
     def find(self, directory: CacheDirectory, file: str) -> ModelRecord | None:
-        """What is known of a model without reading it. None if nothing is known, or there is no such model."""
+        """What is known of a model without reading it. None if nothing is known, or there is no such model.
+
+        Raises VolumeFailed if the volume does not tell.
+        """
         for sidecar in self._sidecars(directory, file):
             record = self._load(sidecar, directory, file)
             if record is not None:
@@ -190,7 +203,7 @@ class Sidecars:
         """What was known of a downloaded model whose file has another size now: what it was, and where it came from."""
         for sidecar in self._sidecars(directory, file):
             with contextlib.suppress(OSError, ValueError):
-                record = ModelRecord.from_json(sidecar.read_bytes())
+                record = ModelRecord.from_json(read_small(sidecar))
                 source = record.version_id or record.url
                 if record.file == file and record.kind is directory.kind and source is not None:
                     return record
@@ -203,14 +216,15 @@ class Sidecars:
         """
         try:
             record = replace(record, mtime=int(directory.path(record.file).stat().st_mtime))
-        except OSError:
+        except OSError as error:
+            log.warning("the sidecar of %s could not be written (%s)", record.file, error_name(error))
             return record
         sidecar = self._sidecars(directory, record.file)[-1]
         try:
             sidecar.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(sidecar, record.to_json())
         except OSError as error:
-            log.warning("the sidecar of %s could not be written: %s", record.file, error.strerror)
+            log.warning("the sidecar of %s could not be written (%s)", record.file, error_name(error))
         return record
 
     def rebuild(
@@ -224,10 +238,13 @@ class Sidecars:
     ) -> ModelRecord:
         """Read a model of which nothing is known: its format, SHA-256, family, and A1111's hash.
 
-        `keep`: write its sidecar too. Raises ModelRejected if it is no safetensors file, ModelNotFound if it is gone.
+        `keep`: write its sidecar too. Raises ModelRejected if it is no safetensors file, ModelNotFound if it is gone,
+        VolumeFailed if it cannot be read.
         """
         path = directory.path(file)
         began = time.monotonic()
+        if directory.size(file) is None and look(path) is not None:
+            raise ModelRejected(f"{file} is not a regular file")
         try:
             header = read_header(path)
             sha256 = sha256_of(path, header.size, deadline, on_progress)
@@ -241,7 +258,9 @@ class Sidecars:
                 lora_hash=lora_hash(path, header) if directory.kind is ModelKind.LORA else None,
             )
         except OSError as error:
-            raise ModelNotFound(f"{file} cannot be read from the cache ({error.strerror})") from error
+            if volume_state(error) is VolumeState.GONE:
+                raise ModelNotFound(f"{file} is not in the cache any more") from error
+            raise volume_error(error, f"reading {file}") from error
         seconds = time.monotonic() - began
         log.info("read all of %s: %.1f MB in %.1f s, sha256 %s", file, header.size / 1e6, seconds, sha256[:12])
         return self.write(directory, record) if keep else record
@@ -260,29 +279,30 @@ class Sidecars:
         if not directory.is_writable:
             return
         with contextlib.suppress(OSError):
-            descriptor = os.open(f"{directory.path(file)}{USES}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            # Nonblocking: whatever has this name, it is not waited for.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            descriptor = os.open(directory.beside(file, USES), flags, 0o644)
             try:
                 os.write(descriptor, b".")
             finally:
                 os.close(descriptor)
 
     def uses(self, directory: CacheDirectory, file: str) -> Uses:
-        """How often a model was used, and when last. One that was never used counts from when it came."""
-        try:
-            found = Path(f"{directory.path(file)}{USES}").stat()
-        except OSError:
-            try:
-                return Uses(0, directory.path(file).stat().st_mtime)
-            except OSError:
-                return Uses(0, 0.0)
-        return Uses(found.st_size, found.st_mtime)
+        """How often a model was used, and when last. One that was never used counts from when it came.
+
+        Raises VolumeFailed if the volume does not tell.
+        """
+        if (found := look(directory.beside(file, USES))) is not None:
+            return Uses(found.st_size, found.st_mtime)
+        model = look(directory.path(file))
+        return Uses(0, 0.0 if model is None else model.st_mtime)
 
     # -- the file of a URL outside CivitAI: its identity is its bytes, which nobody knows before it is fetched
 
     def file_of_url(self, directory: CacheDirectory, url: str) -> str | None:
         """The file that was fetched from a URL, if it is still there."""
         try:
-            file = (directory.urls / url_key(url)).read_text("ascii").strip()
+            file = read_small(directory.urls / url_key(url)).decode("ascii").strip()
         except (OSError, ValueError):
             return None
         return file if _OUR_FILE.fullmatch(file) and directory.size(file) is not None else None
@@ -293,26 +313,26 @@ class Sidecars:
 
     def _sidecars(self, directory: CacheDirectory, file: str) -> list[Path]:
         """Where a model's sidecar may lie. The last place is the one that is written."""
-        beside = directory.folder / f"{file}{SIDECAR}"
+        beside = directory.beside(file, SIDECAR)
         if directory.is_writable:
             return [beside]
         folder = hashlib.sha256(os.fsencode(directory.folder.absolute())).hexdigest()[:16]
-        return [beside, self._notes / folder / f"{file}{SIDECAR}"]
+        return [beside, self._notes / folder / beside.name]
 
     def _load(self, sidecar: Path, directory: CacheDirectory, file: str) -> ModelRecord | None:
-        try:
-            found = os.stat(sidecar)  # noqa: PTH116 - the fast path
-            model = os.stat(directory.path(file))  # noqa: PTH116 - the same
-        except OSError:
+        found, model = look(sidecar), look(directory.path(file))
+        if found is None or model is None or not stat.S_ISREG(model.st_mode):
             return None
         state = (found.st_mtime_ns, found.st_size, found.st_ino)
         with self._lock:
             last_state, record = self._read.get(sidecar, (None, None))
         if record is None or last_state != state:
             try:
-                record = ModelRecord.from_json(sidecar.read_bytes())
+                record = ModelRecord.from_json(read_small(sidecar))
             except (OSError, ValueError) as error:
-                reason = (error.strerror or "I/O error") if isinstance(error, OSError) else str(error)[:100]
+                if isinstance(error, OSError) and volume_state(error) is VolumeState.BROKEN:
+                    raise volume_error(error, f"reading what is known of {file}") from error
+                reason = error_name(error) if isinstance(error, OSError) else str(error)[:100]
                 log.warning("the sidecar of %s is unreadable, and will be rebuilt: %s", file, reason)
                 return None
             with self._lock:

@@ -6,6 +6,7 @@
     │   ├── jib_mix….safetensors.json               its sidecar: what is known of it (sidecars.py)
     │   ├── jib_mix….safetensors.uses               one byte a use: its size is their count, its mtime the last use
     │   ├── .parts/v1590699.<owner>.part            a partial file, not verified; beside it what its download remembers
+    │   ├── .parts/alone-v1590699….<owner>.part     the same of an owner without a lease: nobody else goes on with it
     │   ├── .leases/v1590699                        "I am fetching this": kept fresh by its owner (leases.py)
     │   ├── .holds/jib_mix….safetensors.<owner>     "I use this": kept fresh by its owner (holds.py)
     │   ├── .holds/jib_mix….safetensors.evicting    "I am evicting this"
@@ -18,7 +19,7 @@
 may vanish at any moment without harm: a lost lease costs a second download, a lost sidecar is rebuilt by reading the
 file once, a lost partial file is fetched again. No lock of the file system is used: on some network volumes every
 worker gets it. Names with a leading dot are the worker's own. Nothing that a job, a header or CivitAI says becomes a
-name except through `slug`.
+name except through `slug`. What an error of the volume means: files.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +35,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.errors import VolumeFull
-from a1111_worker.files import NO_ROOM
-from a1111_worker.models.names import SUFFIX, FileIndex
+from a1111_worker.errors import PartialFileLost, VolumeFailed
+from a1111_worker.files import (
+    VolumeState,
+    create_empty,
+    error_name,
+    look,
+    names_in,
+    translated,
+    volume_error,
+    volume_state,
+)
+from a1111_worker.models.names import MAX_NAME_BYTES, SUFFIX, FileIndex, short_name
+from a1111_worker.transfer.partial_file import drop_cached, move_bytes, saved_state
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +57,13 @@ USES = ".uses"
 SOURCE_FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
 """The folders that a source may have for a kind: named like ours, or like the WebUI's. A source may also be flat."""
 
-_TRASH_SECONDS = 60.0  # the worker that evicts a model may still put it back
+_ALONE = "alone-"
 
 
 class UnfinishedDownload(NamedTuple):
-    """A partial file on disk. `key` names what is fetched. `size` is the bytes that it takes on the disk. `written` is
-    the time of its last change, by the volume's clock."""
+    """A partial file on disk. `size` is the bytes that it takes there. `written` is the time of its last change, by the
+    volume's clock."""
 
-    key: str
     path: Path
     size: int
     written: float
@@ -119,30 +128,29 @@ class CacheDirectory:
         return self.folder / file
 
     def size(self, file: str) -> int | None:
-        """The size of a model in bytes, or None if there is no such model."""
-        try:
-            found = (self.folder / file).stat()
-        except OSError:
-            return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        """The size of a model in bytes, or None if there is no such model: only a regular file is one.
+
+        Raises VolumeFailed if that cannot be found out.
+        """
+        found = look(self.folder / file)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def index(self, *, fresh: bool = True) -> FileIndex:
         """The models that are there.
 
         `fresh` looks at the folder's time, and lists the folder again if that has changed. Without it the last listing
-        is returned, if there is one; a listing that is under way is not waited for.
+        is returned, if there is one; a listing that is under way is not waited for. Raises VolumeFailed.
         """
         index = self._index
         if index is not None and not fresh:
             return index
         with self._listing_lock:
-            try:
-                now = self.folder.stat().st_mtime_ns
-            except OSError:
+            found = look(self.folder)
+            if found is None:
                 self._index, self._listed_at = None, None
                 return FileIndex()
-            if self._index is None or now != self._listed_at:
-                self._index, self._listed_at = FileIndex.of(self._names_in(self.folder)), now
+            if self._index is None or found.st_mtime_ns != self._listed_at:
+                self._index, self._listed_at = FileIndex.of(self._names_in(self.folder)), found.st_mtime_ns
             return self._index
 
     def refresh(self) -> FileIndex:
@@ -152,31 +160,47 @@ class CacheDirectory:
         return self.index()
 
     def free(self) -> int:
-        """Bytes that may still be written. An upper bound: a volume's quota may not show."""
-        return shutil.disk_usage(self.folder).free
+        """Bytes that may still be written. An upper bound: a volume's quota may not show. Raises VolumeFailed."""
+        with translated("asking for the free space"):
+            found = os.statvfs(self.folder)
+        return found.f_bavail * found.f_frsize
 
     # -- partial files
 
     def partial_file(self, key: str, owner: str) -> Path:
-        """The path that an owner downloads to. `key` names what is fetched, the same for every worker."""
+        """The path that the owner of the lease of `key` downloads to. `key` is the same for every worker."""
         return self.partial_files / f"{key}.{owner}.part"
 
-    def adopt_partial_file(self, key: str, owner: str) -> None:
-        """Rename a partial file that another owner left, so that it is this owner's. Only one of many workers gets it.
+    def partial_file_alone(self, key: str, sha256: str | None, owner: str) -> Path:
+        """The path that an owner downloads to if it could not make a lease.
 
-        The newest one is adopted, and the others are removed. The owner's own comes before any other. Call this only
-        with the lease of `key`.
+        Nobody goes on with such a file, because its owner may be alive. With a hash in its name, no two downloads of
+        one process have the same.
+        """
+        return self.partial_file(f"{_ALONE}{key}-{(sha256 or 'unknown')[:16]}", owner)
+
+    def left_partial_files(self, key: str, owner: str) -> list[Path]:
+        """The partial files that other owners of the lease of `key` left, the newest first."""
+        own = self.partial_file(key, owner).name
+        names = [n for n in self._names_in(self.partial_files) if n.startswith(f"{key}.") and n.endswith(".part")]
+        paths = [self.partial_files / name for name in names if name != own]
+        return sorted(paths, key=_mtime, reverse=True)
+
+    def adopt_partial_files(self, key: str, owner: str, sha256: str, check: Callable[[], None]) -> None:
+        """Go on with what other owners of this lease left: their bytes move into this owner's partial file.
+
+        Call this only with the lease of `key`. `check` is called often, and may raise. A file that is not (known to be)
+        of this hash is removed. One that cannot be read stays where it is. Raises VolumeFull.
         """
         own = self.partial_file(key, owner)
-        left = sorted(self._partial_files_of(key), key=_mtime, reverse=True)
-        has_own = own in left
-        for path in left:
-            if path == own:
-                continue
-            if not has_own and _rename(path, own):
-                for beside in self._files_beside(path):
-                    _rename(beside, own.with_name(own.name + beside.name[len(path.name) :]))
-                has_own = True
+        for path in self.left_partial_files(key, owner):
+            try:
+                state = saved_state(path)
+                if state is not None and state.may_be_of(None, sha256):
+                    log.info("going on with %s, %.1f MB", path.name, state.present / 1e6)
+                    move_bytes(path, own, sha256, check)
+            except VolumeFailed as error:
+                log.warning("%s is left where it is: %s", path.name, error.message)
             else:
                 self.remove_partial_file(path)
 
@@ -188,70 +212,110 @@ class CacheDirectory:
     def unfinished_downloads(self) -> Iterator[UnfinishedDownload]:
         """Every partial file in the folder, whoever owns it."""
         for name in self._names_in(self.partial_files):
-            if name.endswith(".part"):
-                path = self.partial_files / name
-                with contextlib.suppress(OSError):
-                    found = path.stat()
-                    yield UnfinishedDownload(name.split(".", 1)[0], path, found.st_blocks * 512, found.st_mtime)
+            path = self.partial_files / name
+            if name.endswith(".part") and (found := look(path)) is not None:
+                state = saved_state(path)
+                size = min(found.st_size, found.st_blocks * 512) if state is None else state.taken
+                yield UnfinishedDownload(path, size, found.st_mtime)
+
+    def sign_of_life(self, partial_file: Path) -> Path:
+        """The file that changes as long as somebody downloads to a partial file: the lease, else the file itself."""
+        key = partial_file.name.split(".", 1)[0]
+        return partial_file if key.startswith(_ALONE) else self.leases / key
 
     def place(self, partial_file: Path, file: str) -> None:
-        """Make a verified partial file the model `file`: written through, renamed, and the rename written through."""
-        if not self.is_local:  # a container's own disk is lost with the container
-            _sync(partial_file)
-        partial_file.replace(self.folder / file)
-        if not self.is_local:
-            _sync(self.folder)
-        self.remove_partial_file(partial_file)
+        """Make a verified partial file the model `file`: written through, renamed, and the rename written through.
 
-    def _partial_files_of(self, key: str) -> Iterator[Path]:
-        for name in self._names_in(self.partial_files):
-            if name.startswith(f"{key}.") and name.endswith(".part"):
-                yield self.partial_files / name
+        Raises PartialFileLost, VolumeFull or VolumeFailed. What the volume could not keep is not in this machine's
+        memory then either: a complete partial file has to be read again before it is placed.
+        """
+        try:
+            if not self.is_local:  # a container's own disk is lost with the container
+                _sync(partial_file)
+            partial_file.replace(self.folder / file)
+        except OSError as error:
+            if volume_state(error) is VolumeState.GONE:
+                raise PartialFileLost("the partial file is gone", hint="try again") from error
+            drop_cached(partial_file)
+            raise volume_error(error, "writing a model through to the volume") from error
+        if not self.is_local:
+            try:
+                _sync(self.folder)
+            except OSError as error:  # the model is there; only a crash of the volume could undo the rename
+                log.warning("the name of %s could not be written through (%s)", file, error_name(error))
+        self.remove_partial_file(partial_file)
 
     def _files_beside(self, path: Path) -> list[Path]:
         return [path.with_name(name) for name in self._names_in(path.parent) if name.startswith(f"{path.name}.")]
 
     # -- models that go
 
-    def move_to_trash(self, file: str, owner: str) -> Path:
-        """Take a model's name away at once, and keep its bytes for the moment. Returns its path in the trash."""
-        self.trash.mkdir(exist_ok=True)  # somebody may have removed it
-        trashed = self.trash / f"{owner}-{threading.get_ident()}-{file}"
-        (self.folder / file).rename(trashed)
+    def move_to_trash(self, file: str, owner: str) -> Path | None:
+        """Take a model's name away at once, and keep its bytes for the moment. Returns its path in the trash.
+
+        None: the volume is so full that not even this is possible, and the model was removed. Raises FileNotFoundError
+        if there is no such model, or VolumeFailed.
+        """
+        trashed = self.trash / f"{owner}-{threading.get_ident()}-{short_name(file)}"
+        try:
+            self.trash.mkdir(exist_ok=True)  # somebody may have removed it
+            (self.folder / file).rename(trashed)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if volume_state(error) is not VolumeState.FULL:
+                raise volume_error(error, "moving a model to the trash") from error
+            with translated("removing a model"):
+                (self.folder / file).unlink()
+            return None
         return trashed
 
     def restore(self, trashed: Path, file: str) -> None:
         """Undo `move_to_trash`, unless somebody has put a model under that name again."""
-        with contextlib.suppress(OSError):
+        try:
             os.link(trashed, self.folder / file)  # unlike a rename it fails if the name exists
-            trashed.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # this file system has no hard links
+            if look(self.folder / file) is None:
+                with translated("bringing a model back from the trash"):
+                    trashed.rename(self.folder / file)
             return
-        if not (self.folder / file).exists():  # this file system has no hard links
-            _rename(trashed, self.folder / file)
+        _unlink(trashed)
+
+    def trashed_files(self) -> Iterator[tuple[Path, int]]:
+        """What is in the trash, with its size."""
+        for name in self._names_in(self.trash):
+            if (found := look(self.trash / name)) is not None:
+                yield self.trash / name, found.st_size
 
     def remove_sidecars(self, file: str) -> None:
         """Remove what lies beside a model."""
         for suffix in (SIDECAR, USES):
-            _unlink(self.folder / f"{file}{suffix}")
+            _unlink(self.beside(file, suffix))
+
+    def beside(self, file: str, suffix: str) -> Path:
+        """The path of what lies beside a model: its sidecar or its uses."""
+        is_short = len(os.fsencode(file)) + len(suffix) <= MAX_NAME_BYTES
+        return self.folder / f"{file if is_short else short_name(file)}{suffix}"
 
     def rename(self, file: str, new_name: str) -> None:
-        """Give a model another name, with what lies beside it."""
-        (self.folder / file).rename(self.folder / new_name)
+        """Give a model another name, with what lies beside it. Raises VolumeFailed."""
+        with translated("giving a model another name"), contextlib.suppress(FileNotFoundError):
+            (self.folder / file).rename(self.folder / new_name)
         for suffix in (SIDECAR, USES):
-            _rename(self.folder / f"{file}{suffix}", self.folder / f"{new_name}{suffix}")
+            with contextlib.suppress(OSError):
+                self.beside(file, suffix).rename(self.beside(new_name, suffix))
 
     def sweep(self, older_than: float) -> None:
-        """Remove what nobody needs any more: the trash, and partial files untouched for `older_than` seconds.
+        """Remove what nobody needs any more: partial files untouched for `older_than` seconds.
 
         Also removed are drafts of that age, which a dead writer left, and sidecars without a model. Ages are by the
-        volume's own clock: a file that is made now shows its time.
+        volume's own clock. Raises VolumeFailed.
         """
-        now = _volume_time(self.trash)
+        now = self._time()
         if now is None:
             return
-        for path in (self.trash / name for name in self._names_in(self.trash)):
-            if 0 < _ctime(path) < now - _TRASH_SECONDS:
-                _unlink(path)
         for path in (self.partial_files / name for name in self._names_in(self.partial_files)):
             if 0 < _mtime(path) < now - older_than and _unlink(path):
                 log.info("removed %s, left unfinished long ago", path.name)
@@ -259,32 +323,38 @@ class CacheDirectory:
         for name in listing:
             path = self.folder / name
             if name.startswith("."):  # a draft of a writer that died
-                if path.is_file() and 0 < _mtime(path) < now - older_than:
+                found = look(path)
+                if found is not None and stat.S_ISREG(found.st_mode) and found.st_mtime < now - older_than:
                     _unlink(path)
                 continue
             model = name.removesuffix(SIDECAR).removesuffix(USES)
             if model != name and model.endswith(SUFFIX) and model not in listing and self.size(model) is None:
                 _unlink(path)
 
-    def _names_in(self, folder: Path) -> list[str]:
+    def _time(self) -> float | None:
+        """What time it is on the volume, or None if that cannot be found out. It needs no room on the volume."""
         try:
-            return self._listdir(folder)  # thirty thousand names, not as many Path objects
+            os.utime(self.partial_files)
+            return self.partial_files.stat().st_mtime
         except OSError:
-            return []
+            return None
+
+    def _names_in(self, folder: Path) -> list[str]:
+        return names_in(folder, self._listdir)
 
 
 class CacheDirectories:
     """Where models are looked for, in this order: the cache, the local folder, the sources.
 
     New models are written to the cache. If the cache cannot be written they go to the local folder; if neither can be
-    written, nothing is fetched. A source that is the cache itself, or is not a folder, is left out.
+    written, nothing is fetched. A source that is the cache itself, or cannot be listed, is left out.
     """
 
     def __init__(self, models_dir: Path, local_dir: Path, sources: Sequence[Path], owner: str) -> None:
         self.models_dir = models_dir
         self.local_dir = local_dir
         self.sources = tuple(
-            source for source in dict.fromkeys(sources) if source.is_dir() and not _is_same(source, models_dir)
+            source for source in dict.fromkeys(sources) if _can_list(source) and not _is_same(source, models_dir)
         )
         self._writable: dict[ModelKind, CacheDirectory | None] = {}
         self._all: dict[ModelKind, list[CacheDirectory]] = {}
@@ -297,7 +367,7 @@ class CacheDirectories:
                 self._all[kind].append(local)
                 self._writable[kind] = local if local.is_writable else None
             for source in self.sources:
-                folders = [source / name for name in SOURCE_FOLDERS[kind] if (source / name).is_dir()]
+                folders = [source / name for name in SOURCE_FOLDERS[kind] if _can_list(source / name)]
                 self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
 
     def of(self, kind: ModelKind) -> list[CacheDirectory]:
@@ -305,10 +375,10 @@ class CacheDirectories:
         return self._all[kind]
 
     def for_new(self, kind: ModelKind) -> CacheDirectory:
-        """The directory that new models of a kind are written to. Raises VolumeFull if there is none."""
+        """The directory that new models of a kind are written to. Raises VolumeFailed if there is none."""
         directory = self._writable[kind]
         if directory is None:
-            raise VolumeFull("there is no folder that models can be written to", hint="set MODELS_DIR to one")
+            raise VolumeFailed("there is no folder that models can be written to", hint="set MODELS_DIR to one")
         return directory
 
     def writable(self) -> list[CacheDirectory]:
@@ -327,10 +397,10 @@ def can_write(folder: Path, owner: str) -> bool:
     """Whether files can be made in a folder. A full disk counts as writable: room may be freed on it."""
     probe = folder / f".probe-{owner}"
     try:
-        probe.touch()
+        create_empty(probe)
         probe.unlink()
     except OSError as error:
-        return error.errno in NO_ROOM
+        return volume_state(error) is VolumeState.FULL
     return True
 
 
@@ -338,10 +408,25 @@ def _prepare(directory: CacheDirectory, owner: str) -> CacheDirectory:
     """The directory with its folders made, and `is_writable` set if that was possible."""
     try:
         directory.prepare()
-        directory.is_writable = can_write(directory.folder, owner)
     except OSError as error:
-        log.warning("%s cannot be written: %s", directory.folder, error.strerror)
+        # On a full volume the models that are there can be evicted, even if our own folders cannot be made yet.
+        if volume_state(error) is not VolumeState.FULL or not directory.folder.is_dir():
+            log.warning("%s cannot be written (%s)", directory.folder, error_name(error))
+            return directory
+    directory.is_writable = can_write(directory.folder, owner)
+    if not directory.is_writable:
+        log.warning("%s cannot be written", directory.folder)
     return directory
+
+
+def _can_list(folder: Path) -> bool:
+    try:
+        with os.scandir(folder):
+            return True
+    except OSError as error:
+        if volume_state(error) is not VolumeState.GONE:
+            log.warning("%s is not used: it cannot be listed (%s)", folder, error_name(error))
+        return False
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -355,51 +440,27 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _ctime(path: Path) -> float:
-    try:
-        return path.stat().st_ctime
-    except OSError:
-        return 0.0
-
-
 def _unlink(path: Path) -> bool:
+    """Remove a file that nobody needs. If that fails, it stays for the next one who looks."""
     try:
         path.unlink()
-    except OSError:
+    except OSError as error:
+        if volume_state(error) is not VolumeState.GONE:
+            log.warning("%s could not be removed (%s)", path.name, error_name(error))
         return False
     return True
-
-
-def _rename(source: Path, target: Path) -> bool:
-    try:
-        source.rename(target)
-    except OSError:
-        return False
-    return True
-
-
-def _volume_time(folder: Path) -> float | None:
-    """What time it is on the volume, or None if nothing can be written there."""
-    probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-        return _mtime(probe) or None
-    except OSError:
-        return None
-    finally:
-        _unlink(probe)
 
 
 def _sync(path: Path) -> None:
     """Write a file or a folder through to the disk.
 
-    Some network file systems cannot do that to a folder: the rename stands anyway.
+    Some network file systems cannot do that to a folder: the rename stands anyway. Raises OSError.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(descriptor)

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from a1111_worker.domain import ModelKind
+from a1111_worker.errors import VolumeFailed
+from a1111_worker.files import look
+from a1111_worker.models.names import short_name
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class WebUIFolder:
             folder = self._root / name
             folder.mkdir(parents=True, exist_ok=True)
             for link in folder.iterdir():
-                if link.is_symlink() and not (link.exists() and str(link.readlink().parent) in allowed):
+                if link.is_symlink() and (_is_dangling(link) or str(link.readlink().parent) not in allowed):
                     log.info("removing %s/%s from what the WebUI sees", name, link.name)
                     link.unlink(missing_ok=True)
 
@@ -65,7 +68,7 @@ class WebUIFolder:
         for folder in (self._root / name for name in (*_FOLDERS.values(), _VAE)):
             for link in _children(folder):
                 with contextlib.suppress(OSError):
-                    if link.is_symlink() and not link.exists():
+                    if link.is_symlink() and _is_dangling(link):
                         link.unlink()
 
     def _link(self, link: Path, path: Path) -> None:
@@ -73,7 +76,7 @@ class WebUIFolder:
         with contextlib.suppress(OSError):
             if link.readlink() == target:
                 return
-        draft = link.with_name(f".{link.name[:120]}.{self._owner}-{threading.get_ident()}")
+        draft = link.with_name(f".{short_name(link.name)}.{self._owner}-{threading.get_ident()}")
         draft.unlink(missing_ok=True)
         draft.symlink_to(target)
         draft.replace(link)  # the old link may be in use: it changes at once
@@ -82,6 +85,14 @@ class WebUIFolder:
 def _target(path: Path) -> Path:
     """Where a link leads: the real folder, but the model's own name, which may itself be somebody's link."""
     return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _is_dangling(link: Path) -> bool:
+    """Whether a link leads to nothing. If the volume does not tell, it may lead to a model in use."""
+    try:
+        return look(link) is None
+    except VolumeFailed:
+        return False
 
 
 def _children(folder: Path) -> Iterator[Path]:

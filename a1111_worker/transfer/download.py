@@ -158,7 +158,7 @@ class Download:
             self._context.deadline.check()
         self._context.deadline.check()
         if hasher.sha256 is None:
-            raise DownloadFailed(f"{state.label} cannot be read back from the volume") from hasher.error
+            raise hasher.error or DownloadFailed(f"{state.label} cannot be read back from the volume")
         return hasher.sha256
 
     def _receive(self) -> None:

@@ -2,12 +2,17 @@
 
     v1590699.w7.part            the bytes, each in its place
     v1590699.w7.part.ranges     {"version": 1, "size": 6938041234, "etag": "\\"5d41…\\"", "sha256": "9f86…",
-                                 "boot": "0c1b…", "done": [[0, 4194304], [16777216, 33554432]]}
+                                 "boot": "0c1b…", "done": [[0, 4194304], [16777216, 33554432]], "allocated": false}
 
 The `.ranges` file is written after the bytes that it names, and replaced as a whole: if a process dies at any moment,
 the bytes that it names are there. Nothing is synced (that can stop everything for seconds on a busy volume), so this is
 not certain after a crash of the machine. Then the hash decides. If no hash is known beforehand (`sha256` is null), only
-what was written since this machine's start (`boot`) is believed.
+what was written since this machine's start (`boot`) is believed. `allocated`: the whole file takes room already.
+
+Only one process ever writes to a partial file. A worker that is thought dead may have been only paused, perhaps in the
+middle of a write. So another worker that goes on with its download moves the bytes into a file of its own.
+
+Errors of the volume are raised as `files.volume_error` has them.
 """
 
 from __future__ import annotations
@@ -19,17 +24,29 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from a1111_worker.errors import FileTooLong, PartialFileLost, VolumeFull
-from a1111_worker.files import NO_ROOM, error_name, write_atomically
-from a1111_worker.transfer.ranges import MiB
+from a1111_worker.errors import ModelError, PartialFileLost, VolumeFailed
+from a1111_worker.files import (
+    VolumeState,
+    error_name,
+    read_small,
+    translated,
+    volume_error,
+    volume_state,
+    write_atomically,
+)
+from a1111_worker.transfer.ranges import ByteRanges, MiB
 
 log = logging.getLogger(__name__)
+
+MOVED_AT_ONCE = 16 * MiB
+"""Bytes that are copied, and then cut off from where they were, by `move_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,20 @@ class PartialFileState:
     etag: str | None = None
     sha256: str | None = None
     done: tuple[tuple[int, int], ...] = ()
+    is_allocated: bool = False
+
+    @property
+    def present(self) -> int:
+        """How many bytes are there."""
+        return sum(end - start for start, end in self.done)
+
+    @property
+    def taken(self) -> int:
+        """How many bytes it takes on the disk.
+
+        `st_blocks` does not tell: on MooseFS (RunPod's network volumes) it is the length of the file, written or not.
+        """
+        return self.size if self.is_allocated else self.present
 
     def may_be_of(self, size: int | None, sha256: str | None) -> bool:
         """Whether nothing contradicts that it is of the file with this size and hash (None: unknown)."""
@@ -49,55 +80,44 @@ class PartialFileState:
 class PartialFile:
     """An open partial file. `close` it when no thread uses it any more.
 
-    Another worker takes over, by rename, the partial file of a worker that it thinks dead. That worker may have been
-    silent only for a while (paused, cut off), and the file that it has open may be a verified model by now. So every
-    change checks first that the file still has its name; else it raises PartialFileLost.
+    A worker that was thought dead finds that its file is gone, or is another one: another worker goes on with the
+    download. Every change looks at that first, and raises PartialFileLost then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise volume_error(error) from error
+        self._is_allocated = False
+        with translated("opening a partial file"):
+            # Nonblocking: whatever has this name, it is not waited for.
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if not is_regular:
+            os.close(self._fd)
+            raise VolumeFailed("something that is no regular file has the name of a partial file")
 
     def load_state(self) -> PartialFileState | None:
         """What an earlier download saved; None if there is nothing, or nothing that makes sense."""
         try:
-            raw = json.loads(ranges_file(self.path).read_bytes())
-            state = PartialFileState(
-                size=_natural(raw["size"]),
-                etag=raw["etag"] if isinstance(raw["etag"], str) else None,
-                sha256=raw["sha256"] if isinstance(raw["sha256"], str) else None,
-                done=tuple((_natural(start), _natural(end)) for start, end in raw["done"]),
-            )
-            if state.sha256 is None and raw["boot"] != _boot():
-                log.info("a partial file without a known hash is from before this machine's start; it starts over")
-                return None
-            if raw["version"] != 1 or any(end > state.size or start > end for start, end in state.done):
-                raise ValueError("ranges beyond the file")
+            state, boot = _read_state(self.path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("the saved state of a partial file is unreadable; it starts over (%s)", type(error).__name__)
             return None
-        if state.done and max(end for _, end in state.done) > os.fstat(self._fd).st_size:
+        if state.sha256 is None and boot != _boot():
+            log.info("a partial file without a known hash is from before this machine's start; it starts over")
+            return None
+        with translated("looking at a partial file"):
+            length = os.fstat(self._fd).st_size
+        if max((end for _, end in state.done), default=0) > length:
             log.warning("a partial file is shorter than its saved state; it starts over")
             return None
-        return state
+        return state if state.done else None
 
     def save_state(self, state: PartialFileState) -> None:
         """Save which bytes are there, for a later download. They must have been written."""
-        saved = {
-            "version": 1,
-            "size": state.size,
-            "etag": state.etag,
-            "sha256": state.sha256,
-            "boot": _boot(),
-            "done": [list(edges) for edges in state.done],
-        }
         try:
-            write_atomically(ranges_file(self.path), json.dumps(saved).encode())
+            _write_state(self.path, replace(state, is_allocated=self._is_allocated))
         except OSError as error:
             # The download itself goes on. It would only start over after a crash.
             log.warning("the state of a partial file could not be saved (%s)", error_name(error))
@@ -105,8 +125,9 @@ class PartialFile:
     def clear(self) -> None:
         """Start over: no bytes, no saved state."""
         self._check_name()
-        ranges_file(self.path).unlink(missing_ok=True)
-        os.ftruncate(self._fd, 0)
+        with translated("starting a partial file over"):
+            ranges_file(self.path).unlink(missing_ok=True)
+            os.ftruncate(self._fd, 0)
 
     def allocate(self, size: int) -> None:
         """Reserve room for the whole file before its first byte. Raises VolumeFull if there is none.
@@ -115,14 +136,19 @@ class PartialFile:
         volumes) does not support it. There the file only gets its length, and a lack of room shows while writing.
         """
         self._check_name()
-        before = os.fstat(self._fd).st_size
+        before = 0
         try:
-            if before > size or not size or not _fallocate(self._fd, size):
+            before = os.fstat(self._fd).st_size
+            self._is_allocated = 0 < size >= before and _fallocate(self._fd, size)
+            if not self._is_allocated:
                 os.ftruncate(self._fd, size)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, min(before, size))  # gives back what was allocated before room ran out
-            raise volume_error(error, size) from error
+            raise volume_error(error, f"allocating its {size / 1e6:,.0f} MB") from error
+        if self._is_allocated:  # saved at once: whoever looks for room now must not count it twice
+            saved = saved_state(self.path)
+            self.save_state(saved if saved is not None and saved.size == size else PartialFileState(size))
 
     def write(self, view: memoryview, at: int) -> None:
         self._check_name()
@@ -131,23 +157,34 @@ class PartialFile:
                 count = os.pwrite(self._fd, view, at)
                 view, at = view[count:], at + count
         except OSError as error:
-            raise volume_error(error) from error
+            raise volume_error(error, "writing the file") from error
 
     def read_into(self, view: memoryview, at: int) -> int:
-        return os.preadv(self._fd, [view], at)
+        with translated("reading the file back"):
+            return os.preadv(self._fd, [view], at)
 
     def truncate(self, size: int) -> None:
         self._check_name()
-        os.ftruncate(self._fd, size)
+        with translated("cutting a partial file"):
+            os.ftruncate(self._fd, size)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close it. Some volumes say only now that they could not keep the bytes: then read them again."""
+        try:
+            os.close(self._fd)
+        except OSError as error:
+            drop_cached(self.path)
+            raise volume_error(error, "closing a partial file") from error
 
     def _check_name(self) -> None:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
-                return
-        raise PartialFileLost("another worker took over its partial file", hint="try again")
+        try:
+            is_ours = os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
+        except OSError as error:
+            if volume_state(error) is not VolumeState.GONE:
+                raise volume_error(error, "looking at a partial file") from error
+            is_ours = False
+        if not is_ours:
+            raise PartialFileLost("another worker goes on with its download", hint="try again")
 
 
 class StreamingHasher:
@@ -165,7 +202,7 @@ class StreamingHasher:
         self._busy_seconds = 0.0
         self.hashed_bytes = 0
         self.sha256: str | None = None
-        self.error: OSError | None = None
+        self.error: ModelError | None = None
         self.finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="download-sha256", daemon=True)
         self._thread.start()
@@ -202,11 +239,11 @@ class StreamingHasher:
                 began = time.monotonic()
                 count = self._part.read_into(buffer[: min(len(buffer), there - self.hashed_bytes)], self.hashed_bytes)
                 if not count:
-                    raise OSError(errno.EIO, "the partial file is shorter than what was written to it")
+                    raise PartialFileLost("the partial file is shorter than what was written to it")
                 digest.update(buffer[:count])
                 self._busy_seconds += time.monotonic() - began
                 self.hashed_bytes += count
-        except OSError as error:
+        except ModelError as error:
             self.error = error
         finally:
             self.finished.set()
@@ -217,18 +254,94 @@ def ranges_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.ranges")
 
 
-def volume_error(error: OSError, needed: int | None = None) -> VolumeFull:
-    """An error of the disk as one of ours. `needed`: the model's bytes, if room for all of them was asked for."""
-    purpose = f" for the {needed / 1e6:,.0f} MB of this model" if needed else " to write the rest of this model"
-    if error.errno == errno.EFBIG:
-        return FileTooLong(
-            f"there is no room{purpose} in one file", hint="use a volume whose file system takes files of this size"
-        )
-    if error.errno in NO_ROOM:
-        return VolumeFull(
-            f"there is no room{purpose}", hint="use a larger volume, or a smaller cache limit so that older models go"
-        )
-    return VolumeFull(f"the models folder cannot be written ({error_name(error)})")
+def saved_state(part: Path) -> PartialFileState | None:
+    """The state of a partial file, whoever it belongs to, as far as its bytes are there. None if it is unknown."""
+    try:
+        state, _ = _read_state(part)
+        length = part.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return replace(state, done=tuple((start, min(end, length)) for start, end in state.done if start < length))
+
+
+def move_bytes(source: Path, target: Path, sha256: str, check: Callable[[], None]) -> None:
+    """Move the bytes of another owner's partial file into `target`, this owner's, and save its state.
+
+    Both are of the file with this hash. The bytes move from the end to the beginning, so that both files together take
+    no more room than one, and whatever ends this (`check` may raise) costs next to nothing. Raises ModelError.
+    """
+    state = saved_state(source)
+    if state is None:
+        return
+    own = saved_state(target) or PartialFileState(state.size, state.etag)
+    with translated("moving a partial file"):
+        old = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            os.ftruncate(new, state.size)
+            for start, end in sorted(state.done, reverse=True):
+                while start < end:
+                    check()
+                    begin = max(start, end - MOVED_AT_ONCE)
+                    _copy(old, new, begin, end)
+                    done = ByteRanges(state.size, [*own.done, (begin, end)]).done()
+                    own = PartialFileState(state.size, state.etag, sha256, tuple(done))
+                    _write_state(target, own)
+                    os.ftruncate(old, begin)
+                    end = begin
+        finally:
+            os.close(old)
+            os.close(new)
+
+
+def drop_cached(path: Path) -> None:
+    """Have the next reader read a file from the volume, not from this machine's memory.
+
+    After a write, fsync or close that failed, the memory may hold bytes that the volume never got.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _copy(source: int, target: int, begin: int, end: int) -> None:
+    while begin < end:
+        chunk = os.pread(source, end - begin, begin)
+        if not chunk:
+            raise OSError(errno.EIO, "a partial file is shorter than its state")
+        begin += os.pwrite(target, chunk, begin)
+
+
+def _read_state(part: Path) -> tuple[PartialFileState, object]:
+    """The saved state, and the `boot` in which it was written. Raises OSError, or an error of a wrong content."""
+    raw = json.loads(read_small(ranges_file(part)))
+    state = PartialFileState(
+        size=_natural(raw["size"]),
+        etag=raw["etag"] if isinstance(raw["etag"], str) else None,
+        sha256=raw["sha256"] if isinstance(raw["sha256"], str) else None,
+        done=tuple((_natural(start), _natural(end)) for start, end in raw["done"]),
+        is_allocated=raw.get("allocated") is True,
+    )
+    if raw["version"] != 1 or any(end > state.size or start > end for start, end in state.done):
+        raise ValueError("ranges beyond the file")
+    return state, raw["boot"]
+
+
+def _write_state(part: Path, state: PartialFileState) -> None:
+    """Save the state of a partial file. Raises OSError."""
+    saved = {
+        "version": 1,
+        "size": state.size,
+        "etag": state.etag,
+        "sha256": state.sha256,
+        "boot": _boot(),
+        "done": [list(edges) for edges in state.done],
+        "allocated": state.is_allocated,
+    }
+    write_atomically(ranges_file(part), json.dumps(saved).encode())
 
 
 @functools.cache

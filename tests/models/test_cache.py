@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from a1111_worker.context import JobContext
-from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFull
+from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFailed
 from sandbox.civitai import NO_MODEL
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
 from tests.disks import read_only
-from tests.fleet import DETAIL, Fleet, fetch, lora, named, soon
+from tests.fleet import DETAIL, Fleet, fetch, lora, named, soon, timings
 
 MB = 1_000_000
 
@@ -160,6 +164,112 @@ def test_a_lost_sidecar_is_found_again_from_civitai_without_fetching(fleet: Flee
     assert fleet.civitai.links_given == 1
 
 
+# -- what is no regular file, and names of any length
+
+
+@pytest.fixture(params=["fifo", "device", "folder"])
+def oddity(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Makes something that is no regular file. To read a FIFO takes until somebody writes; a device never ends."""
+
+    def make(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if request.param == "fifo":
+            os.mkfifo(path)
+        elif request.param == "folder":
+            path.mkdir()
+        elif os.geteuid() == 0:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+        else:
+            pytest.skip("to make a device takes root")
+
+    return make
+
+
+def test_what_is_no_regular_file_is_no_model(fleet: Fleet, oddity: Callable[[Path], None]) -> None:
+    served = fleet.serve(DETAIL)
+    for name in ("by hand.safetensors", "detail_tweaker_xl.safetensors", "x_77.safetensors"):
+        oddity(fleet.loras / name)
+    fleet.serve(77)
+    worker = fleet.start()
+
+    with pytest.raises(ModelRejected, match="not a regular file"):
+        fetch(worker, named("by hand"))
+    model, other = fetch(worker, named("detail_tweaker_xl")), fetch(worker, lora(77))
+
+    assert model.sha256 == sha256_of(served)
+    assert other.file == "Model-77_77.safetensors"
+    assert (fleet.loras / "detail_tweaker_xl.safetensors.not-a-model").exists()
+    assert [result.ok for result in worker.verify(soon(), repair=True)] == [True, True]
+    assert (fleet.loras / "by hand.safetensors").exists()
+
+
+def test_what_is_no_regular_file_is_no_checkpoint_and_no_vae(fleet: Fleet, oddity: Callable[[Path], None]) -> None:
+    served = fleet.serve_checkpoint()
+    oddity(fleet.models / "checkpoints/jib_mix.safetensors")
+    oddity(fleet.models / "vae/odd.safetensors")
+
+    model = fleet.start().prepare_checkpoint(JobContext(soon()))
+
+    assert model.sha256 == sha256_of(served)
+    assert list((fleet.folder / "container1/webui/VAE").iterdir()) == []
+
+
+def test_what_is_no_regular_file_is_no_sidecar(fleet: Fleet, oddity: Callable[[Path], None]) -> None:
+    path = fleet.put("by hand.safetensors", 1)
+    sha256 = sha256_of(path)
+    for suffix in (".json", ".uses"):
+        oddity(Path(f"{path}{suffix}"))
+    (fleet.loras / ".leases").mkdir()
+    oddity(fleet.loras / ".leases/v77")
+    fleet.serve(77)
+    worker = fleet.start(timings=timings(stale_after=0.3))
+
+    model = fetch(worker, named("by hand"))
+    worker.cache.list_entries()
+    removed = worker.remove("by hand")
+
+    assert model.sha256 == sha256
+    assert [entry.path for entry in removed] == [path]
+
+
+def test_a_sidecar_of_gigabytes_is_not_read(fleet: Fleet) -> None:
+    path = fleet.put("by hand.safetensors", 1)
+    sidecar = Path(f"{path}.json")
+    with sidecar.open("wb") as file:
+        file.truncate(3 * 1000 * MB)
+
+    model = fetch(fleet.start(), named("by hand"))
+
+    assert model.sha256 == sha256_of(path)
+    assert sidecar.stat().st_size < 10_000  # it was written anew
+
+
+@pytest.mark.parametrize("length", [229, 230, 231, 250, 255])
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_name_of_any_length_is_a_name(fleet: Fleet, length: int, letter: str) -> None:
+    room = length - len(".safetensors")
+    stem = letter * (room // len(letter.encode()))
+    path = fleet.put(f"{stem}.safetensors", 1)
+    one, other = fleet.start(), fleet.start()
+
+    with one.hold([named(stem)], JobContext(soon())) as held:
+        (model,) = held.models.values()
+        link = fleet.folder / "container1/webui/Lora" / path.name
+        linked = link.read_bytes() == path.read_bytes()
+        (entry,) = other.cache.list_entries()
+        was_evicted = other.cache.evict(entry, "a test")
+    again = other.cache.find(named(stem))
+    removed = other.remove(stem)
+
+    assert model.sha256 == held.models[named(stem)].sha256
+    assert linked
+    assert (entry.keep, was_evicted) == ("in use", False)
+    assert again is not None  # its sidecar could be written
+    assert [entry.path for entry in removed] == [path]
+    assert fleet.debris() == []
+
+
 # -- folders that cannot be written, and sources
 
 
@@ -186,14 +296,14 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
     assert fleet.civitai.resolves == {1: 1, 2: 1}
 
 
-def test_without_a_writable_folder_a_missing_model_is_volume_full(fleet: Fleet) -> None:
+def test_without_a_writable_folder_a_missing_model_is_volume_failed(fleet: Fleet) -> None:
     fleet.serve(1)
     (fleet.folder / "file").touch()
     (fleet.folder / "container1").mkdir()
     (fleet.folder / "container1/local").touch()
     worker = fleet.start(models_dir=fleet.folder / "file/models")
 
-    with pytest.raises(VolumeFull):
+    with pytest.raises(VolumeFailed):
         fetch(worker, lora(1))
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.models.eviction import MARGIN, Entry, Eviction, plan_eviction, plan_for_full_disk
+from a1111_worker.models.eviction import (
+    BEING_FETCHED,
+    IN_USE,
+    MARGIN,
+    Entry,
+    Eviction,
+    Room,
+    plan_eviction,
+    plan_for_full_disk,
+)
 
 GB = 10**9
 
@@ -43,7 +52,7 @@ def freed(plan: Eviction) -> int:
     ],
 )
 def test_which_models_are_evicted(needed: int, limit: int | None, free: int, removed: list[str], short: int) -> None:
-    plan = plan_eviction([NEW, HELD, OLD, FIXED, MIDDLE], needed, limit=limit, free=free, margin=1)
+    plan = plan_eviction([NEW, HELD, OLD, FIXED, MIDDLE], Room(needed, limit, free, margin=1))
 
     assert [entry.file for entry in plan.remove] == removed
     assert plan.short == pytest.approx(short, abs=1)
@@ -78,8 +87,35 @@ def test_a_little_more_than_needed_is_evicted_from_a_full_disk_if_possible() -> 
     assert len(rest.remove) == 3
 
 
+@pytest.mark.parametrize(
+    ("needed", "promised", "own", "is_in_use"),
+    [
+        (4 * GB, 0, [], True),  # with the held one there would be room
+        (9 * GB, 0, [], True),
+        (10 * GB, 0, [], False),  # even with both there would be none
+        (9 * GB, 0, ["held"], False),  # the job itself holds it
+        (10 * GB, 2 * GB, [], True),  # two of these are another job's, which will release them
+    ],
+)
+def test_a_plan_says_whether_it_would_help_to_wait(needed: int, promised: int, own: list[str], is_in_use: bool) -> None:
+    fetched = entry("fetched", 4 * GB, 0.0, BEING_FETCHED)
+    held = entry("held", 5 * GB, 0.0, IN_USE)
+    room = Room(needed, None, 0, promised, margin=0, own=frozenset(map(Path, own)))
+
+    plan = plan_eviction([held, fetched, FIXED], room)
+
+    assert plan.remove == ()
+    assert plan.is_in_use is is_in_use
+
+
+def test_what_the_job_itself_needs_is_not_evicted_for_it() -> None:
+    plan = plan_eviction([OLD, NEW], Room(GB, None, 0, margin=0, own=frozenset([OLD.path])))
+
+    assert plan.remove == (NEW,)
+
+
 def test_a_plan_says_why() -> None:
-    plan = plan_eviction([OLD, NEW], GB, limit=5 * GB, free=99 * GB)
+    plan = plan_eviction([OLD, NEW], Room(GB, 5 * GB, 99 * GB))
 
     assert plan.why == "1.00 GB needed, over the limit of 5.00 GB"
     assert freed(plan) == 2 * GB
@@ -101,7 +137,7 @@ entries = st.lists(
 def test_a_plan_is_enough_or_empty_and_never_touches_what_must_stay(
     there: list[Entry], needed: int, limit: int | None, free: int
 ) -> None:
-    plan = plan_eviction(there, needed, limit=limit, free=free, margin=0)
+    plan = plan_eviction(there, Room(needed, limit, free, margin=0))
 
     total = sum(one.size for one in there)
     assert all(one.keep is None for one in plan.remove)

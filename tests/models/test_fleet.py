@@ -43,7 +43,8 @@ class Cache(RuleBasedStateMachine):
         self.forgotten: set[str] = set()  # held by workers that died
 
     def new_worker(self) -> ModelManager:
-        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, timings=timings(heartbeat=3600, stale_after=600))
+        still = timings(heartbeat=3600, stale_after=600, room_wait=0)
+        return self.fleet.start(checkpoint=None, limit=ROOM * SIZE, timings=still)
 
     def file(self, version: int) -> Path:
         return self.fleet.loras / f"Model-{version}_{version}.safetensors"

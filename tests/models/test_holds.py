@@ -11,7 +11,7 @@ import pytest
 from a1111_worker.context import Deadline
 from a1111_worker.errors import JobTimeout
 from tests.fleet import wait_until
-from tests.models.conftest import StartWorker
+from tests.models.conftest import StartWorker, WorkerSigns
 
 A, B, SLOW = "a.safetensors", "b.safetensors", "slow.safetensors"
 
@@ -68,6 +68,70 @@ def test_the_hold_and_the_claim_of_a_dead_worker_end(tmp_path: Path, start: Star
 
     assert held_first == {A}
     assert answer
+
+
+def test_of_many_who_find_a_dead_claim_one_evicts(tmp_path: Path, start: StartWorker) -> None:
+    workers = [start(f"w{number}", stale_after=0) for number in range(6)]
+    files = [f"{number}.safetensors" for number in range(200)]
+    for file in files:
+        (tmp_path / f"{file}.evicting").touch()
+        for worker in workers:
+            worker.liveness.is_dead(tmp_path / f"{file}.evicting")
+    barrier = threading.Barrier(len(workers))
+    at_once: list[int] = []
+
+    def evict(worker: WorkerSigns) -> None:
+        for file in files:
+            barrier.wait()
+            with worker.holds.claim(tmp_path, file) as may_evict:
+                claims.append(may_evict)
+                barrier.wait()
+                if worker is workers[0]:
+                    at_once.append(sum(claims))
+                    claims.clear()
+                barrier.wait()
+
+    claims: list[bool] = []
+    threads = [threading.Thread(target=evict, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert max(at_once) == 1
+    assert sum(at_once) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_claim_stays_though_a_late_worker_remembers_the_dead_one(tmp_path: Path, start: StartWorker) -> None:
+    claim = tmp_path / f"{A}.evicting"
+    claim.touch()
+    one, late = start("one"), start("late")
+    wait_until(lambda: late.liveness.is_dead(claim) and one.liveness.is_dead(claim), "a dead claim")
+    dead = late.liveness.dead_state(claim)
+    assert dead is not None
+
+    with one.holds.claim(tmp_path, A) as first:
+        late.liveness.remove(claim, dead)
+        with late.holds.claim(tmp_path, A) as second:
+            answers = (first, second)
+
+    assert answers == (True, False)
+
+
+def test_a_model_with_the_longest_name_can_be_held_and_claimed(tmp_path: Path, start: StartWorker) -> None:
+    one, other = start("one"), start("other")
+    names = [f"{'é' * 121}{letter}.safetensors" for letter in "ab"]  # 255 bytes
+    one.holds.hold(tmp_path, names[0], Deadline(1))
+
+    answers = []
+    for name in names:
+        with other.holds.claim(tmp_path, name) as may_evict:
+            answers.append(may_evict)
+    one.holds.release(tmp_path, names[0])
+
+    assert answers == [False, True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_living_worker_whose_hold_was_removed_makes_it_again(tmp_path: Path, start: StartWorker) -> None:

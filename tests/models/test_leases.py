@@ -70,6 +70,7 @@ def test_a_lease_that_cannot_be_made_is_granted_to_its_owner(tmp_path: Path, sta
     with granted(start("one").leases.acquire(tmp_path / "file" / "v1")) as lease:
         lease.update(1, 2)
 
+    assert not lease.is_real
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -106,7 +107,7 @@ def test_a_new_lease_stays_though_a_late_worker_remembers_the_dead_one(tmp_path:
     wait_until(lambda: one.liveness.is_dead(path), "a dead lease")
 
     with granted(one.leases.acquire(path)):
-        late.leases._remove(path, dead)
+        late.liveness.remove(path, dead)
 
         note = late.leases.read(path)
 

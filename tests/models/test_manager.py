@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
 from a1111_worker.errors import ModelNotFound, ModelRejected
 from a1111_worker.models.manager import ModelManager
+from sandbox.civitai import NOT_FOUND
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
 from tests.fleet import CHECKPOINT, SPEC, Fleet, fetch, lora, named, soon, timings, wait_until
 
@@ -103,6 +104,68 @@ def test_the_progress_of_all_files_is_reported_as_one(fleet: Fleet) -> None:
     assert seen[-1].facts["total"] == 4 * MB
     assert any(0 < (progress.percent or 0) < 100 and (progress.eta_s or 0) > 0 for progress in seen)
     assert {progress.stage.value for progress in seen} == {"models"}
+
+
+# -- models that are gone while they are held
+
+
+def evict(worker: ModelManager) -> list[bool]:
+    return [worker.cache.evict(entry, "a test") for entry in worker.cache.list_entries()]
+
+
+@pytest.mark.parametrize("name", ["Snow", "Rain"])
+def test_a_model_that_was_evicted_while_its_worker_was_paused_is_held_again(fleet: Fleet, name: str) -> None:
+    fleet.serve(77, name="Snow")
+    fleet.serve(78)
+    paused, other = fleet.start(timings=timings(heartbeat=3600)), fleet.start(timings=timings(stale_after=0.1))
+
+    with paused.hold([lora(77), lora(78)], JobContext(soon())) as held:
+        wait_until(lambda: not evict(other), "the eviction of both")
+        fetch(other, lora(77, name=name))  # one of them came back, perhaps under another name
+        again = paused.hold_again(held, JobContext(soon()))
+        files = [model.file for model in again.models.values()]
+        links = [path.name for path in (fleet.folder / "container1/webui/Lora").iterdir() if path.exists()]
+        answers = evict(other)
+
+    assert files == [f"{name}_77.safetensors", "Model-78_78.safetensors"]
+    assert fleet.civitai.resolves == {77: 2, 78: 2}
+    assert sorted(links) == sorted(files)
+    assert answers == [False, False]
+    assert list((fleet.loras / ".holds").iterdir()) == []  # what was held again is released too
+    assert fleet.models_there() == sorted(files)
+
+
+def test_what_is_still_there_is_held_again_without_a_request(fleet: Fleet) -> None:
+    fleet.serve(77)
+    paused, other = fleet.start(timings=timings(heartbeat=3600)), fleet.start()
+
+    with paused.hold([lora(77)], JobContext(soon())) as held:
+        for hold in (fleet.loras / ".holds").iterdir():  # as a worker does that thinks this one dead
+            hold.unlink()
+        asked = len(fleet.asked())
+        again = paused.hold_again(held, JobContext(soon()))
+        answers = evict(other)
+
+    assert again == held
+    assert answers == [False]
+    assert len(fleet.asked()) == asked
+
+
+def test_a_model_that_cannot_be_fetched_again_fails_its_job_unless_that_is_tolerated(fleet: Fleet) -> None:
+    worker = fleet.start()
+    for tolerate in (False, True):
+        fleet.serve(77)
+        with worker.hold([lora(77)], JobContext(soon()), tolerate=tolerate) as held:
+            held.models[lora(77)].path.unlink()
+            fleet.civitai.fail(NOT_FOUND, times=None, on="/77")
+
+            if tolerate:
+                again = worker.hold_again(held, JobContext(soon()))
+                assert (list(again.models), list(again.failures)) == ([], [lora(77)])
+            else:
+                with pytest.raises(ModelNotFound):
+                    worker.hold_again(held, JobContext(soon()))
+        fleet.civitai.heal()
 
 
 # -- the checkpoint
@@ -255,23 +318,21 @@ def test_a_lora_of_another_family_is_refused_and_an_unknown_one_comes_with_a_war
 def test_slow_housekeeping_delays_no_sign_of_life(fleet: Fleet) -> None:
     fleet.serve(77)
     worker = fleet.start(timings=timings(stale_after=0.2))
+    hangs, may_go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        may_go_on.wait(30)
+
+    worker._housekeeping.add_listener(hang)
     with worker.hold([lora(77)], JobContext(soon())):
         (hold,) = (fleet.loras / ".holds").iterdir()
-        dead_lease = fleet.loras / ".leases/v9"
-        os.mkfifo(dead_lease)  # the housekeeping that reads it waits until somebody writes
-        writer: list[int] = []
+        assert hangs.wait(10)
 
-        def housekeeping_hangs() -> bool:
-            with contextlib.suppress(OSError):  # nobody reads yet
-                writer.append(os.open(dead_lease, os.O_WRONLY | os.O_NONBLOCK))
-            return bool(writer)
+        os.utime(hold, (1, 1))
 
-        wait_until(housekeeping_hangs, "the housekeeping")
-        try:
-            os.utime(hold, (1, 1))
-            wait_until(lambda: hold.stat().st_mtime != 1, "a touch")
-        finally:
-            os.close(writer[0])
+        wait_until(lambda: hold.stat().st_mtime != 1, "a touch")
+        may_go_on.set()
 
 
 def test_old_partial_files_are_removed_again_and_again(fleet: Fleet) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a1111_worker.models.names import FileIndex, digest_file, slug, version_file
+from a1111_worker.models.names import FileIndex, digest_file, short_name, slug, version_file
 
 SHA = "0d9bd1b873a7863e128b4672e3e245838858f71469a3cec58123c16c06f83bd7"
 
@@ -102,3 +102,15 @@ def test_a_bare_name_means_a_stem(name: str, meant: tuple[str, ...]) -> None:
 )
 def test_names_claim_versions(file: str, versions: set[int]) -> None:
     assert set(FileIndex.of([file]).by_version) == versions
+
+
+@pytest.mark.parametrize("length", [1, 155, 156, 255])
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_an_owners_name_can_be_added_to_any_file_name(length: int, letter: str) -> None:
+    file, other = letter * (length // len(letter.encode())), letter * (length // len(letter.encode()) - 1) + "b"
+
+    short, others = short_name(file), short_name(other)
+
+    assert len(short.encode(errors="surrogateescape")) <= 155
+    assert (short == file) is (len(file.encode()) <= 155)
+    assert short != others

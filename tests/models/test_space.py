@@ -6,16 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from a1111_worker.context import JobContext
-from a1111_worker.domain import ModelRef
-from a1111_worker.errors import (
-    VolumeFull,
-)
+from a1111_worker.domain import ModelRef, Progress
+from a1111_worker.errors import VolumeFull
 from tests.disks import small_disk
-from tests.fleet import Fleet, fetch, lora, soon
+from tests.fleet import Fleet, fetch, lora, soon, timings, wait_until
 
 MB = 1_000_000
 
@@ -103,6 +103,170 @@ def test_files_that_are_fetched_at_once_keep_the_limit_together(fleet: Fleet, li
 
     assert failures == (set() if fits else {VolumeFull})
     assert size == (4 * MB if fits else 2 * MB)
+
+
+def test_files_that_can_never_fit_together_evict_nothing(fleet: Fleet) -> None:
+    old = sizes(fleet, 1, 2, 3)
+    new = sizes(fleet, 4, 5, 6, 7)
+    worker = fleet.start(checkpoint=None, limit=int(3.5 * MB), timings=timings(room_wait=60))
+    for ref in old:
+        fetch(worker, ref)
+    links = fleet.civitai.links_given
+
+    with pytest.raises(VolumeFull) as raised:
+        fetch(worker, *new)
+
+    assert type(raised.value) is VolumeFull  # so it has not waited for anybody
+    assert len(fleet.models_there()) == 3
+    assert fleet.civitai.links_given == links
+
+
+def test_room_for_what_the_job_holds_already_is_counted(fleet: Fleet) -> None:
+    refs = sizes(fleet, 1, 2, 3)
+    worker = fleet.start(checkpoint=None, limit=int(2.5 * MB), timings=timings(room_wait=60))
+    for ref in refs[:2]:
+        fetch(worker, ref)
+
+    with pytest.raises(VolumeFull) as raised:
+        fetch(worker, *refs)
+
+    assert type(raised.value) is VolumeFull  # nobody else could release anything
+    assert len(fleet.models_there()) == 2
+
+
+# -- room that others use
+
+
+def test_a_job_waits_until_others_release_their_models(fleet: Fleet) -> None:
+    used, wanted = sizes(fleet, 1, 2)
+    one, other = (fleet.start(checkpoint=None, limit=MB, timings=timings(room_wait=30)) for _ in range(2))
+    waits = threading.Event()
+    seen: list[str] = []
+
+    def report(progress: Progress) -> None:
+        seen.append(progress.detail)
+        waits.set()
+
+    def job() -> list[str]:
+        with other.hold([wanted], JobContext(soon(), report)):
+            return fleet.models_there()
+
+    with ThreadPoolExecutor(1) as threads:
+        with one.hold([used], JobContext(soon())):
+            waiting = threads.submit(job)
+            assert waits.wait(10)
+        there = waiting.result()
+
+    assert seen[0] == "waiting for room until other jobs release their models, 30 s at most"
+    assert there == ["Model-2_2.safetensors"]
+    assert fleet.debris() == []
+
+
+def test_a_job_that_waits_for_room_holds_nothing_itself(fleet: Fleet) -> None:
+    has, used, wanted = sizes(fleet, 1, 2, 3)
+    one, other = (fleet.start(checkpoint=None, limit=2 * MB, timings=timings(room_wait=1.0)) for _ in range(2))
+    fetch(one, has)
+    evicted: list[bool] = []
+
+    def report(progress: Progress) -> None:
+        if "waiting for room" in progress.detail and not any(evicted):
+            entries = [entry for entry in one.cache.list_entries() if entry.file == "Model-1_1.safetensors"]
+            evicted.extend(one.cache.evict(entry, "somebody else's job needs the room") for entry in entries)
+
+    with (
+        one.hold([used], JobContext(soon())),
+        pytest.raises(VolumeFull, match="while other jobs use their models"),
+        other.hold([has, wanted], JobContext(soon(), report)),
+    ):
+        pass
+
+    assert any(evicted)
+
+
+def test_two_jobs_that_need_each_others_room_never_wait_for_each_other(fleet: Fleet) -> None:
+    refs = sizes(fleet, 1, 2, 3, 4)
+    workers = [fleet.start(checkpoint=None, limit=3 * MB, timings=timings(room_wait=30)) for _ in range(2)]
+    for ref in refs[:2]:
+        fetch(workers[0], ref)
+    fleet.civitai.storage.latency = 0.1  # so that each has its first model when it needs room for the second
+
+    def job(number: int) -> int:
+        done = 0
+        for _ in range(5):
+            # one model that is there, one that is not; a third one would be too much for both jobs together
+            with workers[number].hold([refs[number], refs[number + 2]], JobContext(soon(60))) as held:
+                done += len(held.models)
+        return done
+
+    with ThreadPoolExecutor(2) as threads:
+        done = list(threads.map(job, range(2)))
+
+    assert done == [10, 10]
+    assert fleet.debris() == []
+
+
+def test_a_job_that_does_without_loras_waits_before_it_goes_on_without_them(fleet: Fleet) -> None:
+    used, wanted = sizes(fleet, 1, 2)
+    one, other = (fleet.start(checkpoint=None, limit=MB, timings=timings(room_wait=0.3)) for _ in range(2))
+    seen: list[str] = []
+
+    with (
+        one.hold([used], JobContext(soon())),
+        other.hold([wanted], JobContext(soon(), lambda p: seen.append(p.detail)), tolerate=True) as held,
+    ):
+        failures = [error.code for error in held.failures.values()]
+
+    assert failures == ["VOLUME_FULL"]
+    assert any("waiting for room" in detail for detail in seen)
+
+
+# -- what takes room besides models
+
+
+def test_what_a_killed_evictor_left_in_the_trash_counts_and_is_removed(fleet: Fleet) -> None:
+    (ref,) = sizes(fleet, 1)
+    worker = fleet.start(
+        checkpoint=None, limit=int(1.5 * MB), timings=timings(heartbeat=3600, stale_after=0.3, room_wait=0)
+    )
+    trashed = fleet.loras / ".trash/dead-1-Model-9_9.safetensors"
+    trashed.write_bytes(bytes(MB))
+
+    with pytest.raises(VolumeFull):  # it may be a living worker's
+        fetch(worker, ref)
+    wait_until(lambda: all(entry.keep is None for entry in worker.cache.list_entries()), "the evictor's death")
+    model = fetch(worker, ref)
+
+    assert model.downloaded
+    assert not trashed.exists()
+
+
+def test_what_a_killed_evictor_left_in_the_trash_is_removed_by_those_who_live(fleet: Fleet) -> None:
+    fleet.start(timings=timings(stale_after=0.2))
+    trashed = fleet.loras / ".trash/dead-1-Model-9_9.safetensors"
+    trashed.write_bytes(bytes(MB))
+
+    wait_until(lambda: not trashed.exists(), "its removal")
+
+
+def test_the_file_of_a_living_worker_without_a_lease_is_not_evicted(fleet: Fleet) -> None:
+    (ref,) = sizes(fleet, 1)
+    worker = fleet.start(
+        checkpoint=None, limit=int(1.5 * MB), timings=timings(heartbeat=3600, stale_after=0.3, room_wait=0)
+    )
+    alone = fleet.loras / ".parts/alone-v9-unknown.other.part"
+    alone.write_bytes(bytes(MB))
+
+    with pytest.raises(VolumeFull):
+        fetch(worker, ref)
+    was_kept = alone.exists()
+    wait_until(lambda: all(entry.keep is None for entry in worker.cache.list_entries()), "its owner's death")
+    fetch(worker, ref)
+
+    assert was_kept
+    assert not alone.exists()
+
+
+# -- disks that are full
 
 
 def test_a_full_disk_is_noticed_before_a_byte_is_fetched(fleet: Fleet) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from a1111_worker.domain import ModelKind
-from a1111_worker.errors import VolumeFull
+from a1111_worker.errors import JobCancelled, VolumeFailed
 from a1111_worker.models.volume import CacheDirectories, CacheDirectory, can_write
+from a1111_worker.transfer.partial_file import MOVED_AT_ONCE, PartialFileState, saved_state
 from tests.disks import read_only
 
 
@@ -35,28 +38,97 @@ def test_a_model_is_there_once_its_partial_file_is_placed_and_not_before(directo
     assert list(directory.partial_files.iterdir()) == []
 
 
-def test_an_adopted_partial_file_keeps_its_ranges_and_older_ones_are_removed(directory: CacheDirectory) -> None:
-    for age, owner in enumerate(["newest", "older", "oldest"]):
-        partial_file = directory.partial_file("v7", owner)
-        partial_file.write_bytes(owner.encode())
-        Path(f"{partial_file}.ranges").write_text(owner)
-        os.utime(partial_file, (1_000_000 - age, 1_000_000 - age))
-    directory.partial_file("v77", "other").write_bytes(b"another model's")
-
-    directory.adopt_partial_file("v7", "me")
-
-    assert directory.partial_file("v7", "me").read_text() == "newest"
-    assert Path(f"{directory.partial_file('v7', 'me')}.ranges").read_text() == "newest"
-    assert len(list(directory.partial_files.iterdir())) == 3  # mine with its ranges, and the other model's
+SHA256 = "ab" * 32
 
 
-def test_an_owners_own_partial_file_comes_before_any_other(directory: CacheDirectory) -> None:
-    directory.partial_file("v7", "me").write_bytes(b"mine")
-    directory.partial_file("v7", "dead").write_bytes(b"other")
+def leave(directory: CacheDirectory, key: str, owner: str, content: bytes, *done: tuple[int, int]) -> Path:
+    """What an owner left: a partial file of 10 bytes, with its state."""
+    path = directory.partial_file(key, owner)
+    path.write_bytes(content)
+    state = {"version": 1, "size": 10, "etag": None, "sha256": SHA256, "boot": "?", "done": done}
+    Path(f"{path}.ranges").write_text(json.dumps(state))
+    return path
 
-    directory.adopt_partial_file("v7", "me")
 
-    assert [path.read_bytes() for path in directory.partial_files.iterdir()] == [b"mine"]
+def adopt(directory: CacheDirectory) -> tuple[bytes, PartialFileState | None]:
+    directory.adopt_partial_files("v7", "me", SHA256, lambda: None)
+    own = directory.partial_file("v7", "me")
+    return own.read_bytes() if own.exists() else b"", saved_state(own)
+
+
+def test_the_bytes_of_adopted_partial_files_are_put_together_in_a_file_of_ones_own(directory: CacheDirectory) -> None:
+    leave(directory, "v7", "dead", b"0123456789", (0, 2), (4, 6))
+    leave(directory, "v7", "deader", b"xx23xxxx89", (2, 4), (8, 10))
+    others = leave(directory, "v77", "other", b"another model's")
+
+    content, state = adopt(directory)
+
+    assert content == b"012345\0\x0089"
+    assert state == PartialFileState(10, None, SHA256, ((0, 6), (8, 10)))
+    assert {path.name.split(".")[0] for path in directory.partial_files.iterdir()} == {"v7", "v77"}
+    assert len(list(directory.partial_files.iterdir())) == 4  # mine and the other model's, each with its state
+    assert others.exists()
+
+
+def test_a_writer_that_wakes_up_after_its_file_was_adopted_writes_to_nobodys_model(directory: CacheDirectory) -> None:
+    path = leave(directory, "v7", "paused", b"0123456789", (0, 10))
+    paused = os.open(path, os.O_RDWR)  # it was stopped between its last look at the name and its write
+
+    adopt(directory)
+    directory.place(directory.partial_file("v7", "me"), "a.safetensors")
+    os.pwrite(paused, b"wrong", 0)
+    os.ftruncate(paused, 3)
+    os.close(paused)
+
+    assert directory.path("a.safetensors").read_bytes() == b"0123456789"
+
+
+def test_moving_takes_no_more_room_than_one_file_and_may_end_at_any_moment(
+    directory: CacheDirectory,
+) -> None:
+    size = 3 * MOVED_AT_ONCE
+    path = directory.partial_file("v7", "dead")
+    path.write_bytes(os.urandom(size))
+    content = path.read_bytes()
+    state = {"version": 1, "size": size, "etag": None, "sha256": SHA256, "boot": "?", "done": [[0, size]]}
+    Path(f"{path}.ranges").write_text(json.dumps(state))
+    checks = iter([True, False, True, True])
+    taken: list[int] = []
+
+    def check() -> None:
+        taken.append(sum(each.stat().st_blocks * 512 for each in directory.partial_files.iterdir()))
+        if not next(checks):
+            raise JobCancelled("in the middle")
+
+    with pytest.raises(JobCancelled):
+        directory.adopt_partial_files("v7", "me", SHA256, check)
+    half = saved_state(directory.partial_file("v7", "me"))
+    directory.adopt_partial_files("v7", "me", SHA256, check)
+
+    own = directory.partial_file("v7", "me")
+    assert half is not None and half.done == ((2 * MOVED_AT_ONCE, size),)
+    assert own.read_bytes() == content
+    assert not path.exists()
+    assert max(taken) < size + MOVED_AT_ONCE + 100_000
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: Path(f"{path}.ranges").unlink(),
+        lambda path: Path(f"{path}.ranges").write_text("{"),
+        lambda path: Path(f"{path}.ranges").write_text(Path(f"{path}.ranges").read_text().replace("ab", "cd")),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["no state", "an unreadable state", "another hash", "no bytes"],
+)
+def test_a_partial_file_that_is_of_no_use_is_removed(directory: CacheDirectory, harm: Callable[[Path], object]) -> None:
+    harm(leave(directory, "v7", "dead", b"0123456789", (0, 10)))
+
+    _, state = adopt(directory)
+
+    assert state is None or not state.present
+    assert not directory.left_partial_files("v7", "me")
 
 
 def test_a_listing_follows_what_others_do(directory: CacheDirectory) -> None:
@@ -79,11 +151,13 @@ def test_a_listing_follows_what_others_do(directory: CacheDirectory) -> None:
 def test_a_model_in_the_trash_can_be_restored_but_never_over_a_new_one(directory: CacheDirectory) -> None:
     directory.path("a.safetensors").write_bytes(b"old")
     trashed = directory.move_to_trash("a.safetensors", "me")
+    assert trashed is not None
     gone = directory.size("a.safetensors") is None
 
     directory.restore(trashed, "a.safetensors")
     back = directory.path("a.safetensors").read_bytes()
     trashed = directory.move_to_trash("a.safetensors", "me")
+    assert trashed is not None
     directory.path("a.safetensors").write_bytes(b"new")
     directory.restore(trashed, "a.safetensors")
 
@@ -186,7 +260,7 @@ def test_without_any_writable_folder_there_is_no_place_for_new_models(tmp_path: 
     directories = CacheDirectories(tmp_path / "file/models", tmp_path / "file/local", [], "me")
 
     assert directories.writable() == []
-    with pytest.raises(VolumeFull):
+    with pytest.raises(VolumeFailed):
         directories.for_new(ModelKind.LORA)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from a1111_worker.errors import FileTooLong, PartialFileLost
-from a1111_worker.files import NO_ROOM
-from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, ranges_file, volume_error
+from a1111_worker.errors import PartialFileLost
+from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, ranges_file
 
 
 @pytest.mark.parametrize(
@@ -76,12 +73,3 @@ def test_a_saved_state_belongs_to_a_file_unless_its_size_or_hash_differ(
 ) -> None:
     assert PartialFileState(100, sha256="ab").may_be_of(size, sha256) is expected
     assert PartialFileState(100).may_be_of(size, None) is (size != 101)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
-def test_what_a_disk_refuses_is_a_full_volume_to_the_caller(number: int) -> None:
-    error = volume_error(OSError(number, os.strerror(number)), 6_938_041_234)
-
-    assert error.code == "VOLUME_FULL"
-    assert isinstance(error, FileTooLong) is (number == errno.EFBIG)
-    assert ("6,938 MB" in error.message) is (number in NO_ROOM)

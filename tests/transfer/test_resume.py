@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from a1111_worker.context import Deadline
-from a1111_worker.errors import JobCancelled, ModelRejected, VolumeFull
+from a1111_worker.errors import JobCancelled, ModelRejected, VolumeFailed
 from a1111_worker.transfer.partial_file import PartialFile, ranges_file
 from a1111_worker.transfer.ranges import MiB
 from sandbox.storage import SandboxStorage, ServerFault
@@ -204,10 +204,10 @@ def test_a_full_disk_is_explained_in_words(download: DownloadSetup, framing: Any
     assert download.part.exists() is is_left
 
 
-def test_a_missing_folder_is_a_volume_that_cannot_be_written(download: DownloadSetup) -> None:
+def test_a_missing_folder_is_a_volume_that_cannot_be_used(download: DownloadSetup) -> None:
     download.folder.rmdir()
 
-    with pytest.raises(VolumeFull, match="cannot be written"):
+    with pytest.raises(VolumeFailed, match="cannot be used"):
         download.fetch()
 
 
@@ -216,7 +216,7 @@ def test_a_symbolic_link_in_place_of_a_part_is_not_followed(download: DownloadSe
     target.write_text("mine")
     download.part.symlink_to(target)
 
-    with pytest.raises(VolumeFull):
+    with pytest.raises(VolumeFailed):
         download.fetch()
 
     assert target.read_text() == "mine"
