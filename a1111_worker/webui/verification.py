@@ -148,10 +148,12 @@ def _verify_loras(
     info: Mapping[str, Any], texts: Sequence[Infotext | None], plan: GenerationPlan
 ) -> tuple[tuple[AppliedLora, ...], list[str]]:
     """The plan's LoRAs, each with the images that were made with it, and the warnings about the others."""
+    unasked: list[str] = []
     if not plan.body.get("script_name"):
         hashes = lora_hashes(info)
         applied = [_count(lora, [hashes] * len(texts)) for lora in plan.loras]
         total = len(texts)
+        unasked = sorted(hashes.keys() - {_hash_name(lora) for lora in plan.loras})
     else:
         prompts = _prompts_of_script(info, texts)
         total = len(prompts)
@@ -170,6 +172,7 @@ def _verify_loras(
     return tuple(applied), [
         *(f"the script used the LoRA {lora.name!r} for {lora.pictures} of {total} pictures" for lora in partly),
         *(f"the WebUI did not apply the LoRA {name!r}" for name in missing),
+        *(f"the WebUI also applied {name[:60]!r}, a LoRA that the job does not name" for name in unasked),
     ]
 
 
@@ -190,5 +193,10 @@ def _tag_name(lora: AppliedLora) -> str | None:
     return lora.model.stem if lora.model else None
 
 
+def _hash_name(lora: AppliedLora) -> str | None:
+    """Its name in "Lora hashes", where A1111 leaves out commas."""
+    return lora.model.stem.replace(",", "") if lora.model else None
+
+
 def _is_applied(lora: AppliedLora, hashes: Mapping[str, str]) -> bool:
-    return lora.model is not None and hashes.get(lora.model.stem.replace(",", "")) == lora.model.lora_hash
+    return lora.model is not None and hashes.get(_hash_name(lora) or "") == lora.model.lora_hash
