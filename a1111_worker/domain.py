@@ -213,24 +213,45 @@ class BucketSettings:
 
 @dataclass(frozen=True)
 class AppliedLora:
-    """A LoRA of a job, and whether it was loaded. `model` is None if it was not available and the job allows that."""
+    """A LoRA of a job, and whether it was loaded for every image whose prompt names it: for `pictures` images.
+
+    `model` is None if it was not available and the job allows that.
+    """
 
     name: str
     scale: float
     model: Model | None
     loaded: bool
+    pictures: int = 0
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What an image says about itself: its size in pixels, its seed and its steps.
+
+    `seed` and `steps` are None for an image without a text of its own, such as a script's grid.
+    """
+
+    width: int
+    height: int
+    seed: int | None
+    steps: int | None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A verified generation: the WebUI's answer as it came, and the facts that were checked."""
+    """A verified generation: the WebUI's answer as it came, and the facts that were checked.
+
+    `seeds` and `pictures` have an entry for each image. A seed is None for an image that has none (a script's grid).
+    """
 
     answer: dict[str, Any]
     checkpoint: Model
     loras: tuple[AppliedLora, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
     webui_version: str
     warnings: tuple[str, ...] = ()
+    pictures: tuple[PictureFacts, ...] = ()
 
 
 class Stage(str, Enum):

@@ -1,4 +1,4 @@
-"""Images in base64, as A1111's API sends them: which format one has, and whether it is all one colour.
+"""Images in base64, as A1111's API sends them: an image's format, its size, its text, and whether it is all one colour.
 
 Pillow is imported when it is needed to decode an image.
 """
@@ -46,6 +46,37 @@ def is_blank(png: str) -> bool:
     except (binascii.Error, struct.error, zlib.error, OSError, ValueError, SyntaxError):
         pass
     return False
+
+
+def read_size(png: str) -> tuple[int, int]:
+    """Width and height of a PNG in base64, in pixels. Raises ValueError if it has none."""
+    try:
+        header = _read_header(base64.b64decode(png[:64]))
+    except struct.error as error:
+        raise ValueError("a PNG begins with its size") from error
+    return header.width, header.height
+
+
+def read_infotext(png: str) -> str | None:
+    """The text that A1111 writes into a PNG, under the keyword `parameters`; None if there is none (a script's grid).
+
+    Pillow writes it as tEXt if it is Latin-1, else as iTXt (PNG 1.2, section 4.2.3), and before the pixels. Raises
+    ValueError if the image is no base64.
+    """
+    for characters in (FIRST_CHARACTERS, len(png)):
+        data = base64.b64decode(png[:characters])
+        for kind, start, stop in png_chunks(data):
+            if kind == b"IDAT":
+                return None
+            if stop > len(data):
+                break  # it goes on where this piece ends
+            keyword, _, body = data[start + 8 : stop - 4].partition(b"\0")
+            if keyword == b"parameters" and kind == b"tEXt":
+                return body.decode("latin-1")
+            if keyword == b"parameters" and kind == b"iTXt":
+                # Whether it is compressed (A1111's never is), two bytes; a language; the keyword's translation.
+                return body[2:].split(b"\0", 2)[2].decode("utf-8", "replace")
+    return None
 
 
 def open_image(png: bytes) -> ImageFile:

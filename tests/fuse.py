@@ -180,10 +180,10 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "mount")
     sys.stdout.write("mounted\n")
     sys.stdout.flush()
-    Server(device, backing).serve()
+    FuseServer(device, backing).serve()
 
 
-class Server:
+class FuseServer:
     """Serves one mount from one thread: requests of the kernel, and lines of the tests on stdin."""
 
     def __init__(self, device: int, backing: str) -> None:
@@ -532,12 +532,44 @@ class Server:
         return b""
 
 
-_HANDLERS: dict[int, Callable[[Server, int, memoryview], bytes]] = {
-    **{1: Server.lookup, 3: Server.getattr, 4: Server.setattr, 5: Server.readlink, 6: Server.symlink},
-    **{8: Server.mknod, 9: Server.mkdir, 10: Server.unlink, 11: Server.rmdir, 12: Server.rename, 13: Server.link},
-    **{14: Server.open, 15: Server.read, 16: Server.write, 17: Server.statfs, 18: Server.release, 20: Server.fsync},
-    **{25: Server.flush, 26: Server.init, 27: Server.opendir, 28: Server.readdir, 29: Server.releasedir},
-    **{30: Server.fsync, 35: Server.create, 38: Server.nothing, 43: Server.fallocate, 45: Server.rename2},
+_HANDLERS: dict[int, Callable[[FuseServer, int, memoryview], bytes]] = {
+    **{
+        1: FuseServer.lookup,
+        3: FuseServer.getattr,
+        4: FuseServer.setattr,
+        5: FuseServer.readlink,
+        6: FuseServer.symlink,
+    },
+    **{
+        8: FuseServer.mknod,
+        9: FuseServer.mkdir,
+        10: FuseServer.unlink,
+        11: FuseServer.rmdir,
+        12: FuseServer.rename,
+        13: FuseServer.link,
+    },
+    **{
+        14: FuseServer.open,
+        15: FuseServer.read,
+        16: FuseServer.write,
+        17: FuseServer.statfs,
+        18: FuseServer.release,
+        20: FuseServer.fsync,
+    },
+    **{
+        25: FuseServer.flush,
+        26: FuseServer.init,
+        27: FuseServer.opendir,
+        28: FuseServer.readdir,
+        29: FuseServer.releasedir,
+    },
+    **{
+        30: FuseServer.fsync,
+        35: FuseServer.create,
+        38: FuseServer.nothing,
+        43: FuseServer.fallocate,
+        45: FuseServer.rename2,
+    },
 }
 
 

@@ -16,10 +16,11 @@ def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def a1111_png(image: Image.Image, infotext: str = INFOTEXT) -> str:
-    """An image as A1111's API sends it."""
+def a1111_png(image: Image.Image, infotext: str | None = INFOTEXT) -> str:
+    """An image as A1111's API sends it. A script's grid has no infotext."""
     about = PngImagePlugin.PngInfo()
-    about.add_text("parameters", infotext)
+    if infotext is not None:
+        about.add_text("parameters", infotext)
     return to_base64(png_bytes(image, pnginfo=about))
 
 

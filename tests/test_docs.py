@@ -17,7 +17,7 @@ from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS, Config
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, build_answer
-from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, Stage
+from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, PictureFacts, Stage
 from a1111_worker.job.shutdown import job_seconds
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import ModelRecord
@@ -207,7 +207,8 @@ def test_the_catalog_is_described_as_it_is() -> None:
 
 def test_every_field_of_the_worker_block_is_described() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
-    generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
+    loras, pictures = (AppliedLora("a", 1.0, model, loaded=True),), (PictureFacts(1, 1, 1, 1),)
+    generation = Generation({"images": []}, model, loras, (1,), "", pictures=pictures)
     answer = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())
 
     described = " ".join(table(API, "The answer", "field"))
@@ -442,7 +443,8 @@ def test_the_readmes_example_is_what_the_demo_runs() -> None:
 def test_the_readmes_answer_has_the_worker_block_of_a_real_answer() -> None:
     shown = json.loads(blocks(README, "json")[1])["worker"]
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
-    generation = Generation({"images": []}, model, (AppliedLora("a", 1.0, model, loaded=True),), (), "")
+    loras, pictures = (AppliedLora("a", 1.0, model, loaded=True),), (PictureFacts(1, 1, 1, 1),)
+    generation = Generation({"images": []}, model, loras, (1,), "", pictures=pictures)
 
     real = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from a1111_worker.delivery.formats import convert
 from a1111_worker.domain import ImageFormat, OutputOptions
-from a1111_worker.images import detect_format, is_blank
+from a1111_worker.images import detect_format, is_blank, read_infotext, read_size
 from tests.images import BROKEN, INFOTEXT, a1111_png, gradient, png_bytes, to_base64
 
 
@@ -23,6 +24,40 @@ def test_the_format_of_an_image_is_known_from_its_first_bytes(image_format: Imag
     image = convert(a1111_png(gradient()), OutputOptions(image_format)).image
 
     assert detect_format(image) is image_format
+
+
+# -- its size and its text ------------------------------------------------------------------------------------------
+
+TEXTS = ["a cat\nSteps: 2, Seed: 5", INFOTEXT, "", "x" * 100_000, "猫" * 100_000]  # Latin-1 or not, long or not
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_text_in_an_image_is_read_back(text: str) -> None:
+    assert read_infotext(a1111_png(gradient(), text)) == text
+
+
+def test_an_image_without_a_text_or_with_another_has_none() -> None:
+    other = PngImagePlugin.PngInfo()
+    other.add_text("workflow", "{}")
+
+    assert read_infotext(a1111_png(gradient(), None)) is None
+    assert read_infotext(to_base64(png_bytes(gradient(), pnginfo=other))) is None
+
+
+def test_the_size_of_an_image_is_read() -> None:
+    assert read_size(a1111_png(gradient())) == (96, 64)
+
+
+@pytest.mark.parametrize("image", BROKEN)
+def test_a_broken_image_has_no_text_or_is_an_error(image: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert read_infotext(image) in (None, INFOTEXT)
+
+
+@pytest.mark.parametrize("image", ["", "iVBORw0KGgo", "iVBORw0KGgoAAAA="])
+def test_an_image_without_a_header_is_an_error(image: str) -> None:
+    with pytest.raises(ValueError, match=r"begins with its size|padding"):
+        read_size(image)
 
 
 # -- one colour -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from a1111_worker import __version__
@@ -66,6 +66,7 @@ def _worker_block(generation: Generation, delivered: Delivered, timings: Mapping
         "checkpoint": {"name": checkpoint.name, "file": checkpoint.file, "sha256": checkpoint.sha256},
         "loras": [_lora_entry(lora) for lora in generation.loras],
         "seeds": list(generation.seeds),
+        "pictures": [asdict(picture) for picture in generation.pictures],
         "warnings": list(generation.warnings),
         "delivery": {
             "mode": delivered.mode.value,
@@ -87,6 +88,7 @@ def _lora_entry(lora: AppliedLora) -> dict[str, Any]:
         "scale": lora.scale,
         "sha256": model.sha256 if model else None,
         "loaded": lora.loaded,
+        "pictures": lora.pictures,
         "downloaded": model.downloaded if model else False,
     }
 

@@ -94,7 +94,7 @@ class Bucket:
             if "_cleanup_client" in self.__dict__:
                 self._cleanup_client.close()
 
-    def deliver(self, seeds: Sequence[int], inline: Delivered, context: JobContext) -> Delivered:
+    def deliver(self, seeds: Sequence[int | None], inline: Delivered, context: JobContext) -> Delivered:
         """The same images as links. Raises DeliveryFailed, JobTimeout or JobCancelled; then none of them is there."""
         folder = "/".join(part for part in (self._settings.prefix, job_slug(context.job_id)) if part)
         files = [

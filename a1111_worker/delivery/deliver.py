@@ -18,6 +18,7 @@ from a1111_worker.delivery.formats import Converted, convert, decode_image, imag
 from a1111_worker.domain import DeliveryMode, Generation, OutputOptions, Progress, Stage
 from a1111_worker.errors import DeliveryFailed
 from a1111_worker.images import detect_format
+from a1111_worker.webui.infotext import parse_infotext
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +70,23 @@ class Delivery:
 def save_images(folder: Path, job_id: str, answer: Mapping[str, Any]) -> list[Path]:
     """Write a local run's images to `<job>-<number>-<seed>.png`. Files of these names are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = json.loads(answer["info"]).get("all_seeds", [])
+    seeds = answer["worker"]["seeds"] if "worker" in answer else _seeds_of_raw(answer)
     written = []
     for number, image in enumerate(answer["images"], start=1):
         path = folder / f"{job_slug(job_id)}-{image_file_name(number, seeds, detect_format(image))}"
         path.write_bytes(decode_image(image))
         written.append(path)
     return written
+
+
+def _seeds_of_raw(answer: Mapping[str, Any]) -> list[int | None]:
+    """The seed of each image of a raw answer, by the texts in its `info`; none if they do not describe the images."""
+    info = json.loads(answer["info"])
+    texts = [parse_infotext(str(text)) for text in info.get("infotexts", ())]
+    if len(texts) != len(answer["images"]):
+        return []
+    first = info.get("index_of_first_image", 0)  # those before it are grids
+    return [None if index < first or text.is_of_grid else text.seed for index, text in enumerate(texts)]
 
 
 def _convert_all(generation: Generation, options: OutputOptions, context: JobContext) -> tuple[Generation, list[str]]:

@@ -81,9 +81,9 @@ def job_slug(job_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", job_id)[:60] or "job"
 
 
-def image_file_name(number: int, seeds: Sequence[int], image_format: ImageFormat) -> str:
-    """`<number>-<seed>.<extension>`. An image beyond the seeds (a script's grid) has its number alone."""
-    seed = f"-{seeds[number - 1]}" if number <= len(seeds) else ""
+def image_file_name(number: int, seeds: Sequence[int | None], image_format: ImageFormat) -> str:
+    """`<number>-<seed>.<extension>`. An image without a seed (a script's grid) has its number alone."""
+    seed = f"-{seeds[number - 1]}" if number <= len(seeds) and seeds[number - 1] is not None else ""
     return f"{number}{seed}.{EXTENSIONS[image_format]}"
 
 

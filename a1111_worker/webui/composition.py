@@ -12,7 +12,7 @@ from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.loras import name_means, read_tags, scale_of
 from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
 from a1111_worker.request.scripts import check_script
-from a1111_worker.text import printable, quoted_list
+from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -75,8 +75,10 @@ def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
         missing = resolve_name(name, lists.missing_upscalers, "upscaler")
     except InvalidRequest:
         return resolve_name(name, lists.upscalers, "upscaler", path=path)
-    there = ", ".join(repr(other) for other in lists.upscalers)
-    complaint = f"the file of {missing!r} is not there, and A1111 would silently use Lanczos; these are there: {there}"
+    there = quoted_list(lists.upscalers)
+    complaint = (
+        f"the file of {quoted(missing)} is not there, and A1111 would silently use Lanczos; these are there: {there}"
+    )
     raise InvalidRequest([Complaint(path, complaint)])
 
 

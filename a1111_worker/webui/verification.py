@@ -5,22 +5,25 @@ SHA-256) are the checkpoint that made the images. "Lora hashes" in `extra_genera
 every LoRA whose file was read, and nothing for one that was not (A1111 1.9.3 and 1.10.1, measured). The digits are
 A1111's hash of the tensor data, or the file's own `sshs_model_hash`: never the file's SHA-256.
 
-A script may change all of it from image to image, and its `info` is that of the first one, or of none (X/Y/Z plot,
-Prompts from file). Then each image's infotext is read. The last line of an infotext holds what A1111 writes about the
-image, with callers' texts in quotes.
+A script may change all of it from image to image, and its `info` is that of one image, or of none. Its `all_seeds` may
+hold seeds that no image has, and its "Lora hashes" are those of the last prompt that had any. Then each image's own
+text counts. An image without a text is a grid. The hashes of one image leak into the text of the next: so a LoRA is
+proven for an image if the image's prompt names it, and its hash is there under its name; more hashes mean nothing.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError
+from a1111_worker import prompt
+from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError, PictureFacts
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost
+from a1111_worker.images import read_infotext, read_size
 from a1111_worker.text import quoted, quoted_list
+from a1111_worker.webui.infotext import Infotext, parse_infotext, parse_lora_hashes
 
 PNG_IN_BASE64 = "iVBORw0KGgo"
 INTERRUPTED = "it was interrupted by somebody else; send the job again"
@@ -45,25 +48,29 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
     unless the job wants only a warning for that.
     """
     info = _parse_info(answer)
-    _check_images(answer["images"], plan.body)
+    images = answer["images"]
+    _check_images(images, plan.body)
     if interrupted_job is not None and info.get("job_timestamp") == interrupted_job:
         raise GenerationFailed("the WebUI did not finish the pictures", hint=INTERRUPTED)
+    texts = _read_texts(images, info, plan.body)
     _check_checkpoint(info, plan.body, checkpoint)
     _check_sampler(info, plan.body)
-    loras, warnings = _verify_loras(info, plan)
+    loras, warnings = _verify_loras(info, texts, plan)
+    pictures = tuple(_describe(image, text) for image, text in zip(images, texts, strict=True))
     return Generation(
         answer=answer,
         checkpoint=checkpoint,
         loras=loras,
-        seeds=tuple(seed for seed in info.get("all_seeds") or () if isinstance(seed, int)),
+        seeds=tuple(picture.seed for picture in pictures),
         webui_version=str(info.get("version", "unknown")),
         warnings=(*plan.warnings, *warnings),
+        pictures=pictures,
     )
 
 
 def lora_hashes(info: Mapping[str, Any]) -> dict[str, str]:
     """The LoRAs that the WebUI read for a generation: name → 12 hex digits. A comma in a name is left out (A1111)."""
-    return _parse_hashes((info.get("extra_generation_params") or {}).get("Lora hashes", ""))
+    return parse_lora_hashes((info.get("extra_generation_params") or {}).get("Lora hashes", ""))
 
 
 def _parse_info(answer: Any) -> dict[str, Any]:
@@ -91,10 +98,30 @@ def _check_images(images: Sequence[Any], body: Mapping[str, Any]) -> None:
         raise GenerationFailed(f"the WebUI made {len(images)} of {expected} pictures", hint=INTERRUPTED)
 
 
+def _read_texts(images: Sequence[str], info: Mapping[str, Any], body: Mapping[str, Any]) -> list[Infotext | None]:
+    """What each image's own text says; None for one without a text."""
+    try:
+        texts = [read_infotext(image) for image in images]
+    except ValueError as error:
+        raise GenerationFailed("the WebUI answered with something that is no PNG") from error
+    infotexts = info.get("infotexts") or []
+    if not any(texts) and not body.get("script_name") and len(infotexts) == len(images):
+        texts = infotexts  # a WebUI that writes no text into its PNGs; without a script it describes them in order
+    return [None if text is None else parse_infotext(str(text)) for text in texts]
+
+
+def _describe(image: str, text: Infotext | None) -> PictureFacts:
+    try:
+        width, height = read_size(image)
+    except ValueError as error:
+        raise GenerationFailed("the WebUI answered with something that is no PNG") from error
+    return PictureFacts(width, height, text.seed if text else None, text.steps if text else None)
+
+
 def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoint: Model) -> None:
     expected = checkpoint.sha256[:10]
     name, digits = info.get("sd_model_name"), info.get("sd_model_hash")
-    by_image = [_find_model_hash(infotext) for infotext in info.get("infotexts") or ()]
+    by_image = [parse_infotext(str(text)).model_hash for text in info.get("infotexts") or ()]
     if body.get("script_name") and name is None and digits is None:
         is_ours = bool(by_image) and all(found == expected for found in by_image)
     else:
@@ -118,53 +145,59 @@ def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         raise GenerationFailed(f"the WebUI used the sampler {quoted(used)} instead of {quoted(requested)}")
 
 
-def _verify_loras(info: Mapping[str, Any], plan: GenerationPlan) -> tuple[tuple[AppliedLora, ...], list[str]]:
-    """The plan's LoRAs, each with whether every image was made with it, and the warnings about the others."""
-    by_image = [lora_hashes(info)]
-    if plan.body.get("script_name") and info.get("infotexts"):
-        by_image = [_find_lora_hashes(infotext) for infotext in info["infotexts"]]
-    verified: list[AppliedLora] = []
-    missing: list[str] = []
-    warnings: list[str] = []
-    for lora in plan.loras:
-        count = sum(_is_applied(lora, hashes) for hashes in by_image)
-        verified.append(replace(lora, loaded=count == len(by_image)))
-        if lora.model is not None and not count:
-            missing.append(lora.name)
-        elif 0 < count < len(by_image):
-            warnings.append(f"the script used the LoRA {quoted(lora.name)} for {count} of {len(by_image)} pictures")
+def _verify_loras(
+    info: Mapping[str, Any], texts: Sequence[Infotext | None], plan: GenerationPlan
+) -> tuple[tuple[AppliedLora, ...], list[str]]:
+    """The plan's LoRAs, each with the images that were made with it, and the warnings about the others."""
+    unasked: list[str] = []
+    if not plan.body.get("script_name"):
+        hashes = lora_hashes(info)
+        applied = [_count(lora, [hashes] * len(texts)) for lora in plan.loras]
+        total = len(texts)
+        unasked = sorted(hashes.keys() - {_hash_name(lora) for lora in plan.loras})
+    else:
+        prompts = _prompts_of_script(info, texts)
+        total = len(prompts)
+        applied = [
+            _count(lora, [text.lora_hashes for text in prompts if _tag_name(lora) in text.lora_tags])
+            for lora in plan.loras
+        ]
+    missing = [lora.name for lora in applied if lora.model is not None and not lora.loaded]
     if missing and plan.on_lora_error is OnLoraError.FAIL:
         raise LoraNotApplied(
             f"the WebUI did not apply {quoted_list(missing, 16)}",
             hint='set "on_lora_error": "warn" to have the picture without it',
         )
-    return tuple(verified), [*warnings, *(f"the WebUI did not apply the LoRA {quoted(name)}" for name in missing)]
+    in_prompt = {tag.name for tag in prompt.find_tags(plan.body.get("prompt") or "")}
+    partly = [lora for lora in applied if lora.loaded and lora.pictures < total and _tag_name(lora) in in_prompt]
+    return tuple(applied), [
+        *(f"the script used the LoRA {quoted(lora.name)} for {lora.pictures} of {total} pictures" for lora in partly),
+        *(f"the WebUI did not apply the LoRA {quoted(name)}" for name in missing),
+        *(f"the WebUI also applied {quoted(name)}, a LoRA that the job does not name" for name in unasked),
+    ]
+
+
+def _prompts_of_script(info: Mapping[str, Any], texts: Sequence[Infotext | None]) -> list[Infotext]:
+    """The prompts that a script has drawn: those of its images, or those of the cells if it sends only a grid."""
+    of_images = [text for text in texts if text is not None]
+    cells = [parse_infotext(str(text)) for text in info.get("infotexts") or ()]
+    return of_images or [cell for cell in cells if not cell.is_of_grid]
+
+
+def _count(lora: AppliedLora, by_image: Sequence[Mapping[str, str]]) -> AppliedLora:
+    """The LoRA with the images that were made with it. `by_image` are the hashes of those whose prompt names it."""
+    proven = sum(_is_applied(lora, hashes) for hashes in by_image)
+    return replace(lora, loaded=0 < proven == len(by_image), pictures=proven)
+
+
+def _tag_name(lora: AppliedLora) -> str | None:
+    return lora.model.stem if lora.model else None
+
+
+def _hash_name(lora: AppliedLora) -> str | None:
+    """Its name in "Lora hashes", where A1111 leaves out commas."""
+    return lora.model.stem.replace(",", "") if lora.model else None
 
 
 def _is_applied(lora: AppliedLora, hashes: Mapping[str, str]) -> bool:
-    return lora.model is not None and hashes.get(lora.model.stem.replace(",", "")) == lora.model.lora_hash
-
-
-def _find_model_hash(infotext: object) -> str | None:
-    found = re.search(r"\bModel hash: ([0-9a-f]{10})\b", _last_line(infotext))
-    return found[1] if found else None
-
-
-def _find_lora_hashes(infotext: object) -> dict[str, str]:
-    found = re.search(r'\bLora hashes: ("(?:[^"\\]|\\.)*")', _last_line(infotext))
-    if not found:
-        return {}
-    try:
-        return _parse_hashes(json.loads(found[1]))
-    except ValueError as error:
-        raise WebUILost("the WebUI's answer has an infotext in another form than A1111's") from error
-
-
-def _last_line(infotext: object) -> str:
-    return str(infotext).rpartition("\n")[2]
-
-
-def _parse_hashes(text: object) -> dict[str, str]:
-    """The pairs in `name: digits, name: digits`."""
-    pairs = (pair.partition(": ") for pair in str(text).split(", ") if pair)
-    return {name: digits for name, _, digits in pairs}
+    return lora.model is not None and hashes.get(_hash_name(lora) or "") == lora.model.lora_hash

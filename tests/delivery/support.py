@@ -18,6 +18,7 @@ from a1111_worker.domain import (
     Model,
     ModelKind,
     OutputOptions,
+    PictureFacts,
 )
 from tests.buckets import KEY_ID, SECRET, FaultyProxy, S3Server
 
@@ -43,8 +44,9 @@ def generation(**answer: Any) -> Generation:
     return Generation(
         answer={"images": [PNG], "parameters": {"prompt": "猫"}, "info": '{"all_seeds": [42]}', **answer},
         checkpoint=checkpoint,
-        loras=(AppliedLora("Detail", 1.5, lora, loaded=True), AppliedLora("Gone", 1.0, None, loaded=False)),
+        loras=(AppliedLora("Detail", 1.5, lora, loaded=True, pictures=2), AppliedLora("Gone", 1.0, None, loaded=False)),
         seeds=(42, 43),
+        pictures=(PictureFacts(96, 64, 42, 25), PictureFacts(96, 64, 43, 25)),
         webui_version="v1.10.1",
         warnings=("a word",),
     )

@@ -41,6 +41,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
                 "scale": 1.5,
                 "sha256": "cd" * 32,
                 "loaded": True,
+                "pictures": 2,
                 "downloaded": True,
             },
             {
@@ -50,10 +51,15 @@ def test_the_worker_block_reports_what_was_verified() -> None:
                 "scale": 1.0,
                 "sha256": None,
                 "loaded": False,
+                "pictures": 0,
                 "downloaded": False,
             },
         ],
         "seeds": [42, 43],
+        "pictures": [
+            {"width": 96, "height": 64, "seed": 42, "steps": 25},
+            {"width": 96, "height": 64, "seed": 43, "steps": 25},
+        ],
         "warnings": ["a word"],
         "delivery": {"mode": "inline", "format": "png", "urls": [], "expires_at": None},
         "timings": {"generate": 1.235, "total": 2.0},

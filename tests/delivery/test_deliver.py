@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from a1111_worker.delivery.deliver import Delivery, save_images
 from a1111_worker.domain import Generation, OutputOptions, Stage
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 from tests.delivery.support import ONE, PNG, BucketUnderTest, generation
+from tests.images import INFOTEXT
 
 
 def deliver(job_id: str, made: Generation, options: OutputOptions | None = None) -> dict[str, Any]:
@@ -108,10 +111,18 @@ def test_a_result_that_fits_stays_in_the_answer_though_there_is_a_bucket(bucket:
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_local_runs_files_are_named_by_job_number_and_seed(tmp_path: Path, raw: bool) -> None:
-    answer = deliver("local/../test", generation(images=[PNG, PNG]), OutputOptions(raw=raw))
+    info = json.dumps({"index_of_first_image": 1, "infotexts": [INFOTEXT, INFOTEXT], "all_seeds": [7]})
+    made = replace(generation(images=[PNG, PNG], info=info), seeds=(None, 42))  # a script's grid has none
+    answer = deliver("local/../test", made, OutputOptions(raw=raw))
 
     written = save_images(tmp_path / "out", "local/../test", answer)
 
-    # An image beyond the seeds, such as a script's grid, has none.
-    assert [path.name for path in written] == ["local----test-1-42.png", "local----test-2.png"]
+    assert [path.name for path in written] == ["local----test-1.png", "local----test-2-42.png"]
     assert written[0].read_bytes() == base64.b64decode(PNG)
+
+
+def test_a_raw_answer_that_describes_other_images_than_it_has_names_no_seed(tmp_path: Path) -> None:
+    info = json.dumps({"index_of_first_image": 1, "infotexts": [INFOTEXT, INFOTEXT], "all_seeds": [7]})
+    answer = deliver("job", generation(images=[PNG], info=info), OutputOptions(raw=True))
+
+    assert [path.name for path in save_images(tmp_path / "out", "job", answer)] == ["job-1.png"]

@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image, PngImagePlugin
 
-from a1111_worker.delivery.formats import convert, is_unchanged
+from a1111_worker.delivery.formats import convert, image_file_name, is_unchanged
 from a1111_worker.domain import ImageFormat, OutputOptions
 from a1111_worker.errors import GenerationFailed, InvalidRequest
 from tests.images import BROKEN, INFOTEXT, a1111_png, gradient, infotext_of, open_base64, png_bytes, to_base64
@@ -154,3 +154,11 @@ def test_an_image_too_long_for_webp_is_the_callers_error_and_names_the_other_for
 def test_data_that_is_not_an_image_is_a_failed_generation(png: str, options: OutputOptions) -> None:
     with pytest.raises(GenerationFailed, match="cannot be made a"):
         convert(png, options)
+
+
+def test_a_file_is_named_by_its_number_and_its_seed_if_it_has_one() -> None:
+    seeds = (None, 42)
+
+    names = [image_file_name(number, seeds, ImageFormat.WEBP) for number in (1, 2, 3)]
+
+    assert names == ["1.webp", "2-42.webp", "3.webp"]

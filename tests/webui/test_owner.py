@@ -18,8 +18,9 @@ from a1111_worker.webui import client
 from a1111_worker.webui.owner import OwnersOptions, as_number, is_same, owner_file
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.server import Exchange
+from tests.sandbox.webui_client import post
 from tests.support import ROOT, World, world
-from tests.webui.supervised import supervised
+from tests.webui.supervised import supervised, when_asked
 
 OWNERS = {"CLIP_stop_at_last_layers": 2, "eta_noise_seed_delta": 31337, "samples_save": True, "sd_lora": "of_owner"}
 OURS = {"CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0, "samples_save": False, "sd_lora": "None"}
@@ -33,6 +34,7 @@ def give_settings(it: World) -> None:
     """The owner's settings, a LoRA and a checkpoint of the owner's that is loaded."""
     sdxl_lora(it.webui_models / "Lora" / "of_owner.safetensors", 7, 300_000)
     sdxl_checkpoint(it.webui_models / "Stable-diffusion" / "of_owner.safetensors", 9, 3_000_000)
+    post(it.webui, "refresh-loras")
     api = client.WebUI(it.webui.url)
     api.refresh_checkpoints()
     api.reload_checkpoint()
@@ -118,6 +120,17 @@ def test_a_change_in_mid_life_changes_no_picture(tmp_path: Path, change: dict[st
 
         assert after["images"] == before["images"]
         assert after["worker"]["warnings"] == []
+
+
+def test_a_lora_that_the_owner_adds_in_the_last_moment_is_a_warning(tmp_path: Path) -> None:
+    with world(tmp_path, boot=False) as it:
+        give_settings(it)
+        it.boot()
+        when_asked(it, "/sdapi/v1/txt2img", lambda: it.webui.process.data.update(sd_lora="of_owner"))
+
+        answer = it.ask()
+
+        assert answer["worker"]["warnings"] == ["the WebUI also applied 'of_owner', a LoRA that the job does not name"]
 
 
 def test_pictures_in_another_format_stop_the_boot_with_a_hint(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from a1111_worker.domain import AppliedLora, Model, ModelKind, OnLoraError
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost, WorkerError
 from a1111_worker.webui.verification import GenerationPlan, lora_hashes, verify
+from tests.images import a1111_png, gradient
+from tests.support import DATA
 
 CHECKPOINT = Model(
     kind=ModelKind.CHECKPOINT, name="The Model", file="the_model.safetensors", path=Path("x"), sha256="ab" * 32, size=1
@@ -36,12 +39,17 @@ def answer(**changes: Any) -> dict[str, Any]:
         "sampler_name": "Euler a",
         "sd_model_name": "the_model",
         "sd_model_hash": "abababababab"[:10],
-        "extra_generation_params": {"Lora hashes": "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1"},
+        "extra_generation_params": {"Lora hashes": "detail: eb0b8ef669e5"},
         "infotexts": ["a cat\nSteps: 3, Seed: 42, Model hash: ababababab, Model: the_model, Version: v1.10.1"],
         "version": "v1.10.1",
         **changes.pop("info", {}),
     }
-    return {"images": ["iVBORw0KGgoAAAA"], "parameters": {}, "info": json.dumps(info), **changes}
+    return {"images": [picture()], "parameters": {}, "info": json.dumps(info), **changes}
+
+
+def picture(text: str | None = None) -> str:
+    """An image whose own text is this; None: it has none."""
+    return a1111_png(gradient(), text)
 
 
 def test_an_answer_that_shows_everything_is_returned_unchanged() -> None:
@@ -64,6 +72,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[WorkerError]]] = [
     (answer(info={}) | {"info": "[]"}, {}, WebUILost),
     (answer(images=[]), {}, GenerationFailed),  # send_images was false, or an extension took them
     (answer(images=["PHNjcmlwdD4="]), {}, GenerationFailed),  # no PNG
+    (answer(images=["iVBORw0KGgoAAAA"]), {}, GenerationFailed),  # only its beginning
     (answer(images=[None]), {}, GenerationFailed),
     (answer(), {"n_iter": 3}, GenerationFailed),  # interrupted by somebody else: fewer than asked for
     (answer(info={"sampler_name": "DPM++ 2M"}), {"sampler_name": "Euler a"}, GenerationFailed),  # 1.10.1's fallback
@@ -103,11 +112,12 @@ def test_a_model_hash_in_the_prompt_of_the_second_pass_is_ignored() -> None:
 
 
 def answer_of_script(*infotexts: str, **info: Any) -> dict[str, Any]:
-    return answer(images=["iVBORw0KGgoAAAAA"] * len(infotexts), info={"infotexts": list(infotexts), **info})
+    return answer(images=[picture(text) for text in infotexts], info={"infotexts": list(infotexts), **info})
 
 
-OURS = "a cat\nSteps: 3, Model hash: ababababab, Model: the_model"
-WITH_LORA = f'{OURS}, Lora hashes: "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1", Version: v1.10.1'
+OURS = "a cat\nSteps: 3, Seed: 7, Model hash: ababababab, Model: the_model"
+NAMED = OURS.replace("a cat", "a cat <lora:detail:1>")
+WITH_LORA = f'{NAMED}, Lora hashes: "detail: eb0b8ef669e5, style_a_v3: 50ad9ef0eac1", Version: v1.10.1'
 NO_IMAGES_INFO: dict[str, Any] = {
     "sd_model_name": None,
     "sd_model_hash": None,
@@ -125,7 +135,7 @@ def test_an_info_of_no_image_is_replaced_by_the_infotext_of_each_image() -> None
 
 @pytest.mark.parametrize("infotexts", [(), (OURS, "a cat\nSteps: 3"), (OURS, OURS.replace("ababababab", "0123456789"))])
 def test_a_script_whose_images_do_not_all_name_the_checkpoint_is_refused(infotexts: tuple[str, ...]) -> None:
-    found = answer_of_script(*infotexts, **NO_IMAGES_INFO) | {"images": ["iVBORw0KGgoAAAAA"]}
+    found = answer_of_script(*infotexts, **NO_IMAGES_INFO) | {"images": [picture()]}
 
     with pytest.raises(CheckpointNotLoaded):
         verify(found, GenerationPlan({"script_name": "prompts from file or textbox"}), CHECKPOINT)
@@ -136,13 +146,50 @@ def test_without_a_script_the_answer_itself_must_name_the_checkpoint() -> None:
         verify(answer_of_script(OURS, **NO_IMAGES_INFO), GenerationPlan({}), CHECKPOINT)
 
 
-def test_a_script_that_leaves_a_lora_out_of_some_images_is_a_warning() -> None:
-    plan = GenerationPlan({"script_name": "x/y/z plot"}, (lora(),))
+# the texts of a script's images, and what the answer says of the LoRA: loaded, and for how many images
+LEAKED = WITH_LORA.replace("a cat <lora:detail:1>", "a dog")  # A1111 leaves the hash of an image before it
+UNPROVEN = f"{NAMED}, Version: v1.10.1"
+OTHER_FILE = WITH_LORA.replace("eb0b8ef669e5", "000000000000")
+SCRIPTS = [
+    ((WITH_LORA, WITH_LORA), (True, 2)),
+    ((WITH_LORA, OURS), (True, 1)),
+    ((WITH_LORA, LEAKED), (True, 1)),
+    ((WITH_LORA, UNPROVEN), (False, 1)),
+    ((WITH_LORA, OTHER_FILE), (False, 1)),
+    ((LEAKED, OURS), (False, 0)),
+    ((OURS, OURS), (False, 0)),
+]
+
+
+@pytest.mark.parametrize(("texts", "expected"), SCRIPTS)
+def test_a_lora_of_a_script_is_proven_for_each_image_that_names_it(
+    texts: tuple[str, ...], expected: tuple[bool, int]
+) -> None:
+    plan = GenerationPlan({"script_name": "x/y/z plot"}, (lora(),), OnLoraError.WARN)
+
+    generation = verify(answer_of_script(*texts), plan, CHECKPOINT)
+
+    (applied,) = generation.loras
+    assert (applied.loaded, applied.pictures) == expected
+    assert ("the WebUI did not apply the LoRA 'Detail'" in generation.warnings) is not expected[0]
+
+
+def test_a_script_that_leaves_a_lora_of_the_prompt_out_of_some_images_is_a_warning() -> None:
+    plan = GenerationPlan({"script_name": "x/y/z plot", "prompt": "a cat <lora:detail:1>"}, (lora(),))
 
     generation = verify(answer_of_script(WITH_LORA, OURS), plan, CHECKPOINT)
 
-    assert [applied.loaded for applied in generation.loras] == [False]
     assert generation.warnings == ("the script used the LoRA 'Detail' for 1 of 2 pictures",)
+
+
+def test_the_cells_of_a_grid_without_their_images_prove_a_lora_too() -> None:
+    of_grid = WITH_LORA.replace(", Version", ", Script: X/Y/Z plot, X Type: Seed, Version")
+    found = answer(images=[picture()], info={"infotexts": [of_grid, of_grid, WITH_LORA, OURS]})
+
+    generation = verify(found, GenerationPlan({"script_name": "x/y/z plot"}, (lora(),)), CHECKPOINT)
+
+    assert [(applied.loaded, applied.pictures) for applied in generation.loras] == [(True, 1)]
+    assert generation.seeds == (None,)
 
 
 def test_a_script_that_uses_a_lora_nowhere_has_not_applied_it() -> None:
@@ -192,7 +239,7 @@ def test_without_loras_there_are_no_hashes() -> None:
 
 def test_a_script_may_change_the_sampler_and_the_number_of_images_but_there_must_be_one() -> None:
     plot = {"script_name": "x/y/z plot", "sampler_name": "Euler a"}
-    found = answer(images=["iVBORw0KGgoAAAA"] * 3, info={"sampler_name": "DPM++ 2M"})
+    found = answer(images=[picture()] * 3, info={"sampler_name": "DPM++ 2M"})
 
     assert verify(found, GenerationPlan(plot), CHECKPOINT).answer is found
     with pytest.raises(GenerationFailed, match="without a picture"):
@@ -201,13 +248,15 @@ def test_a_script_may_change_the_sampler_and_the_number_of_images_but_there_must
 
 def test_more_images_than_requested_are_refused() -> None:
     with pytest.raises(GenerationFailed):
-        verify(answer(images=["iVBORw0KGgoAAAA"] * 2), GenerationPlan({}), CHECKPOINT)
+        verify(answer(images=[picture()] * 2), GenerationPlan({}), CHECKPOINT)
 
 
 def test_a_lora_that_could_not_be_had_is_not_reported_as_unapplied_too() -> None:
     gone = AppliedLora(name="gone", scale=1.0, model=None, loaded=False)
 
-    generation = verify(answer(), GenerationPlan({}, (gone,), OnLoraError.WARN, ("it was left out",)), CHECKPOINT)
+    plan = GenerationPlan({}, (gone,), OnLoraError.WARN, ("it was left out",))
+
+    generation = verify(answer(info={"extra_generation_params": {}}), plan, CHECKPOINT)
 
     assert generation.warnings == ("it was left out",)
 
@@ -218,5 +267,95 @@ def test_an_image_that_is_no_base64_is_refused(picture: str) -> None:
         verify(answer(images=[picture]), GenerationPlan({}), CHECKPOINT)
 
 
-def test_a_seed_that_is_no_number_is_left_out() -> None:
-    assert verify(answer(info={"all_seeds": [42, None, "x"]}), GenerationPlan({}), CHECKPOINT).seeds == (42,)
+# --- Against the recorded answers ---------------------------------------------------------------------------------
+
+
+def recorded(version: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recorded answer whose pictures are made anew, with the recorded texts and sizes; and its request's body."""
+    case = json.loads((DATA / f"webui-{version}" / "scripts" / f"{name}.json").read_text())
+    images = [
+        a1111_png(Image.new("RGB", tuple(about["size"])), text)
+        for text, about in zip(case["png_infotexts"], case["png_pictures"], strict=True)
+    ]
+    return {**case["response"]["body"], "images": images}, case["request"]["body"]
+
+
+TINY_A = Model(ModelKind.CHECKPOINT, "Tiny", "tiny_a.safetensors", Path("x"), "92e79e2e23" + "0" * 54, 1)
+
+# the seeds of each picture (None: a grid), of recordings whose `all_seeds` say something else
+SEEDS: dict[str, list[int | None]] = {
+    "file_iterate_false": [5, 5, 9],  # [5]
+    "file_iterate_true": [5, 6, 9],  # [8]
+    "file_iterate_true_batch2": [5, 6, 7, 8, 9, 10],  # [11]
+    "file_iterate_true_niter2": [5, 6, 7, 8, 9, 10],  # [11]
+    "file_line_n_iter": [5, 6, 6],  # [7]
+    "matrix_different_seeds_true": [None, 5, 6, 7, 8],  # four
+    "matrix_batch2": [None, 5, 6, 7, 8],
+    "xyz_seed": [None, 11, 22],  # two
+    "xyz_seed_by_sr": [None, None, 11, 22, 11, 22],  # five
+    "xyz_seed_no_lone": [None],  # two
+}
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_picture_of_a_script_has_its_own_seed(version: str, name: str) -> None:
+    found, body = recorded(version, name)
+
+    generation = verify(found, GenerationPlan(body), TINY_A)
+
+    assert list(generation.seeds) == SEEDS[name]
+    assert [picture.seed for picture in generation.pictures] == SEEDS[name]
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+def test_a_line_with_its_own_steps_and_width_is_reported_with_them(version: str) -> None:
+    found, body = recorded(version, "file_iterate_true")
+
+    generation = verify(found, GenerationPlan(body), TINY_A)
+
+    sizes = [(picture.width, picture.height, picture.steps) for picture in generation.pictures]
+    assert sizes == [(128, 64, 2), (128, 64, 2), (64, 64, 3)]
+
+
+LORAS = {"lora_one": "f210665ad516", "lora_two": "abababababab"}
+
+# which LoRAs were drawn in how many pictures of a recording, and whether each picture that names one has it
+RECORDED_LORAS: dict[str, dict[str, tuple[bool, int]]] = {
+    "file_iterate_true": {"lora_one": (True, 1)},  # the hash leaks into the second line
+    "file_lora_in_prompt": {"lora_one": (True, 1), "lora_two": (True, 2)},
+    "matrix_different_seeds_false": {"lora_one": (True, 2)},
+    "xyz_sr_lora": {"lora_one": (True, 1), "lora_two": (True, 1)},  # `info` names the second alone
+    "xyz_sr_lora_no_lone": {"lora_one": (True, 1), "lora_two": (True, 1)},  # there is only the grid
+    "xyz_seed_by_sr": {"lora_one": (True, 2), "lora_two": (True, 2)},
+    "xyz_sr_unknown_lora": {"lora_one": (True, 1), "lora_two": (False, 0)},
+}
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+@pytest.mark.parametrize("name", RECORDED_LORAS)
+def test_a_lora_of_a_script_is_counted_where_it_was_drawn(version: str, name: str) -> None:
+    found, body = recorded(version, name)
+    loras = tuple(lora(stem, LORAS[stem]) for stem in RECORDED_LORAS[name])
+
+    generation = verify(found, GenerationPlan(body, loras, OnLoraError.WARN), TINY_A)
+
+    counted = {applied.model.stem: (applied.loaded, applied.pictures) for applied in generation.loras if applied.model}
+    assert counted == RECORDED_LORAS[name]
+
+
+def test_a_script_that_switched_to_another_checkpoint_is_refused() -> None:
+    found, body = recorded("1.10.1", "file_line_model")
+
+    with pytest.raises(CheckpointNotLoaded):
+        verify(found, GenerationPlan(body), TINY_A)
+
+
+def test_without_texts_in_its_pictures_the_infotexts_have_the_seeds() -> None:
+    second = OURS.replace("Seed: 7", "Seed: 8")
+    found = answer(images=[picture(), picture()], info={"infotexts": [OURS, second], "all_seeds": [1, 2]})
+
+    generation = verify(found, GenerationPlan({"n_iter": 2}), CHECKPOINT)
+
+    assert generation.seeds == (7, 8)
+    assert verify(answer_of_script(OURS), GenerationPlan({"script_name": "x"}), CHECKPOINT).seeds == (7,)
