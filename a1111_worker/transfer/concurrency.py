@@ -10,7 +10,7 @@ from statistics import median
 from a1111_worker.transfer.ranges import Tuning
 
 _GAIN = 1.15
-_FAST_ENOUGH = 60e6
+_FAST_ENOUGH = 60e6  # bytes a second
 
 
 @dataclass(frozen=True)
