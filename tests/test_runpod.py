@@ -331,7 +331,7 @@ def test_a_webui_folder_that_cannot_be_written_answers_the_jobs_that_wait(tmp_pa
         status = it.run()
 
         assert status["error"].startswith(
-            "WEBUI_NOT_READY: this worker could not start: VOLUME_FULL: the WebUI's folder"
+            "WEBUI_NOT_READY: this worker could not start: VOLUME_FAILED: the WebUI's folder"
         )
         assert "WEBUI_MODELS_DIR" in status["output"]["hint"]
         assert "Traceback" not in it.log()

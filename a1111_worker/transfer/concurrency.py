@@ -10,7 +10,7 @@ from statistics import median
 from a1111_worker.transfer.ranges import Tuning
 
 _GAIN = 1.15
-_FAST_ENOUGH = 60e6
+_FAST_ENOUGH = 60e6  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,9 @@ def share_connections(limit: int, demands: Sequence[ConnectionDemand]) -> list[i
 class ConcurrencyTuner:
     """How many connections one file should have: more only if more make it faster.
 
-    It starts with `start`. When all of them have received bytes for `tuning.measure_seconds`, it tries twice as many.
-    It goes back if these, in four times as long, do not reach `_GAIN` times the rate. A connection that receives
-    `_FAST_ENOUGH` bytes a second on its own needs no help. It tries again every `tuning.retune_seconds`, since networks
-    change.
+    It starts with `start`. When all of them have received bytes for `measure_seconds`, it tries twice as many. It goes
+    back if these, in four times as long, do not reach `_GAIN` times the rate. A connection that receives `_FAST_ENOUGH`
+    bytes a second on its own needs no help. It tries again every `retune_seconds`, since networks change.
     """
 
     def __init__(self, start: int, most: int, tuning: Tuning) -> None:
