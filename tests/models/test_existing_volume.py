@@ -136,3 +136,44 @@ def test_a_hold_keeps_its_model_until_its_owner_is_dead(fleet: Fleet) -> None:
     assert entry.keep == "in use"
     assert not was_evicted_at_once
     assert is_evicted and not path.exists()
+
+
+def test_what_an_evictor_left_is_cleared_away(fleet: Fleet) -> None:
+    path = put(fleet, "Snow_Ice_1.safetensors", 1, SIDECAR)
+    for folder in (".holds", ".trash", ".leases"):
+        (fleet.loras / folder).mkdir()
+    left = [
+        ".holds/Snow_Ice_1.safetensors.evicting",
+        ".trash/worker-19836-a3981f90-139942-Rain_2.safetensors",
+        ".leases/v9.2115.dead",  # it was removing a dead owner's lease
+        ".trash/.clock-19836-139942",
+    ]
+    for name in left:
+        (fleet.loras / name).touch()
+    worker = fleet.start(checkpoint=None, timings=timings(stale_after=0.3))
+
+    wait_until(lambda: not any((fleet.loras / name).exists() for name in left[1:]), "the removal")
+    model = fetch(worker, lora(1))
+    removed = worker.remove("Snow_Ice_1")
+
+    assert (model.file, model.downloaded) == (path.name, False)
+    assert [entry.path for entry in removed] == [path]
+    assert fleet.debris() == []
+
+
+def test_a_half_filled_partial_file_has_its_room_planned(fleet: Fleet) -> None:
+    # It does not say whether the whole file was allocated: then the bytes that are there count.
+    served = fleet.serve(2, size=2 * MB)
+    put(fleet, "Snow_Ice_1.safetensors", 1, SIDECAR)
+    (fleet.loras / ".parts").mkdir()
+    partial_file = fleet.loras / ".parts/v2.worker-19836-a3981f90.part"
+    partial_file.write_bytes(served.read_bytes()[:1_120_000] + bytes(880_000))
+    Path(f"{partial_file}.ranges").write_text(RANGES.replace("SHA256", sha256_of(served)))
+    worker = fleet.start(checkpoint=None, limit=2 * MB + 50_000)
+
+    sizes = {entry.file: entry.size for entry in worker.cache.list_entries()}
+    fetch(worker, lora(2))
+
+    assert sizes[partial_file.name] == 1_120_000
+    assert fleet.models_there() == ["Model-2_2.safetensors"]  # the other one had to go, and nothing else
+    assert fleet.debris() == []
