@@ -40,6 +40,7 @@ class Endpoint:
             WEBUI_MODELS_DIR=str(it.webui_models),
             MODEL_SOURCES="",
             WARMUP="0",
+            WORKER_STATE_FILE=str(it.folder / "worker.state"),
         )
 
     def start(self, **settings: str) -> None:

@@ -113,8 +113,8 @@ class OptionsReset:
         if self._owner is None or self._checkpoint is None:
             return
         changed = self._owner.to_put_back(self._webui.options(timeout=PATIENCE).values)
-        quick = {key: value for key, value in changed.items() if key not in SLOW_OPTIONS}
-        self._webui.set_options(quick, timeout=PATIENCE)
+        if quick := {key: value for key, value in changed.items() if key not in SLOW_OPTIONS}:
+            self._webui.set_options(quick, timeout=PATIENCE)
         for key in SLOW_OPTIONS:
             if key in changed:
                 self._set_slowly(key, changed[key])
