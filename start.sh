@@ -432,11 +432,15 @@ wait_at_most() {
   done
 }
 
-# pause SECONDS: like sleep, but a signal ends it.
+# pause SECONDS: like sleep, but it ends as soon as a signal has said that the container ends. It looks again and again:
+# a `wait` would miss a signal that arrived just before it.
 pause() {
-  sleep "$1" &
-  wait $! || true
-  kill $! 2>/dev/null || true
+  local -i until
+  printf -v until '%.0f' "${1}e2"
+  until+="$(now)"
+  while [[ -z "$ending" ]] && (($(now) < until)); do
+    sleep 0.05
+  done
 }
 
 # is_alive PID: whether the process is there.
