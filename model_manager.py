@@ -12,6 +12,7 @@ The work is done by a1111_worker/models/manager.py. Here it is built from the se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -28,7 +29,15 @@ from a1111_worker.catalog import LORAS
 from a1111_worker.config import Config
 from a1111_worker.context import Deadline, JobContext, ReportProgress, ignore_progress
 from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress
-from a1111_worker.errors import ConfigError, DownloadFailed, JobCancelled, ModelError, VolumeFull, WorkerError
+from a1111_worker.errors import (
+    ConfigError,
+    DownloadFailed,
+    JobCancelled,
+    ModelError,
+    VolumeFailed,
+    VolumeFull,
+    WorkerError,
+)
 from a1111_worker.models.cache import CacheSettings, CheckpointSpec
 from a1111_worker.models.civitai import CivitAI, CivitAITimings
 from a1111_worker.models.eviction import Entry
@@ -174,7 +183,9 @@ class _Command:
         rows: list[dict[str, Any]] = []
         sidecars = self._manager.cache.sidecars
         for directory, entry in self._manager.cache.list_models():
-            record = sidecars.find(directory, entry.file)
+            record, uses = None, 0
+            with contextlib.suppress(VolumeFailed):  # what cannot be read is listed too
+                record, uses = sidecars.find(directory, entry.file), sidecars.uses(directory, entry.file).count
             rows.append(
                 {
                     "kind": entry.kind.value,
@@ -182,7 +193,7 @@ class _Command:
                     "name": record.name if record else None,
                     "version_id": record.version_id if record else None,
                     "size": entry.size,
-                    "uses": sidecars.uses(directory, entry.file).count,
+                    "uses": uses,
                     "last_used": _format_time(entry.last_used),
                     "downloaded_at": record.downloaded_at if record else None,
                     "base_model": (record.base_model or record.family) if record else None,

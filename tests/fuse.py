@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class Behaviour:
     st_blocks, as on MooseFS, however much of it was written.
     """
 
-    faults: list[Fault] = field(default_factory=list)
     quota: int | None = None
     takes_no_files_when_full: bool = False
     free: int | None = None
@@ -83,25 +82,26 @@ class FaultyVolume:
         self.folder = folder
         self.backing = backing_of(folder)
         self._server = server
-        self._behaviour = Behaviour()
+        self._faults: dict[int, Fault] = {}
+        self._last_fault = 0
 
-    def fail(self, call: str, number: int, *, on: str = "*", times: int | None = None, **how: Any) -> None:
-        """Let a call fail from now on. Faults of earlier calls of this method stay."""
+    def fail(self, call: str, number: int, *, on: str = "*", times: int | None = None, **how: Any) -> int:
+        """Let a call fail from now on. Earlier faults stay. Returns the number of this one."""
         assert call in CALLS, call
-        self._behaviour.faults.append(Fault(call, number, on, times, **how))
-        self._send()
+        self._last_fault += 1
+        self._faults[self._last_fault] = fault = Fault(call, number, on, times, **how)
+        self._ask({"add": [self._last_fault, asdict(fault)]})
+        return self._last_fault
 
-    def heal(self, call: str | None = None) -> None:
-        """End all faults, or those of one call. The counts of the faults that stay begin again."""
-        self._behaviour.faults = [fault for fault in self._behaviour.faults if call not in (None, fault.call)]
-        self._send()
+    def heal(self, *faults: int) -> None:
+        """End these faults, or all if none is named."""
+        for fault in faults or tuple(self._faults):
+            del self._faults[fault]
+            self._ask({"remove": fault})
 
     def behave(self, **changes: Any) -> None:
         """Change the fields of its Behaviour."""
-        for name, value in changes.items():
-            assert hasattr(self._behaviour, name), name
-            setattr(self._behaviour, name, value)
-        self._send()
+        self._ask({"behave": asdict(Behaviour(**changes)), "changes": list(changes)})
 
     def calls(self, call: str, on: str = "*") -> int:
         """How many calls there were so far, failed ones included."""
@@ -111,9 +111,6 @@ class FaultyVolume:
         """End the server: every call fails with ENOTCONN from now on."""
         self._server.kill()
         self._server.wait()
-
-    def _send(self) -> None:
-        self._ask({"behaviour": asdict(self._behaviour)})
 
     def _ask(self, request: object) -> str:
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -196,6 +193,7 @@ class FuseServer:
         self._listings: dict[int, list[bytes]] = {}
         self._written: dict[int, list[tuple[int, int]]] = {}  # node: what was written since it was opened
         self._behaviour = Behaviour()
+        self._faults: dict[int, Fault] = {}
         self._counts: dict[tuple[str, str], int] = {}
 
     def serve(self) -> None:
@@ -224,10 +222,14 @@ class FuseServer:
     def _obey(self, line: dict[str, Any]) -> object:
         if "count" in line:
             call, on = line["count"]
-            found = [n for (name, path), n in self._counts.items() if name == call and fnmatch.fnmatch(path, on)]
-            return sum(found)
-        changes = line["behaviour"]
-        self._behaviour = Behaviour(**{**changes, "faults": [Fault(**fault) for fault in changes["faults"]]})
+            return sum(n for (name, path), n in self._counts.items() if name == call and fnmatch.fnmatch(path, on))
+        if "add" in line:
+            number, fault = line["add"]
+            self._faults[number] = Fault(**fault)
+        elif "remove" in line:
+            del self._faults[line["remove"]]
+        else:
+            self._behaviour = replace(self._behaviour, **{name: line["behave"][name] for name in line["changes"]})
         return "ok"
 
     def _answer(self, request: bytes) -> None:
@@ -254,7 +256,7 @@ class FuseServer:
         """Raise what a fault of this call says. `paths` are those that it is about."""
         for path in paths:
             self._counts[call, path] = self._counts.get((call, path), 0) + 1
-        for fault in self._behaviour.faults:
+        for fault in self._faults.values():
             if fault.call != call or not any(fnmatch.fnmatch(path, fault.on) for path in paths):
                 continue
             if fault.skip:

@@ -1,8 +1,9 @@
 """A worker under constant faults: `make soak`, or python -m tests.soak [--minutes 10] [--seed N] [--keep]
 
 The real start.sh runs the real handler.py and a WebUI (tests/soak_webui.py). RunPod's queue and CivitAI are the
-sandbox's. Eight jobs are always in the queue, and two in flight. A seeded random generator gives each job a fault: one
-of the ways in which a WebUI fails, one of those in which a download fails, or a caller who cancels. A worker that asks
+sandbox's. The models lie on a file system that fails on request (tests/fuse.py), if this machine can mount one. Eight
+jobs are always in the queue, and two in flight. A seeded random generator gives each job a fault: one of the ways in
+which a WebUI fails, one of those in which a download or the volume fails, or a caller who cancels. A worker that asks
 for a new container gets one as from RunPod, but only after it has asked a few times, so that a worker also runs on
 after its faults.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import errno
 import json
 import os
 import random
@@ -36,6 +38,7 @@ import requests
 from sandbox.civitai import HTML_PAGE, NOT_FOUND, SERVER_ERROR, SandboxCivitAI, ServerFault
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, QueuedJob, SandboxRunPod
+from tests.fuse import FaultyVolume, faulty_volume, why_not
 from tests.soak_webui import launch_py
 from tests.support import ROOT
 
@@ -82,6 +85,32 @@ CIVITAI_FAULTS: Mapping[str, tuple[float, str | None]] = {
     "html": (0.05, "MODEL_REJECTED"),
     "wrong-bytes": (0.05, "MODEL_REJECTED"),
 }
+# Faults of the volume: how likely each is, the calls that fail for the files of the job's own LoRA, the outcomes.
+# `%d` stands for the LoRA's version.
+PART, MODEL = "models/loras/.parts/*v%d*.part", "models/loras/*_%d.safetensors"
+VOLUME_FAILED = frozenset({"VOLUME_FAILED"})
+FULL = frozenset({COMPLETED, "VOLUME_FULL"})  # full, if there is nothing that may be evicted
+VOLUME_FAULTS: Mapping[str, tuple[float, Mapping[str, Any], frozenset[str]]] = {
+    "write": (0.02, {"call": "write", "number": errno.EIO, "on": PART}, VOLUME_FAILED),
+    "write, full": (0.02, {"call": "write", "number": errno.EDQUOT, "on": PART, "times": 1}, FULL),
+    "fsync": (0.02, {"call": "fsync", "number": errno.EIO, "on": PART, "times": 1, "is_lost": True}, VOLUME_FAILED),
+    "fsync, full": (0.02, {"call": "fsync", "number": errno.EDQUOT, "on": PART, "times": 1, "is_lost": True}, FULL),
+    "close, full": (0.02, {"call": "close", "number": errno.EDQUOT, "on": PART, "times": 1, "is_lost": True}, FULL),
+    "rename": (0.02, {"call": "rename", "number": errno.ESTALE, "on": PART}, VOLUME_FAILED),
+    "stat": (0.02, {"call": "stat", "number": errno.EIO, "on": MODEL}, VOLUME_FAILED),
+    "gone": (0.02, {"call": "stat", "number": errno.ENOENT, "on": MODEL, "times": 2}, frozenset({COMPLETED})),
+    "lease": (
+        0.02,
+        {"call": "create", "number": errno.EACCES, "on": "models/loras/.leases/v%d"},
+        frozenset({COMPLETED}),
+    ),
+    "hold": (
+        0.02,
+        {"call": "create", "number": errno.EROFS, "on": "models/loras/.holds/*_%d.*"},
+        frozenset({COMPLETED}),
+    ),
+    "sidecar": (0.02, {"call": "rename", "number": errno.EIO, "on": f"{MODEL}.json"}, frozenset({COMPLETED})),
+}
 CANCELLED_JOBS = 0.05
 INVALID_JOBS = 0.02
 WEBUI_LOST, JOB_CANCELLED = "WEBUI_LOST", "JOB_CANCELLED"
@@ -95,6 +124,7 @@ class SoakJob:
     number: int
     webui: str = ""
     civitai: str = ""
+    volume: str = ""
     cancel: str = ""  # "in the queue" or "at work"
     is_invalid: bool = False
     id: str = ""
@@ -109,6 +139,8 @@ class SoakJob:
             return "an invalid request"
         if self.civitai and CIVITAI_FAULTS[self.civitai][1]:
             return f"CivitAI: {self.civitai}"  # the WebUI never gets this job
+        if self.volume:
+            return f"volume: {self.volume}"
         return f"WebUI: {self.webui}" if self.webui else f"CivitAI: {self.civitai}" if self.civitai else "none"
 
     @property
@@ -120,6 +152,8 @@ class SoakJob:
         code = CIVITAI_FAULTS[self.civitai][1] if self.civitai else None
         if code:
             return frozenset({code})
+        if self.volume:
+            return VOLUME_FAULTS[self.volume][2]
         return WEBUI_FAULTS[self.webui][1] if self.webui else frozenset({COMPLETED})
 
     @property
@@ -129,7 +163,7 @@ class SoakJob:
     def input(self) -> dict[str, Any]:
         chance = random.Random(self.number)
         steps = MANY_STEPS if self.webui == "slow" or self.cancel == "at work" else STEPS
-        loras = [self.own_lora] if self.civitai else chance.sample(POOL, chance.choice((0, 1, 1, 2)))
+        loras = [self.own_lora] if self.civitai or self.volume else chance.sample(POOL, chance.choice((0, 1, 1, 2)))
         return {
             "prompt": f"a lighthouse, soak {self.number} {self.webui}".strip(),
             "steps": 0 if self.is_invalid else steps,
@@ -145,14 +179,16 @@ def draw_job(number: int, seed: int) -> SoakJob:
     """A job with its fault. It depends only on the number and the seed."""
     chance = random.Random(f"{seed}:{number}")
 
-    def one_of(faults: Mapping[str, tuple[float, object]]) -> str:
-        weights = [weight for weight, _ in faults.values()]
+    def one_of(faults: Mapping[str, tuple[Any, ...]]) -> str:
+        weights = [weight for weight, *_ in faults.values()]
         return chance.choices(["", *faults], [1.0 - sum(weights), *weights])[0]
 
     if (roll := chance.random()) < CANCELLED_JOBS:
         return SoakJob(number, cancel=chance.choice(("in the queue", "at work", "at work")))
     if roll < CANCELLED_JOBS + INVALID_JOBS:
         return SoakJob(number, is_invalid=True)
+    if volume := one_of(VOLUME_FAULTS):
+        return SoakJob(number, volume=volume)
     return SoakJob(number, webui=one_of(WEBUI_FAULTS), civitai=one_of(CIVITAI_FAULTS))
 
 
@@ -194,12 +230,14 @@ class Soak:
     replace_every: int
     queue: SandboxRunPod
     civitai: SandboxCivitAI
+    volume: FaultyVolume | None  # None: no file system can be mounted here, and the volume does not fail
     jobs: dict[str, SoakJob] = field(default_factory=dict)
     containers: list[SoakContainer] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     counted: collections.Counter[str] = field(default_factory=collections.Counter)
     _refresh_requests: int = 0
     _ended: set[str] = field(default_factory=set)
+    _volume_faults: dict[str, int] = field(default_factory=dict)  # by job
     _late: list[tuple[str, str, float, str]] = field(default_factory=list)  # kind, job, time, body
 
     # The container
@@ -302,12 +340,17 @@ class Soak:
 
     def submit(self, job: SoakJob | None = None) -> SoakJob:
         job = job or draw_job(len(self.jobs), self.seed)
-        if job.civitai:
+        if self.volume is None:
+            job.volume = ""
+        if job.civitai or job.volume:
             path = sdxl_lora(self.folder / "site" / f"{job.own_lora}.safetensors", job.own_lora, LORA_BYTES)
             self.civitai.add(job.own_lora, path, name=f"Soak {job.number}")
             self._set_civitai_fault(job)
+        fault = self._set_volume_fault(job)
         job.id = self.queue.submit(job.input())
         self.jobs[job.id] = job
+        if fault is not None:
+            self._volume_faults[job.id] = fault
         if job.cancel == "in the queue":
             self._cancel(job)
         return job
@@ -329,6 +372,13 @@ class Soak:
         elif job.civitai == "wrong-bytes":
             other = sdxl_lora(self.folder / "site" / f"other-{job.own_lora}.safetensors", 1, LORA_BYTES)
             self.civitai.replace(job.own_lora, other)
+
+    def _set_volume_fault(self, job: SoakJob) -> int | None:
+        """Make the volume fail for this job's own LoRA."""
+        if self.volume is None or not job.volume:
+            return None
+        fault = dict(VOLUME_FAULTS[job.volume][1])
+        return self.volume.fail(**{**fault, "on": fault["on"] % job.own_lora})
 
     def _cancel(self, job: SoakJob) -> None:
         url = f"{self.queue.url}/v2/{self.queue.endpoint}/cancel/{job.id}"
@@ -360,6 +410,8 @@ class Soak:
             return
         self._ended.add(job.id)
         self.container.jobs += 1
+        if self.volume is not None and job.id in self._volume_faults:
+            self.volume.heal(self._volume_faults.pop(job.id))
         self.counted["requests for a new container"] += queued.stop_pod
         self._refresh_requests += queued.stop_pod
         if self.container.jobs == 10 or self.container.jobs % 5 == 0:
@@ -530,7 +582,7 @@ class Soak:
             job.own_lora
             for job in self.jobs.values()
             if self.queue.jobs[job.id].status == CANCELLED
-            or str(self.queue.jobs[job.id].error).startswith(JOB_CANCELLED)
+            or str(self.queue.jobs[job.id].error).startswith((JOB_CANCELLED, "VOLUME_F"))
         }
         for path in self.models.rglob("*"):
             if not path.is_file():
@@ -629,9 +681,14 @@ def stock(folder: Path, civitai: SandboxCivitAI) -> None:
 
 def run(folder: Path, minutes: float, seed: int, replace_every: int) -> list[str]:
     """Soak a worker in `folder` and print the result. Returns the problems."""
-    with SandboxCivitAI(key=KEY) as civitai, SandboxRunPod(long_poll=1.0) as queue:
+    with contextlib.ExitStack() as stack:
+        civitai = stack.enter_context(SandboxCivitAI(key=KEY))
+        queue = stack.enter_context(SandboxRunPod(long_poll=1.0))
+        volume = None if why_not() else stack.enter_context(faulty_volume(folder / "volume"))
+        if volume is None:
+            say(f"the volume does not fail: {why_not()}")
         stock(folder, civitai)
-        soak = Soak(folder, seed, replace_every, queue, civitai)
+        soak = Soak(folder, seed, replace_every, queue, civitai, volume)
         soak.start()
         try:
             soak.plain_jobs(8, "the first jobs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class ModelCache:
             return
         vae_folders = self.directories.vae_folders()
         self._webui.prepare([*self.directories.folders(), *vae_folders])
-        for path in (path for folder in vae_folders for path in folder.glob(f"*{SUFFIX}")):
+        for path in _vaes(vae_folders):
             try:
                 if not path.is_file():  # to read a FIFO or a device would take for ever
                     raise ModelRejected("it is not a regular file")
@@ -414,6 +414,14 @@ class ModelCache:
             self._leases.watch_partial_files(directory.partial_files)
         if self._webui is not None:
             self._webui.prune()
+
+
+def _vaes(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        try:
+            yield from (folder / name for name in names_in(folder) if name.endswith(SUFFIX))
+        except VolumeFailed as error:
+            log.warning("no VAE of %s is shown to the WebUI: %s", folder, error.message)
 
 
 def _file_under_name(directory: CacheDirectory, file: str) -> str | None:

@@ -28,7 +28,7 @@ from a1111_worker.errors import (
     VolumeFailed,
     VolumeFull,
 )
-from a1111_worker.files import VolumeState, translated, volume_error, volume_state
+from a1111_worker.files import VolumeState, look, translated, volume_error, volume_state
 from a1111_worker.models.cache import CacheHit, CheckpointSpec, ModelCache
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.leases import Lease, Leases
@@ -227,15 +227,17 @@ class Fetcher:
         request = self._room_request(target, None if lease.is_real else partial_file)
         # The worker is nothing without its checkpoint: no limit of ours keeps it out.
         limit = self._cache.limit if target.checkpoint is None else None
+        may_adopt = lease.is_real and target.sha256 is not None  # without a hash nothing would show a wrong byte
         full_at: int | None = None  # how many bytes were there when the volume was full the last time
         with self._space.reserve([request], limit), _kept_if_useful(directory, partial_file, target.sha256):
             while True:
                 try:
-                    with translated("making the folders of the cache"):
-                        directory.prepare()
-                    if lease.is_real and target.sha256 is not None:
+                    if look(directory.partial_files) is None:  # on a full volume it could not be made before
+                        with translated("making the folders of the cache"):
+                            directory.prepare()
+                    if may_adopt:
                         check = context.deadline.check
-                        directory.adopt_partial_files(target.key, self._owner, target.sha256, check)
+                        directory.adopt_partial_files(target.key, self._owner, target.sha256 or "", check)
                     sha256 = self._download(target, partial_file, context, on_bytes)
                     # If the volume loses these bytes now, others do not take their place.
                     target = replace(target, remote=replace(target.remote, sha256=sha256))
@@ -249,7 +251,7 @@ class Fetcher:
                         raise
                     full_at = present
                     log.warning("%s: %s: evicting", target.label, error.message)
-                    self._space.make_room_on_full_disk(replace(request, resumes=(partial_file,)))
+                    self._space.make_room_on_full_disk(request)
                     if target.sha256 is None:
                         directory.remove_partial_file(partial_file)
 

@@ -469,10 +469,12 @@ class ModelManager:
             else:
                 return VerifyResult(entry, found.sha256, "proven" if known else "read for the first time", ok=True)
         outcome = ""
-        if repair and (not is_damaged or self._evict_damaged(entry, deadline)):
-            outcome = self._fetch_again(entry, known, deadline)
-        elif repair:
-            outcome = "; in use, and left alone"
+        if repair:
+            try:
+                is_free = not is_damaged or self._evict_damaged(entry, deadline)
+                outcome = self._fetch_again(entry, known, deadline) if is_free else "; in use, and left alone"
+            except VolumeFailed as error:
+                outcome = f"; left alone: {error.message}"
         return VerifyResult(entry, None, f"{problem}{outcome}", ok=outcome == REPLACED)
 
     def _evict_damaged(self, entry: Entry, deadline: Deadline) -> bool:

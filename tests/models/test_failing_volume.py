@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import model_manager
+from a1111_worker.config import Config
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelRef
-from a1111_worker.errors import DownloadFailed, ModelError
+from a1111_worker.errors import DownloadFailed, ModelError, VolumeFailed
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sdxl_lora, sha256_of
 from tests.fleet import Fleet, fetch, lora, soon, timings
@@ -398,3 +400,44 @@ def test_a_sidecar_that_cannot_be_read_is_not_taken_for_a_missing_one(fleet: Fle
 
     assert [result.ok for result in results] == [False]
     assert Path(f"{path}.json").read_bytes() == before
+
+
+def test_a_worker_starts_though_a_folder_of_vaes_cannot_be_listed(fleet: Fleet, volume: FaultyVolume) -> None:
+    (ref,) = serve(fleet, 1)
+    (fleet.models / "vae").mkdir()
+    volume.fail("listdir", errno.EIO, on="vae")
+
+    assert outcome(fleet.start(checkpoint=None), ref) == "Model-1_1.safetensors"
+
+
+def test_a_file_that_cannot_be_read_is_listed_and_can_be_removed(
+    fleet: Fleet, volume: FaultyVolume, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch(fleet.start(checkpoint=None), *serve(fleet, 1, 2))
+    fault = volume.fail("stat", errno.EIO, on="loras/Model-1*")
+    manager = fleet.start(checkpoint=None)
+    options = model_manager._parser().parse_args(["list"])
+
+    status = model_manager._Command(manager, Config.from_env({}), options, soon()).run()
+    listed = capsys.readouterr().out
+    with pytest.raises(VolumeFailed):
+        manager.remove("Model-1_1")
+    volume.heal(fault)
+    volume.fail("read", errno.EIO, on="loras/Model-1*")
+    manager.remove("Model-1_1")
+
+    assert status == 0
+    assert "Model-1_1.safetensors  (cannot be read)" in listed
+    assert fleet.models_there() == ["Model-2_2.safetensors"]
+
+
+def test_a_damaged_file_that_cannot_be_removed_ends_no_verification(fleet: Fleet, volume: FaultyVolume) -> None:
+    worker = fleet.start(checkpoint=None)
+    fetch(worker, *serve(fleet, 1, 2))
+    (fleet.loras / "Model-1_1.safetensors").write_bytes(b"<html>")
+    volume.fail("rename", errno.EIO, on="loras/Model-1*")
+
+    results = {result.entry.file: result for result in worker.verify(soon(), repair=True)}
+
+    assert results["Model-2_2.safetensors"].ok
+    assert "left alone" in results["Model-1_1.safetensors"].finding

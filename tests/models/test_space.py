@@ -185,16 +185,16 @@ def test_a_job_that_waits_for_room_holds_nothing_itself(fleet: Fleet) -> None:
 
 def test_two_jobs_that_need_each_others_room_never_wait_for_each_other(fleet: Fleet) -> None:
     refs = sizes(fleet, 1, 2, 3, 4)
-    workers = [fleet.start(checkpoint=None, limit=3 * MB, timings=timings(room_wait=30)) for _ in range(2)]
+    worker = fleet.start(checkpoint=None, limit=3 * MB, timings=timings(room_wait=30))
     for ref in refs[:2]:
-        fetch(workers[0], ref)
-    fleet.civitai.storage.latency = 0.1  # so that each has its first model when it needs room for the second
+        fetch(worker, ref)
+    fleet.civitai.storage.rate = 4 * MB  # so that each has its first model when it needs room for the second
 
     def job(number: int) -> int:
         done = 0
         for _ in range(5):
             # one model that is there, one that is not; a third one would be too much for both jobs together
-            with workers[number].hold([refs[number], refs[number + 2]], JobContext(soon(60))) as held:
+            with worker.hold([refs[number], refs[number + 2]], JobContext(soon(60))) as held:
                 done += len(held.models)
         return done
 
