@@ -161,10 +161,3 @@ def fetch(manager: ModelManager, *refs: ModelRef) -> Model:
 
 def soon(seconds: float = 30.0) -> Deadline:
     return Deadline(seconds)
-
-
-def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 10.0) -> None:
-    """Return when a condition is true. Fails after `seconds`; `what` names the condition then."""
-    deadline = Deadline(seconds, what=what)
-    while not condition():
-        deadline.wait(0.003)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 WORKER = ROOT / "a1111_worker"
 
 # The order of packages: each imports only from itself and from those before it. "" stands for the root modules.

@@ -24,9 +24,9 @@ from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
 from a1111_worker.webui.timings import WebUITimings
+from tests.support import ROOT
 from tests.test_architecture import HTTP, MODULES, PACKAGES
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 README = ROOT / "README.md"

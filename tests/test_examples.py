@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.runpod import SandboxRunPod
-from tests.support import world
-from tests.test_docs import API, ROOT, blocks
+from tests.support import ROOT, world
+from tests.test_docs import API, blocks
 from tests.test_runpod import Endpoint
 
 RUNPOD = "https://api.runpod.ai/v2"

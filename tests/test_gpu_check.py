@@ -16,9 +16,8 @@ import pytest
 from benchmarks.gpu_check import Backend, cuda_of, difference, vram_row
 from sandbox import draw
 from tests.soak_webui import launch_py
-from tests.support import World, world
+from tests.support import ROOT, World, world
 
-ROOT = Path(__file__).parent.parent
 NO_CUDA = {"ram": {"free": 1, "used": 1, "total": 2}, "cuda": {"error": "unavailable"}}
 CUDA = {  # as modules/api/api.py of A1111 1.10.1 returns it
     "ram": {"free": 1, "used": 1, "total": 2},

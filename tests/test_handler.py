@@ -27,9 +27,8 @@ from sandbox import civitai as c
 from sandbox.models import sd15_lora, sdxl_lora
 from sandbox.server import Exchange
 from sandbox.webui import CannedAnswer, WebUIFault
-from tests.support import CHECKPOINT, DETAIL, HAND, QUICK, SMALL, World, quick_manager, world
+from tests.support import CHECKPOINT, DETAIL, HAND, QUICK, ROOT, SMALL, World, quick_manager, world
 
-ROOT = Path(__file__).parent.parent
 URL = "https://civitai.com/api/download/models/"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from a1111_worker.heartbeat import Heartbeat
-from tests.fleet import wait_until
+from tests.support import wait_until
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 from a1111_worker.relay import relayed
-
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 SCRIPT = """
 import logging

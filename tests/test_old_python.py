@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 TOO_OLD = "a1111-worker needs Python 3.10 or newer, and this is Python 3.9\n"
 
 

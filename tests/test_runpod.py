@@ -17,9 +17,7 @@ import pytest
 
 from sandbox.runpod import SandboxRunPod
 from sandbox.webui import WebUIFault
-from tests.support import DETAIL, SMALL, World, wait_until, world
-
-ROOT = Path(__file__).parent.parent
+from tests.support import DETAIL, ROOT, SMALL, World, wait_until, world
 
 
 class Endpoint:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,8 +19,8 @@ from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.client import without_paths
 from a1111_worker.webui.composition import WebUILists, resolve
 from a1111_worker.webui.samplers import resolve_name
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 MEGABYTES = "x" * 9_000_000
 HOSTILE = "a\x1b[2J\r\nfake line\u202e\ud800"
 
@@ -78,9 +79,9 @@ def test_a_list_of_names_has_an_end() -> None:
     ],
     ids=["field", "always-on script", "setting", "LoRA", "output option", "comment"],
 )
-def test_a_callers_key_is_bounded_and_printable_in_a_complaint(job: object, key: str) -> None:
+def test_a_callers_key_is_bounded_and_printable_in_a_complaint(job: Callable[[str], dict[str, Any]], key: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        parse_request({"prompt": "x", **job(key)}, Limits())  # type: ignore[operator]
+        parse_request({"prompt": "x", **job(key)}, Limits())
 
     assert len(refused.value.message) < 2_000
     assert refused.value.message.isprintable()

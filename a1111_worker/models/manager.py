@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import threading
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef, Progress, Stage
+from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import (
     DownloadFailed,
     InvalidRequest,
@@ -45,7 +46,7 @@ from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.progress import AggregateProgress, ReportFile, report_bytes
 from a1111_worker.models.safetensors import families_fit
 from a1111_worker.models.sidecars import ModelRecord
-from a1111_worker.models.space import CacheSpace
+from a1111_worker.models.space import CacheSpace, RoomWait
 from a1111_worker.models.targets import FetchTarget
 from a1111_worker.models.volume import CacheDirectory
 from a1111_worker.transfer.download import Downloader
@@ -111,8 +112,7 @@ class ModelManager:
             self.cache.prepare_webui_folder()
         except OSError as error:
             self._webui_folder_error = error
-        self._room_wait = timings.room_wait
-        self._room_poll = timings.room_poll
+        self._room_wait = functools.partial(RoomWait, seconds=timings.room_wait, poll=timings.room_poll)
         self._sweep_interval = timings.sweep
         self._next_sweep = 0.0
         # It has a heartbeat of its own: on a large or slow volume it takes long, and no sign of life may wait for it.
@@ -149,9 +149,15 @@ class ModelManager:
             ) from self._webui_folder_error
         with self._checkpoint_lock:
             model = self._checkpoint
-            if model is None or not self.cache.is_still_there(model, context.deadline):
-                model = self._wait_for_room(context, lambda _: self._obtain_checkpoint(spec, context))
-                self._checkpoint = model
+            if model is not None and not self.cache.is_still_there(model, context.deadline):
+                model = None
+            wait = self._room_wait(context)
+            while model is None:
+                try:
+                    model = self._obtain_checkpoint(spec, context)
+                except RoomInUse as error:
+                    wait.pause(error)
+            self._checkpoint = model
             return model
 
     def _obtain_checkpoint(self, spec: CheckpointSpec, context: JobContext) -> Model:
@@ -204,9 +210,13 @@ class ModelManager:
         and waits. So two jobs never wait for each other.
         """
         refs = list(dict.fromkeys(refs))
-        held = self._wait_for_room(
-            context, lambda is_last: self._hold_all(refs, context, _Tolerance(tolerate, is_last))
-        )
+        wait = self._room_wait(context)
+        held: HeldModels | None = None
+        while held is None:
+            try:
+                held = self._hold_all(refs, context, _Tolerance(tolerate, wait.is_over))
+            except RoomInUse as error:
+                wait.pause(error)
         with held.holds:
             yield held
 
@@ -227,26 +237,6 @@ class ModelManager:
             models |= checked.models
             failures |= checked.failures
         return replace(held, models=models, failures=failures)
-
-    def _wait_for_room(self, context: JobContext, attempt: Callable[[bool], T]) -> T:
-        """Call `attempt` again, for at most `room_wait` seconds, if only models in use leave it no room.
-
-        It is told whether this is its last call.
-        """
-        until: float | None = None
-        while True:
-            is_last = until is not None and time.monotonic() >= until
-            try:
-                return attempt(is_last)
-            except RoomInUse as error:
-                if is_last:
-                    raise
-                until = until or time.monotonic() + self._room_wait
-                left = max(0.0, until - time.monotonic())
-                log.info("waiting for room, %.0f s at most: %s", left, error.message)
-                detail = f"waiting for room until other jobs release their models, {left:.0f} s at most"
-                context.report(Progress(Stage.MODELS, detail=detail))
-            context.deadline.wait(min(self._room_poll, left))
 
     def _hold_all(self, refs: Sequence[ModelRef], context: JobContext, tolerance: _Tolerance) -> HeldModels:
         """Hold every model, or none if one fails and that is not tolerated."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from a1111_worker.context import JobContext
+from a1111_worker.domain import Progress, Stage
 from a1111_worker.errors import RoomInUse, VolumeFull
 from a1111_worker.models.cache import ModelCache
 from a1111_worker.models.eviction import MARGIN, Entry, Eviction, Room, plan_eviction, plan_for_full_disk
 from a1111_worker.models.volume import CacheDirectory
+
+log = logging.getLogger(__name__)
 
 _PLANS = 8  # what a plan removes may be in use by the time it is to go: then another plan is made
 
@@ -120,6 +126,32 @@ class CacheSpace:
             if all(self._cache.evict(entry, plan.why) for entry in plan.remove):
                 return
         raise RoomInUse(f"there is no room for {what}: everything that could be freed is in use")
+
+
+class RoomWait:
+    """A job's wait until other jobs release models that take its room: `seconds` at most, a look every `poll` seconds.
+
+    The limit begins with the first pause. If it `is_over`, the next try is the last.
+    """
+
+    def __init__(self, context: JobContext, seconds: float, poll: float) -> None:
+        self._context = context
+        self._seconds = seconds
+        self._poll = poll
+        self._until: float | None = None
+        self.is_over = False
+
+    def pause(self, error: RoomInUse) -> None:
+        """Wait before the next try. Raises the error if that try was the last."""
+        if self.is_over:
+            raise error
+        self._until = self._until or time.monotonic() + self._seconds
+        left = max(0.0, self._until - time.monotonic())
+        log.info("waiting for room, %.0f s at most: %s", left, error.message)
+        detail = f"waiting for room until other jobs release their models, {left:.0f} s at most"
+        self._context.report(Progress(Stage.MODELS, detail=detail))
+        self._context.deadline.wait(min(self._poll, left))
+        self.is_over = time.monotonic() >= self._until
 
 
 def _no_room(what: str, plan: Eviction) -> VolumeFull:

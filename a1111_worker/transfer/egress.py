@@ -248,7 +248,6 @@ def open_connection(
         )
     else:
         connection = http.client.HTTPConnection(origin.host.strip("[]"), origin.port, timeout=timeout)
-    # The one hook that http.client has between a name and its address (an attribute "for ease of testing", which
-    # typeshed leaves out).
-    connection._create_connection = connect  # type: ignore[attr-defined]
+    # The one hook that http.client has between a name and its address: an attribute "for ease of testing".
+    connection._create_connection = connect  # type: ignore[attr-defined] # typeshed leaves it out
     return connection

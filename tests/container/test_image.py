@@ -27,8 +27,8 @@ from a1111_worker.request.schema import Limits
 from model_manager import open_manager
 from sandbox.models import sdxl_checkpoint
 from tests.image.make_mirror import REPOSITORIES
+from tests.support import ROOT
 
-CHECKOUT = Path(__file__).parent.parent.parent
 NAMES = {setting.name for setting in SETTINGS}
 
 
@@ -59,22 +59,22 @@ class Dockerfile:
         return default
 
 
-DOCKERFILE = Dockerfile(CHECKOUT / "Dockerfile")
+DOCKERFILE = Dockerfile(ROOT / "Dockerfile")
 
 
 def yaml_of(path: str) -> Any:
-    return importlib.import_module("yaml").safe_load((CHECKOUT / path).read_text(encoding="utf-8"))
+    return importlib.import_module("yaml").safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
 def json_of(path: str) -> Any:
-    return json.loads((CHECKOUT / path).read_bytes())
+    return json.loads((ROOT / path).read_bytes())
 
 
 def start_sh_settings(**environment: str) -> dict[str, str]:
     """The settings of start.sh in an environment, after `set_defaults`."""
     variables = r"""declare -p | sed -nE 's/^declare -[-rx]+ (\w+)="(.*)"$/\1=\2/p'"""
     done = subprocess.run(
-        ["bash", "-c", f"source {CHECKOUT / 'start.sh'}; set_defaults; {variables}"],
+        ["bash", "-c", f"source {ROOT / 'start.sh'}; set_defaults; {variables}"],
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
@@ -147,12 +147,10 @@ def test_only_the_worker_is_copied_into_the_image() -> None:
     assert {source for source in sources if not source.startswith(("image/", "locks/"))} == {
         *("a1111_worker", "handler.py", "model_manager.py", "start.sh")
     }
-    assert all((CHECKOUT / source).exists() for source in sources)
-    sent = {
-        line[1:] for line in (CHECKOUT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"
-    }
+    assert all((ROOT / source).exists() for source in sources)
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"}
     assert sent == {source.split("/")[0] for source in sources}
-    assert (CHECKOUT / ".dockerignore").read_text(encoding="utf-8").splitlines()[1] == "*"
+    assert (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()[1] == "*"
 
 
 def test_the_image_contains_no_secret() -> None:
@@ -203,11 +201,11 @@ def test_what_the_build_writes_beside_a_baked_checkpoint_makes_it_the_workers_ow
         ModelKind.CHECKPOINT, "Other", checkpoint.name, sha256, checkpoint.stat().st_size, version_id=4711
     )
     checkpoint.with_name("other.safetensors.json").write_bytes(known.to_json())
-    arguments = [sys.executable, str(CHECKOUT / "image" / "baked.py"), str(checkpoint.parent)]
+    arguments = [sys.executable, str(ROOT / "image" / "baked.py"), str(checkpoint.parent)]
 
     written = subprocess.run(
         arguments,
-        env={**build, "MODEL_HOSTS": "models.example.com", "PYTHONPATH": str(CHECKOUT)},
+        env={**build, "MODEL_HOSTS": "models.example.com", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
@@ -225,7 +223,7 @@ def test_the_container_starts_with_start_sh_and_stops_by_term() -> None:
     (entrypoint,) = DOCKERFILE.all("ENTRYPOINT")
 
     assert json.loads(entrypoint) == [f"{DOCKERFILE.environment['WORKER_DIR']}/start.sh"]
-    assert os.access(CHECKOUT / "start.sh", os.X_OK)
+    assert os.access(ROOT / "start.sh", os.X_OK)
     assert DOCKERFILE.all("STOPSIGNAL") == ["SIGTERM"]
     assert DOCKERFILE.all("EXPOSE") == ["8000"]  # the SDK's API; never the WebUI's
 
@@ -260,7 +258,7 @@ def test_an_empty_list_of_sources_means_none_to_start_sh_and_to_the_worker() -> 
 
 
 def test_what_only_start_sh_reads_is_among_the_settings() -> None:
-    text = (CHECKOUT / "start.sh").read_text(encoding="utf-8")
+    text = (ROOT / "start.sh").read_text(encoding="utf-8")
 
     for setting in SETTINGS:
         if setting.reader == "start.sh":
@@ -307,7 +305,7 @@ def test_the_health_check_is_red_when_no_job_can_be_taken(
         (tmp_path / "webui").write_text(f"{webui}\n", encoding="utf-8")
 
     done = subprocess.run(
-        [sys.executable, "-IS", CHECKOUT / "image" / "healthcheck.py"], env=environment, capture_output=True, text=True
+        [sys.executable, "-IS", ROOT / "image" / "healthcheck.py"], env=environment, capture_output=True, text=True
     )
 
     assert done.returncode == status
@@ -327,9 +325,7 @@ def test_the_health_check_runs_what_was_copied() -> None:
 
 
 def test_the_smoke_test_of_the_worker_passes_here() -> None:
-    done = subprocess.run(
-        [sys.executable, CHECKOUT / "image" / "smoke.py", "worker", CHECKOUT], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, ROOT / "image" / "smoke.py", "worker", ROOT], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"runpod \S+\n", done.stdout)
@@ -337,7 +333,7 @@ def test_the_smoke_test_of_the_worker_passes_here() -> None:
 
 def test_the_smoke_test_fails_if_a_module_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, CHECKOUT / "image" / "smoke.py", "worker", tmp_path], capture_output=True, text=True
+        [sys.executable, ROOT / "image" / "smoke.py", "worker", tmp_path], capture_output=True, text=True
     )
 
     assert done.returncode != 0
@@ -387,7 +383,7 @@ class WebUIEnvironment:
 
     def smoke(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, CHECKOUT / "image" / "smoke.py", "webui", CHECKOUT / "start.sh"],
+            [sys.executable, ROOT / "image" / "smoke.py", "webui", ROOT / "start.sh"],
             cwd=self.app,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.site)},
             capture_output=True,
@@ -492,7 +488,7 @@ def test_the_hub_gets_every_field_that_it_requires() -> None:
     assert {"runsOn", "containerDiskInGb", "gpuCount", "gpuIds", "allowedCudaVersions", "env"} <= set(hub["config"])
     assert (hub["config"]["runsOn"], hub["config"]["gpuCount"]) == ("GPU", 1)
     for name in ("handler.py", "Dockerfile", "README.md"):
-        assert (CHECKOUT / name).exists()
+        assert (ROOT / name).exists()
 
 
 def test_the_hubs_gpus_run_the_torch_that_is_pinned() -> None:
@@ -610,7 +606,7 @@ def test_a_release_resolves_the_lists_for_cu128_before_it_builds_the_image() -> 
 
 
 def test_the_image_has_a_name_that_a_registry_takes_whoever_owns_the_repository(tmp_path: Path) -> None:
-    text = (CHECKOUT / ".github/workflows/image.yml").read_text(encoding="utf-8")
+    text = (ROOT / ".github/workflows/image.yml").read_text(encoding="utf-8")
     (naming,) = (
         step["run"]
         for step in yaml_of(".github/workflows/image.yml")["jobs"]["image"]["steps"]

@@ -9,8 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-CHECKOUT = Path(__file__).parent.parent.parent
-LOCKS = CHECKOUT / "locks"
+from tests.support import ROOT
+
+LOCKS = ROOT / "locks"
 ALL = sorted(LOCKS.glob("*.txt"))
 
 
@@ -23,7 +24,7 @@ def pins(lock: str) -> dict[str, set[str]]:
 
 
 def asked_for(file: str) -> list[Requirement]:
-    lines = (line.partition("#")[0].strip() for line in (CHECKOUT / file).read_text(encoding="utf-8").splitlines())
+    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
     return [Requirement(line) for line in lines if line and not line.startswith("-r")]
 
 

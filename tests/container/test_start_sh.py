@@ -13,16 +13,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from a1111_worker.config import Config
+from tests.support import ROOT, wait_until
 
-CHECKOUT = Path(__file__).parent.parent.parent
-START = CHECKOUT / "start.sh"
+START = ROOT / "start.sh"
 DEADLINE = 20.0  # seconds; only a failing test waits so long
 TOOLS = (
     *("awk", "bash", "cat", "cp", "env", "ldconfig", "ln", "mkdir", "mv", "realpath", "rm", "sed", "setsid", "sleep"),
@@ -227,13 +227,6 @@ def container(tmp_path: Path) -> Iterator[Container]:
     container.clean()
 
 
-def wait_until(holds: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {DEADLINE:.0f} s for {what}"
-        time.sleep(0.005)
-
-
 def is_alive(pid: int) -> bool:
     """Whether it runs; a zombie does not."""
     try:
@@ -400,7 +393,7 @@ def test_the_port_is_that_of_webui_url(container: Container) -> None:
 
 @pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
 def test_a1111_knows_every_flag(container: Container, version: str) -> None:
-    known = json.loads((CHECKOUT / "sandbox" / "data" / version / "cmd-flags.json").read_bytes())
+    known = json.loads((ROOT / "sandbox" / "data" / version / "cmd-flags.json").read_bytes())
     container.put_checkpoint("models/checkpoints")
     container.gpu(None)
 
@@ -543,7 +536,7 @@ def test_the_webui_gets_the_variables_that_it_needs_and_no_others(container: Con
 
 
 def test_every_variable_that_the_webui_gets_has_a_reason_on_the_page(container: Container) -> None:
-    page = (CHECKOUT / "docs" / "modules" / "startup-script.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "modules" / "startup-script.md").read_text(encoding="utf-8")
     section = page.split("## The WebUI's environment")[1].split("\n## ")[0]
 
     done = container.functions(r"""printf '%s\n' "${WEBUI_ENVIRONMENT[@]}" "${WEBUI_OFFLINE[@]%%=*}" """)

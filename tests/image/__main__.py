@@ -31,6 +31,7 @@ from typing import Any
 from sandbox.__main__ import Sandbox
 from sandbox.models import sdxl_checkpoint
 from tests.image import make_mirror
+from tests.support import wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
 BUILD_FILES = (
@@ -218,7 +219,7 @@ def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
         output("docker", "exec", name, "bash", "-c", 'kill -KILL "$(cat /tmp/webui.state)"')
         began = time.monotonic()
 
-        wait_for(lambda: health_of(name) == "unhealthy", f"{name} to become unhealthy")
+        wait_until(lambda: health_of(name) == "unhealthy", f"{name} to become unhealthy", seconds=TIMEOUT)
 
         log(f"the container is unhealthy {time.monotonic() - began:.1f} s after the WebUI was killed for good")
 
@@ -235,9 +236,9 @@ def container(sandbox: Sandbox, *options: str, tag: str = TAG, **environment: st
     began = time.monotonic()
     with running(tag, settings, options=options, arguments=api) as name:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(f"{url}/docs"), f"{name} to be ready")
+        wait_until(lambda: answers(f"{url}/docs"), f"{name} to be ready", seconds=TIMEOUT)
         log(f"docker run to ready: {time.monotonic() - began:.1f} s")
-        wait_for(lambda: health_of(name) == "healthy", f"{name} to be healthy")
+        wait_until(lambda: health_of(name) == "healthy", f"{name} to be healthy", seconds=TIMEOUT)
         yield name, url
 
 
@@ -280,14 +281,6 @@ def ask(url: str, body: Any) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return json.load(answer)
-
-
-def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {TIMEOUT:.0f} s for {what}")
-        time.sleep(0.1)
 
 
 def free_port() -> int:

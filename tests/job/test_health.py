@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from a1111_worker.job.health import HealthReporter
+from tests.support import wait_until
 
 
 class FakeWebUI:
@@ -44,18 +45,10 @@ def read(state_file: Path) -> dict[str, Any]:
     return found
 
 
-def wait_until(is_true: Callable[[], bool]) -> bool:
-    """Whether it becomes true within 10 s."""
-    end = time.monotonic() + 10
-    while not is_true() and time.monotonic() < end:
-        time.sleep(0.002)
-    return is_true()
-
-
 def beats_again(state_file: Path) -> bool:
     """Whether there is another heartbeat."""
     since = read(state_file)["heartbeat"]
-    return wait_until(lambda: read(state_file)["heartbeat"] > since)
+    return wait_until(lambda: bool(read(state_file)["heartbeat"] > since), "the next heartbeat")
 
 
 @pytest.fixture
@@ -98,9 +91,9 @@ def test_a_webui_that_goes_down_and_comes_back_is_reported(state_file: Path) -> 
         health.set_state("ready")
 
         webui.is_up = False
-        went_down = wait_until(lambda: read(state_file)["webui"] == "down")
+        went_down = wait_until(lambda: read(state_file)["webui"] == "down", "the next health")
         webui.is_up = True
-        came_back = wait_until(lambda: read(state_file)["webui"] == "up")
+        came_back = wait_until(lambda: read(state_file)["webui"] == "up", "the next health")
 
     assert went_down and came_back
 
@@ -121,7 +114,7 @@ def test_a_webui_is_checked_without_a_state_file_too() -> None:
 
     with reporter(None, webui.check) as health:
         health.set_state("ready")
-        was_checked = wait_until(lambda: webui.checks > 2)
+        was_checked = wait_until(lambda: webui.checks > 2, "three checks")
 
     assert was_checked
 
@@ -143,7 +136,7 @@ def test_a_check_that_fails_does_not_end_the_heartbeat(state_file: Path, caplog:
 
     with reporter(state_file, check) as health:
         health.set_state("ready")
-        went_on = wait_until(lambda: read(state_file)["webui"] == "down")
+        went_on = wait_until(lambda: read(state_file)["webui"] == "down", "the next health")
 
     assert went_on
     assert "a heartbeat failed" in caplog.text
@@ -193,7 +186,7 @@ def test_a_ping_process_that_dies_is_reported_and_logged_once(
             without_the_other = read(state_file)["ping"]
 
             ping.kill()
-            was_reported = wait_until(lambda: read(state_file)["ping"] == "down")
+            was_reported = wait_until(lambda: read(state_file)["ping"] == "down", "the next health")
             assert beats_again(state_file)
 
     assert (at_first, without_the_other, was_reported) == ("up", "up", True)
@@ -207,7 +200,7 @@ def test_a_ping_process_is_watched_in_a_broken_worker_too(state_file: Path) -> N
         with child() as ping:
             health.watch_ping_process()
             ping.kill()
-            was_reported = wait_until(lambda: read(state_file)["ping"] == "down")
+            was_reported = wait_until(lambda: read(state_file)["ping"] == "down", "the next health")
 
     assert was_reported
 

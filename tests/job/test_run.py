@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from a1111_worker.domain import Progress, Stage
 from a1111_worker.job.run import JobRunner
 from a1111_worker.job.status import StatusPage
 from sandbox.server import Exchange, Server
+from tests.support import wait_until
 
 
 class StatusServer(Server):
@@ -72,14 +72,6 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def senders() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("progress")]
-
-
-def wait_until(is_true: Callable[[], bool]) -> bool:
-    """Whether it becomes true within 10 s."""
-    end = time.monotonic() + 10
-    while not is_true() and time.monotonic() < end:
-        time.sleep(0.005)
-    return is_true()
 
 
 def test_blocking_work_runs_beside_the_loop() -> None:
@@ -283,12 +275,10 @@ def test_no_progress_is_sent_after_a_cancellation_while_the_models_are_still_rel
             running.cancel()
             await asyncio.to_thread(resource.leaving.wait, 10)
             server.may_answer.set()
-            has_ended = await asyncio.to_thread(wait_until, lambda: not senders())
+            await asyncio.to_thread(lambda: wait_until(lambda: not senders(), "the sender's end"))
             resource.may_leave.set()
             with pytest.raises(asyncio.CancelledError):
                 await running
-
-        assert has_ended
 
     with StatusServer() as server:
         server.may_answer.clear()

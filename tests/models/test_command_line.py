@@ -22,8 +22,8 @@ from a1111_worker.errors import WorkerError
 from sandbox.civitai import REGION_BLOCKED
 from sandbox.models import sdxl_lora, sha256_of
 from tests.fleet import DETAIL, KEY, Fleet, lora, soon, timings
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 MB = 1_000_000
 
 

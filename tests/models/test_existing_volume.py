@@ -13,7 +13,8 @@ from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
 from sandbox.models import sha256_of
 from sandbox.storage import ServerFault
-from tests.fleet import Fleet, fetch, lora, named, soon, timings, wait_until
+from tests.fleet import Fleet, fetch, lora, named, soon, timings
+from tests.support import wait_until
 
 MB = 1_000_000
 

@@ -19,7 +19,8 @@ from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import SERVER_ERROR
 from sandbox.models import sha256_of
 from sandbox.storage import ServerFault
-from tests.fleet import TUNING, Fleet, fetch, lora, named, soon, timings, wait_until
+from tests.fleet import TUNING, Fleet, fetch, lora, named, soon, timings
+from tests.support import wait_until
 
 MB = 1_000_000
 

@@ -10,8 +10,8 @@ import pytest
 
 from a1111_worker.context import Deadline
 from a1111_worker.errors import JobTimeout
-from tests.fleet import wait_until
 from tests.models.conftest import StartWorker, WorkerSigns
+from tests.support import wait_until
 
 A, B, SLOW = "a.safetensors", "b.safetensors", "slow.safetensors"
 

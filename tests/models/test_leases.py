@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.models.leases import Lease, LeaseNote
-from tests.fleet import wait_until
 from tests.models.conftest import StartWorker, WorkerSigns
+from tests.support import wait_until
 
 
 def granted(lease: Lease | None) -> Lease:

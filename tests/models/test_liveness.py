@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.models.liveness import LivenessMonitor, new_owner
-from tests.fleet import wait_until
+from tests.support import wait_until
 
 STALE = 0.4
 

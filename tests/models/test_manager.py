@@ -15,7 +15,8 @@ from a1111_worker.errors import ModelNotFound, ModelRejected
 from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import NOT_FOUND
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
-from tests.fleet import CHECKPOINT, SPEC, Fleet, fetch, lora, named, soon, timings, wait_until
+from tests.fleet import CHECKPOINT, SPEC, Fleet, fetch, lora, named, soon, timings
+from tests.support import wait_until
 
 MB = 1_000_000
 

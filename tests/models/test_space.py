@@ -15,7 +15,8 @@ from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelRef, Progress
 from a1111_worker.errors import VolumeFull
 from tests.disks import small_disk
-from tests.fleet import Fleet, fetch, lora, soon, timings, wait_until
+from tests.fleet import Fleet, fetch, lora, soon, timings
+from tests.support import wait_until
 
 MB = 1_000_000
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from a1111_worker.request.schema import OVERRIDABLE_OPTIONS, FieldClass, fields, is_unset, unknown_field
 from tests.request.helpers import LIMITS
+from tests.support import DATA
 
-DATA = Path(__file__).parent.parent / "data"
 VERSIONS = ("1.9.3", "1.10.1")
 
 

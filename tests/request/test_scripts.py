@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from a1111_worker.request.scripts import FROM_FILE, MATRIX, PLOT, check_script, 
 from a1111_worker.request.values import InvalidValue
 from a1111_worker.webui.responses import parse_script_axes
 from tests.request.helpers import complaints
+from tests.support import DATA
 
-DATA = Path(__file__).parent.parent / "data"
 VERSIONS = ("1.9.3", "1.10.1")
 AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])
 LIMITS = Limits()

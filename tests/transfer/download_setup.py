@@ -16,7 +16,6 @@ from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import MiB, Tuning
 from sandbox.storage import SandboxStorage
 
-ROOT = Path(__file__).parent.parent.parent
 KiB = 1024
 SIZE = 2 * MiB + 12_345
 

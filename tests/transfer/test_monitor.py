@@ -13,7 +13,8 @@ import time
 import pytest
 
 from a1111_worker.transfer.monitor import RunningTime
-from tests.transfer.download_setup import FETCH, QUICK, ROOT, DownloadSetup, KiB
+from tests.support import ROOT
+from tests.transfer.download_setup import FETCH, QUICK, DownloadSetup, KiB
 
 
 def test_time_in_which_the_process_ran_counts_and_no_other() -> None:

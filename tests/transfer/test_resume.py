@@ -22,7 +22,8 @@ from a1111_worker.errors import JobCancelled, ModelRejected, VolumeFailed
 from a1111_worker.transfer.partial_file import PartialFile, ranges_file
 from a1111_worker.transfer.ranges import MiB
 from sandbox.storage import SandboxStorage, ServerFault
-from tests.transfer.download_setup import EXACT, FETCH, QUICK, ROOT, SIZE, DownloadSetup, download_setup
+from tests.support import ROOT
+from tests.transfer.download_setup import EXACT, FETCH, QUICK, SIZE, DownloadSetup, download_setup
 
 
 def test_a_complete_part_is_hashed_again_without_a_request(download: DownloadSetup) -> None:

@@ -136,10 +136,3 @@ def silence(it: World) -> None:
         return True
 
     it.webui.before.append(hold)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when the condition holds. If it never does, the test's own timeout ends it."""
-    pause = threading.Event()
-    while not condition():
-        pause.wait(0.01)

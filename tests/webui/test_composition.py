@@ -14,8 +14,7 @@ from a1111_worker.request.parse import parse_request
 from a1111_worker.request.schema import Limits
 from a1111_worker.webui.composition import WebUILists, compose, resolve
 from a1111_worker.webui.responses import Style, parse_samplers, parse_schedulers, parse_scripts
-
-DATA = Path(__file__).parent.parent / "data"
+from tests.support import DATA
 
 
 def lists(**changes: Any) -> WebUILists:

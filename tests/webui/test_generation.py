@@ -11,8 +11,8 @@ import pytest
 
 from a1111_worker.webui import client
 from sandbox.webui import CannedAnswer, WebUIFault
-from tests.support import QUICK, world
-from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
+from tests.support import QUICK, wait_until, world
+from tests.webui.supervised import HeldRequest, silence, supervised, when_asked
 
 MATRIX = [False, False, "positive", "comma", 0]
 LOWVRAM = CannedAnswer(
@@ -51,7 +51,7 @@ def test_an_answer_that_stops_after_its_head_takes_no_longer_than_the_job_has(tm
         held = HeldRequest(it, "/sdapi/v1/txt2img", head=b'{"images": [')
 
         answer = it.ask()
-        wait_for(lambda: not held.is_running)  # nobody reads it any more
+        wait_until(lambda: not held.is_running, "the end of the request")  # nobody reads it any more
         after = it.ask()
 
         assert answer["code"] == "JOB_TIMEOUT"
@@ -91,7 +91,7 @@ def test_a_picture_that_somebody_interrupts_is_not_completed(tmp_path: Path, mor
         it.webui.step_seconds = 0.05
 
         def interrupt() -> None:
-            wait_for(lambda: bool(it.webui.process.state.sampling_step))
+            wait_until(lambda: it.webui.process.state.sampling_step, "the first step")
             client.WebUI(it.webui.url).interrupt()
 
         threading.Thread(target=interrupt).start()

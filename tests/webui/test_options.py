@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
-from tests.support import world
-from tests.webui.supervised import supervised, wait_for, when_asked
+from tests.support import wait_until, world
+from tests.webui.supervised import supervised, when_asked
 
 PLOT = [1, "5", [], 0, "", [], 0, "", [], True, False, False, False, False, False, False, 0, False]
 
@@ -28,7 +28,7 @@ def test_an_option_that_a_script_set_is_reset_after_its_job(tmp_path: Path) -> N
 def test_a_restarted_webui_has_new_original_options(tmp_path: Path) -> None:
     with supervised(tmp_path) as (it, start_sh):
         start_sh.kill()
-        wait_for(lambda: start_sh.restarted == 1 and it.webui.is_up)
+        wait_until(lambda: start_sh.restarted == 1 and it.webui.is_up, "another WebUI")
         options = it.webui.process.data
         options["sigma_min"] = 0.5  # this process began with it
 

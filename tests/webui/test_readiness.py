@@ -12,8 +12,8 @@ from a1111_worker.errors import CheckpointNotLoaded, WebUINotReady
 from a1111_worker.webui.supervisor import Supervisor
 from sandbox.server import Exchange
 from sandbox.webui import WebUIFault
-from tests.support import QUICK, world
-from tests.webui.supervised import HeldRequest, silence, supervised, wait_for, when_asked
+from tests.support import QUICK, wait_until, world
+from tests.webui.supervised import HeldRequest, silence, supervised, when_asked
 
 
 def test_a_webui_that_dies_idle_costs_no_job(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_webui_that_was_restarted_unseen_leaks_no_setting_from_job_to_job(tmp_
     with supervised(tmp_path) as (it, start_sh):
         plain = it.ask()["images"]
         start_sh.kill()
-        wait_for(lambda: start_sh.restarted == 1 and it.webui.is_up)  # before anybody has looked
+        wait_until(lambda: start_sh.restarted == 1 and it.webui.is_up, "another WebUI")  # before anybody has looked
 
         it.ask(clip_skip=2)
         after = it.ask()
@@ -94,7 +94,7 @@ def test_a_webui_that_start_sh_gives_up_on_ends_the_job_and_the_worker(tmp_path:
     with supervised(tmp_path) as (it, start_sh):
         start_sh.may_restart.clear()
         start_sh.kill()
-        wait_for(lambda: not Supervisor(tmp_path / "webui.state").is_running())
+        wait_until(lambda: not Supervisor(tmp_path / "webui.state").is_running(), "the WebUI's end")
         (tmp_path / "webui.state").write_text("failed")
 
         answer = it.ask()
@@ -194,7 +194,7 @@ def test_a_job_that_ends_during_a_switch_leaves_it_to_the_next(tmp_path: Path) -
         it.worker.readiness.invalidate()  # as after a job that lost it
 
         ended = it.ask()
-        wait_for(lambda: not it.worker.readiness.is_preparing)
+        wait_until(lambda: not it.worker.readiness.is_preparing, "the preparation")
         after = it.ask()
 
         assert ended["code"] == "JOB_TIMEOUT"

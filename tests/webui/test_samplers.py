@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from a1111_worker.errors import InvalidRequest
 from a1111_worker.webui.responses import Sampler, Scheduler, parse_samplers, parse_schedulers
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
+from tests.support import DATA
 
-DATA = Path(__file__).parent.parent / "data"
 Lists = tuple[Sequence[Sampler], Sequence[Scheduler]]
 
 
