@@ -7,6 +7,9 @@ UV     := $(BIN)/uv
 export UV_SYSTEM_CERTS := 1
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r
 
+# The command `a1111`, which runs the code of this checkout.
+LINK_CLIENT = $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+
 .PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check lock clean
 .DEFAULT_GOAL := help
 
@@ -19,14 +22,20 @@ $(UV): locks/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/uv.txt
 	@touch $@
 
-# What a run needs, and what a developer needs besides.
+# What a worker needs, what the command `a1111` needs, and what a developer needs: both and more.
 $(VENV)/worker: locks/worker.txt $(UV)
 	$(INSTALL) $<
 	@touch $@
 
-$(VENV)/dev: locks/dev.txt $(UV)
+$(VENV)/client: locks/client.txt pyproject.toml $(UV)
 	$(INSTALL) $<
-	@touch $@ $(VENV)/worker
+	$(LINK_CLIENT)
+	@touch $@
+
+$(VENV)/dev: locks/dev.txt pyproject.toml $(UV)
+	$(INSTALL) $<
+	$(LINK_CLIENT)
+	@touch $@ $(VENV)/worker $(VENV)/client
 
 demo: $(VENV)/worker ## one job through the real SDK and worker, against the sandbox: out/*.png
 	@OUTPUT_DIR=out RUNPOD_LOG_LEVEL=WARN $(BIN)/python -m sandbox -- $(BIN)/python handler.py

@@ -6,7 +6,9 @@
 #                              TORCH_INDEX_URL in the environment is that index
 #
 #   uv.txt                  uv itself
-#   worker.txt, dev.txt     requirements.txt, requirements-dev.txt; one list for all supported versions of Python
+#   worker.txt              requirements.txt; one list for all supported versions of Python
+#   client.txt              the dependencies of pyproject.toml, likewise
+#   dev.txt                 requirements-dev.txt and both of these, likewise
 #   webui-*.txt             the WebUI's packages, without torch, torchvision and xformers; always from PyPI
 #   torch-*.txt             these three: from PyPI (CUDA 12.6), or from PyTorch's index (cu128)
 #
@@ -28,9 +30,12 @@ compile() {
 # Everything that PyPI has.
 lock_pypi() {
   compile locks/uv.txt --universal --generate-hashes --upgrade - <<<'uv'
-  compile locks/dev.txt --universal --python-version 3.10 --generate-hashes --upgrade requirements-dev.txt
+  compile locks/dev.txt --universal --python-version 3.10 --generate-hashes --upgrade \
+    requirements-dev.txt pyproject.toml
   compile locks/worker.txt --universal --python-version 3.10 --generate-hashes --upgrade \
     --constraint locks/dev.txt requirements.txt
+  compile locks/client.txt --universal --python-version 3.10 --generate-hashes --upgrade \
+    --constraint locks/dev.txt pyproject.toml
   compile locks/webui-pypi.txt "${IMAGE[@]}" --generate-hashes --upgrade \
     "${LEFT_OUT[@]}" "${TORCH[@]/#/--no-emit-package=}" requirements-webui.txt
   grep -E '^(torch|torchvision|xformers)==' requirements-webui.txt |

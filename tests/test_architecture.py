@@ -137,6 +137,38 @@ def test_only_the_programs_read_the_environment(module: str) -> None:
     assert "os.environ" not in source and "getenv" not in source
 
 
+# Programs that know one another only by what they send. Each may import itself and, of the others, what stands here.
+APART: dict[str, set[str]] = {
+    "a1111_client": set(),
+    "a1111_worker": set(),
+    "sandbox": {"a1111_worker"},
+    "image": {"a1111_worker", "model_manager"},
+}
+OURS = {*APART, *PROGRAMS, "tests", "benchmarks"}
+
+
+@pytest.mark.parametrize("package", APART)
+def test_the_client_the_worker_and_the_sandbox_do_not_import_one_another(package: str) -> None:
+    roots = {name.split(".")[0] for path in (ROOT / package).rglob("*.py") for name in imports_of(path)}
+
+    assert roots & OURS <= {package, *APART[package]}
+
+
+@pytest.mark.parametrize(
+    "package",
+    sorted(path.parent for path in (ROOT / "a1111_client").rglob("__init__.py")),
+    ids=lambda package: str(package.relative_to(ROOT)),
+)
+def test_a_package_of_the_client_lists_exactly_what_is_in_it(package: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")), clean=False) or ""
+
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
+
+    assert set(re.findall(r"^ {4}(\w+) {2,}\S", docstring, re.MULTILINE)) == modules | packages
+    assert imports_of(package / "__init__.py") == set()
+
+
 def test_importing_the_handler_imports_no_sdk_and_reads_no_environment() -> None:
     script = "import handler, sys; print('runpod' in sys.modules, 'boto3' in sys.modules, 'PIL' in sys.modules)"
 

@@ -24,13 +24,17 @@ def pins(lock: str) -> dict[str, set[str]]:
 
 
 def asked_for(file: str) -> list[Requirement]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if file == "pyproject.toml":
+        (listed,) = re.findall(r"(?ms)^dependencies = \[\n(.*?)^\]", text)
+        text = re.sub(r'(?m)^ *"(.*)",', r"\1", listed)
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [Requirement(line) for line in lines if line and not line.startswith("-r")]
 
 
 def test_the_locks_are_those_that_are_installed() -> None:
     assert [path.stem for path in ALL] == [
-        *("dev", "torch-cu128", "torch-pypi", "uv", "webui-cu128", "webui-pypi", "worker")
+        *("client", "dev", "torch-cu128", "torch-pypi", "uv", "webui-cu128", "webui-pypi", "worker")
     ]
 
 
@@ -47,6 +51,8 @@ LISTS = [
     ("requirements.txt", ("worker",)),
     ("requirements.txt", ("dev",)),
     ("requirements-dev.txt", ("dev",)),
+    ("pyproject.toml", ("client",)),
+    ("pyproject.toml", ("dev",)),
     ("requirements-webui.txt", ("webui-pypi", "torch-pypi")),
     ("requirements-webui.txt", ("webui-cu128", "torch-cu128")),
 ]
@@ -66,10 +72,16 @@ def test_what_is_asked_for_is_locked(asked: str, locks: tuple[str, ...]) -> None
     assert wrong == []
 
 
-def test_developers_test_the_versions_that_the_image_has() -> None:
-    worker, dev = pins("worker"), pins("dev")
+@pytest.mark.parametrize("lock", ["worker", "client"])
+def test_developers_test_the_versions_that_others_get(lock: str) -> None:
+    dev = pins("dev")
 
-    assert {name: versions for name, versions in worker.items() if dev.get(name) != versions} == {}
+    assert {name: versions for name, versions in pins(lock).items() if dev.get(name) != versions} == {}
+
+
+def test_the_worker_needs_nothing_of_the_clients_own() -> None:
+    """So `make demo` and the image stay small."""
+    assert not {"openai", "platformdirs", "webuiapi"} & set(pins("worker"))
 
 
 def test_the_two_builds_of_torch_differ_only_in_torch_and_nvidias_libraries() -> None:
