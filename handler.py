@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_envi
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
-from a1111_worker.domain import GenerationRequest, OnLoraError, Stage
+from a1111_worker.domain import GenerationRequest, HealthRequest, OnLoraError, Request, Stage
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
@@ -36,8 +36,9 @@ from a1111_worker.job.memory import release_free_memory
 from a1111_worker.job.run import JobRunner
 from a1111_worker.job.shutdown import Shutdown, job_seconds
 from a1111_worker.job.status import StatusPage
+from a1111_worker.queries.health import HealthQuery
+from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import Limits
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
 from a1111_worker.webui.owner import OwnersOptions, owner_file
@@ -52,14 +53,30 @@ log = logging.getLogger("worker")
 async def run_job(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
     """A job from its input to its answer, or a WorkerError. A cancelled job leaves nothing running behind it."""
     async with worker.open_job(job) as context:
-        jobs = worker.jobs
-        request = await jobs.run(context, worker.read_request, job.get("input"))
-        async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
-            async with worker.gpu.turn(context):
-                started = await jobs.run(context, worker.start, request, held, undo=StartedGeneration.discard)
-            with context.timings.measure(Stage.DELIVER):
-                generation = await jobs.run(context, worker.generator.finish, started)
-        return await jobs.run(context, worker.delivery.deliver, generation, request.output)
+        request = await worker.jobs.run(context, worker.read_request, job.get("input"))
+        return await _TASKS[type(request)](worker, request, context)
+
+
+async def generate(worker: Worker, request: GenerationRequest, context: JobContext) -> dict[str, Any]:
+    """Pictures, made with the job's models at its turn at the GPU, verified, and delivered."""
+    jobs = worker.jobs
+    async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
+        async with worker.gpu.turn(context):
+            started = await jobs.run(context, worker.start, request, held, undo=StartedGeneration.discard)
+        with context.timings.measure(Stage.DELIVER):
+            generation = await jobs.run(context, worker.generator.finish, started)
+    return await jobs.run(context, worker.delivery.deliver, generation, request.output)
+
+
+async def health(worker: Worker, _request: HealthRequest, context: JobContext) -> dict[str, Any]:
+    """How this worker is. It never waits for the GPU."""
+    return await worker.jobs.run(context, worker.health_query.answer)
+
+
+_TASKS: Mapping[type, Callable[[Worker, Any, JobContext], Awaitable[dict[str, Any]]]] = {
+    GenerationRequest: generate,
+    HealthRequest: health,
+}
 
 
 class Worker:
@@ -98,6 +115,7 @@ class Worker:
         self._preparation = PreparationOrder()
         self.shutdown = Shutdown(config.shutdown_grace)
         self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
+        self.health_query = HealthQuery(self.health, self.generator, self.models)
         self.broken: WorkerError | None = None
 
     def close(self) -> None:
@@ -139,16 +157,19 @@ class Worker:
                 answer = await run_job(self, job)
                 self._save(job, answer)
                 self.jobs.submit_later(release_free_memory, delay=0.5)  # by then the SDK has sent the answer
+                self.health_query.count("COMPLETED")
                 return answer
             except WorkerError as error:
                 answer = error.answer()
                 log.warning("the job failed: %s%s", answer["error"], f" ({error.hint})" if error.hint else "")
+                self.health_query.count(error.code)
                 return answer
             except asyncio.CancelledError:
                 log.info("the job was cancelled")
                 raise
             except Exception:
                 log.exception("the job met a bug of ours")
+                self.health_query.count(Internal.code)
                 return Internal("the worker failed; its log tells why under the job's id").answer()
 
     @contextlib.asynccontextmanager
@@ -160,12 +181,13 @@ class Worker:
             async with self.jobs.open(str(job["id"]), deadline) as context:
                 yield context
 
-    def read_request(self, raw: object, _context: JobContext) -> GenerationRequest:
+    def read_request(self, raw: object, _context: JobContext) -> Request:
         """The request that a job's raw input means, every name in the WebUI's own spelling. InvalidRequest otherwise.
 
         It runs in a thread: 20 kB of LoRA tags take a second of the processor.
         """
-        return self.generator.resolve(parse_request(raw, self.limits))
+        request = parse_request(raw, self.limits)
+        return self.generator.resolve(request) if isinstance(request, GenerationRequest) else request
 
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:
@@ -199,7 +221,7 @@ class Worker:
         return not self.gpu.is_free or self.readiness.check_idle()  # a job that has the GPU watches the WebUI itself
 
     def _save(self, job: dict[str, Any], answer: dict[str, Any]) -> None:
-        if self._config.output_dir is None or self._config.runpod is not None:
+        if self._config.output_dir is None or self._config.runpod is not None or "images" not in answer:
             return
         for path in save_images(self._config.output_dir, str(job["id"]), answer):
             log.info("wrote %s", path)

@@ -29,8 +29,10 @@ Packages, each for one subject:
     webui           a request becomes a verified generation
     delivery        a generation becomes the job's answer
     job             what the worker does around a job: order, cancellation, status, health, shutdown
+    queries         the answers to the tasks that generate nothing
 
-Imports go one way: root modules ← transfer ← models ← request ← webui ← delivery ← job ← model_manager ← handler
+Imports go one way:
+root modules ← transfer ← models ← request ← webui ← delivery ← job ← queries ← model_manager ← handler
 """
 
 import sys

@@ -179,9 +179,16 @@ class OutputOptions:
     raw: bool = False
 
 
+class Task(str, Enum):
+    """What a job wants done. Each task has its table of fields, and its request."""
+
+    TXT2IMG = "txt2img"
+    HEALTH = "health"
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A job's input, checked as far as that is possible without a WebUI.
+    """The input of a job that generates pictures, checked as far as that is possible without a WebUI.
 
     `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
     sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
@@ -190,11 +197,21 @@ class GenerationRequest:
     """
 
     body: Mapping[str, Any]
+    task: Task = Task.TXT2IMG
     loras: tuple[LoraRequest, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()
     output: OutputOptions = OutputOptions()
     allow_blank: bool = False
+
+
+@dataclass(frozen=True)
+class HealthRequest:
+    """How the worker is. It has no fields."""
+
+
+Request = GenerationRequest | HealthRequest
+"""What a job's input becomes: the request of its task."""
 
 
 @dataclass(frozen=True)

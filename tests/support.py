@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from a1111_worker.config import Config
+from a1111_worker.domain import GenerationRequest
 from a1111_worker.models.civitai import CivitAITimings
+from a1111_worker.request.fields import Limits
+from a1111_worker.request.parse import parse_request
 from a1111_worker.transfer.ranges import Tuning
 from a1111_worker.webui.timings import WebUITimings
 from handler import Worker
@@ -153,6 +156,13 @@ class World:
             for path in self.models_dir.rglob("*")
             if path.is_file() and not any(model in path.name for model in models)
         ]
+
+
+def parse_generation(raw: object, limits: Limits) -> GenerationRequest:
+    """The request of a job that generates pictures."""
+    request = parse_request(raw, limits)
+    assert isinstance(request, GenerationRequest)
+    return request
 
 
 def quick_manager(config: Config) -> ModelManager:

@@ -17,12 +17,13 @@ from a1111_worker.catalog import LORAS
 from a1111_worker.config import SETTINGS, Config
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.answer import Delivered, build_answer
-from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, PictureFacts, Stage
+from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, OutputOptions, PictureFacts, Stage, Task
 from a1111_worker.job.shutdown import job_seconds
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import ModelRecord
-from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits, fields
+from a1111_worker.request.fields import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits
+from a1111_worker.request.parse import FORMS, parse_request
+from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.webui.timings import WebUITimings
 from tests.support import ROOT
 from tests.test_architecture import HTTP, MODULES, PACKAGES
@@ -164,10 +165,13 @@ HEADINGS = {
 def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldClass) -> None:
     rows = {name: cells[:2] for name, cells in table(API, HEADINGS[kind], "field").items()}
 
-    expected = {
-        n: (field.value.type, field.value.expected) for n, field in fields(Limits()).items() if field.kind is kind
-    }
-    assert rows == expected
+    table_of_task = txt2img_fields(Limits()).items()
+    fields = {name: field.value for name, field in table_of_task if field.kind is kind and name != "task"}
+    assert rows == {name: (value.type, value.expected) for name, value in fields.items()}
+
+
+def test_every_task_is_described() -> None:
+    assert set(table(API, "Tasks", "task")) == {task.value for task in Task} == {task.value for task in FORMS}
 
 
 def test_every_refused_field_is_described_with_the_reason() -> None:
@@ -175,7 +179,7 @@ def test_every_refused_field_is_described_with_the_reason() -> None:
 
     assert rows == {
         name: (field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.ignored_values))
-        for name, field in fields(Limits()).items()
+        for name, field in txt2img_fields(Limits()).items()
         if field.kind is FieldClass.REFUSED
     }
 
@@ -332,7 +336,7 @@ def test_every_noun_is_described() -> None:
 
 
 def test_run_job_makes_every_call_that_is_described() -> None:
-    source = inspect.getsource(handler.run_job)
+    source = inspect.getsource(handler.run_job) + inspect.getsource(handler.generate)
 
     described = table(HANDLER, "handler.py: what it does, and in which order", "call")
 
@@ -431,7 +435,7 @@ def jobs() -> Iterator[tuple[str, dict[str, object]]]:
 
 @pytest.mark.parametrize("job", [pytest.param(job, id=name) for name, job in jobs()])
 def test_every_example_of_a_job_is_accepted(job: dict[str, object]) -> None:
-    assert parse_request(job["input"], Limits()).body["prompt"]
+    parse_request(job["input"], Limits())  # it raises what is wrong
 
 
 def test_the_readmes_example_is_what_the_demo_runs() -> None:

@@ -13,11 +13,10 @@ import pytest
 import requests
 
 from a1111_worker.context import JobContext
-from a1111_worker.request.parse import parse_request
 from handler import Worker
 from sandbox import civitai as c
 from sandbox.server import Exchange
-from tests.support import DETAIL, HAND, SMALL, World, wait_until, world
+from tests.support import DETAIL, HAND, SMALL, World, parse_generation, wait_until, world
 
 
 @pytest.fixture
@@ -130,7 +129,7 @@ class PriorityRecorder:
 def test_of_the_jobs_that_prepare_the_oldest_is_next(it: World) -> None:
     recorder: Any = PriorityRecorder()
     worker = Worker(it.config(), models=recorder)
-    request = parse_request({"prompt": "a lighthouse"}, worker.limits)
+    request = parse_generation({"prompt": "a lighthouse"}, worker.limits)
 
     def prepare(name: str) -> None:
         with worker.models_for(request, JobContext(job_id=name)):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from a1111_worker.domain import GenerationRequest
 from a1111_worker.errors import Complaint, DownloadFailed, InvalidRequest
+from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import Limits
 from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.client import without_paths
 from a1111_worker.webui.composition import WebUILists, resolve

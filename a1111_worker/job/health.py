@@ -38,7 +38,7 @@ class HealthReporter:
     def __init__(self, state_file: Path | None, is_webui_up: Callable[[], bool], *, interval: float = 10.0) -> None:
         self._state_file = state_file
         self._is_webui_up = is_webui_up
-        self._state = "booting"
+        self.state = "booting"
         self._webui = "down"
         self._ping = "none"
         self._ping_process: BaseProcess | None = None
@@ -52,7 +52,7 @@ class HealthReporter:
 
     def set_state(self, state: str) -> None:
         """Report this state from now on: "ready" or "broken"."""
-        self._state = state
+        self.state = state
         self._webui = "up" if state == "ready" else self._webui
         self._write()
 
@@ -75,7 +75,7 @@ class HealthReporter:
 
     def _beat(self) -> None:
         self._look_at_ping_process()
-        if self._state == "ready":
+        if self.state == "ready":
             self._webui = "up" if self._is_webui_up() else "down"
         self._write()
 
@@ -94,7 +94,7 @@ class HealthReporter:
             return
         try:
             with self._lock:  # so that a heartbeat never replaces a newer state by an older one
-                health = {"state": self._state, "heartbeat": time.time(), "webui": self._webui, "ping": self._ping}
+                health = {"state": self.state, "heartbeat": time.time(), "webui": self._webui, "ping": self._ping}
                 write_atomically(self._state_file, json.dumps(health).encode())
         except OSError as error:
             log.warning("the worker's state cannot be written: %s", error.strerror)

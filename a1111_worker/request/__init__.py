@@ -1,9 +1,14 @@
-"""A job's raw input becomes a `GenerationRequest`, or one error with every complaint about it.
+"""A job's raw input becomes the request of its task, or one error with every complaint about it.
 
 The modules, the public one first:
 
-    parse           the way in: `parse_request`
-    schema          the table of fields, of output options, and of the WebUI's settings that a job may override
+    parse           the way in: `parse_request`, and the tasks
+    reader          a raw input, read against the table of its task
+    txt2img         the table of txt2img
+    generating      the request of a task that generates pictures: its fields, read as a whole
+    queries         the tables of the tasks that generate nothing
+    fields          what a field is; fields, output options and WebUI settings that several tasks share
+    unknown         the complaint about an unknown name, with the known one that was meant
     loras           the LoRAs of a job: those of its list, and those of the tags in its prompts
     scripts         what the arguments of A1111's own scripts ask for, and whether that is within the limits
     prompt_scripts  the arguments of "Prompts from file or textbox" and "Prompt matrix"

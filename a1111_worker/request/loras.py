@@ -14,7 +14,8 @@ from a1111_worker.domain import LoraRequest, ModelKind, ModelRef
 from a1111_worker.errors import Complaint
 from a1111_worker.models.references import BadReference, parse_name, parse_reference
 from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
-from a1111_worker.request.schema import LORA_KEYS, LORA_SCALE, MAX_LORAS, unknown_lora_key
+from a1111_worker.request.fields import LORA_KEYS, LORA_SCALE, MAX_LORAS
+from a1111_worker.request.unknown import unknown_lora_key
 from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, shown
 
 
@@ -98,7 +99,7 @@ def _parse_item(path: str, item: Any, model_hosts: Collection[str]) -> tuple[Lor
     if isinstance(item, dict):
         # One more than a job's complaints may be: then the parser says that there are more.
         unknown = islice((key for key in item if key not in LORA_KEYS), MAX_PROBLEMS + 1)
-        problems += [(f".{shown(key)}", unknown_lora_key(key)) for key in unknown]
+        problems += [(f".{shown(key)}", unknown_lora_key(key, LORA_KEYS)) for key in unknown]
         try:
             scale = None if item.get("scale") is None else float(LORA_SCALE.check(item["scale"]))
         except InvalidValue as error:

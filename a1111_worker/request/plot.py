@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain, permutations, product
 from typing import Any
 
-from a1111_worker.request.schema import CHECKPOINT_REASON, MAX_PROMPT
+from a1111_worker.request.fields import CHECKPOINT_REASON, MAX_PROMPT
 from a1111_worker.request.script_plan import (
     PROMPTS,
     ScriptPlan,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker.request.schema import CHECKPOINT_REASON, DISK_REASON
+from a1111_worker.request.fields import CHECKPOINT_REASON, DISK_REASON
 from a1111_worker.request.script_plan import (
     PROMPTS,
     ScriptPlan,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from a1111_worker.request.schema import MAX_PROMPT
+from a1111_worker.request.fields import MAX_PROMPT
 from a1111_worker.request.values import InvalidValue, integer, text
 
 PROMPTS = ("prompt", "negative_prompt")

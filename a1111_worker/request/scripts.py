@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from a1111_worker.errors import Complaint
+from a1111_worker.request.fields import MAX_PROMPT, Limits
 from a1111_worker.request.plot import read_plot
 from a1111_worker.request.prompt_scripts import read_prompt_matrix, read_prompts_from_file
-from a1111_worker.request.schema import MAX_PROMPT, Limits, fields
 from a1111_worker.request.script_plan import PROMPTS, ScriptPlan, ScriptRun, too_many
 from a1111_worker.request.size import final_size, size_problem
+from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.request.values import InvalidValue, text
 
 FROM_FILE = "prompts from file or textbox"
@@ -63,7 +64,7 @@ def check_script(body: Mapping[str, Any], limits: Limits, axes: Sequence[str] | 
 
 def _problems_of(run: ScriptRun, body: Mapping[str, Any], limits: Limits) -> Iterator[tuple[str, str]]:
     """What is wrong with the fields of a run, as paths below script_args and messages."""
-    table = fields(limits)
+    table = txt2img_fields(limits)
     sound = True
     for name, value in run.fields.items():
         path, called = run.origins.get(name, ("", name))

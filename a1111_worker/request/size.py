@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker.request.schema import MIN_SIDE
+from a1111_worker.request.fields import MIN_SIDE
 
 MAX_UPSCALING = 4  # times MAX_PIXELS: so much may hires upscale before it cuts the image to another shape
 

@@ -9,8 +9,8 @@ from typing import Any
 from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.request.loras import name_means, read_tags, scale_of
-from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
 from a1111_worker.request.scripts import check_script
 from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler, Style

@@ -35,7 +35,7 @@ from a1111_worker.errors import (
     WorkerError,
 )
 from a1111_worker.images import is_blank
-from a1111_worker.request.schema import DEFAULT_LIMITS, Limits
+from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
 from a1111_worker.webui.progress import GenerationProgress
@@ -67,6 +67,14 @@ class StartedGeneration:
         self.answer.close()
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What the last verified picture has shown: A1111's version, and which process of it uses the checkpoint."""
+
+    webui_version: str
+    instance_id: str
+
+
 class Generator:
     """Generates with one WebUI. Only one job at a time may call `start`; any job may call `resolve` and `finish`."""
 
@@ -79,6 +87,16 @@ class Generator:
         self._generation_timeout = generation_timeout
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
         self._interruption: BackgroundCall[None] | None = None  # of a generation whose job could not wait for its end
+        self.proof: Proof | None = None
+
+    @property
+    def is_checkpoint_proven(self) -> bool:
+        """Whether a picture has shown that this process of the WebUI uses the checkpoint."""
+        return (
+            self.proof is not None
+            and self._readiness.is_ready
+            and self.proof.instance_id == self._readiness.instance_id
+        )
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
@@ -106,6 +124,7 @@ class Generator:
         try:
             answer = self._read(started.answer, context)
             generation = verify(answer, started.plan, started.checkpoint, interrupted_job=started.interrupted_job)
+            self.proof = Proof(generation.webui_version, self._readiness.instance_id)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise

@@ -15,7 +15,7 @@ from typing import Any
 
 from a1111_worker.domain import Model
 from a1111_worker.errors import GenerationFailed, WebUINotReady, WebUISilent
-from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
+from a1111_worker.request.fields import OVERRIDABLE_OPTIONS
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.owner import OwnersOptions, as_number, is_same
 from a1111_worker.webui.responses import WebUIOptions

@@ -96,6 +96,11 @@ class Readiness:
         return self._ready_instance == self._supervisor.instance_id
 
     @property
+    def instance_id(self) -> str:
+        """Names this process of the WebUI."""
+        return self._supervisor.instance_id
+
+    @property
     def is_preparing(self) -> bool:
         """Whether a preparation runs, for a job that waits or for the next one."""
         return self._preparation is not None and not self._preparation.is_done()

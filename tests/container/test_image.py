@@ -22,12 +22,11 @@ from a1111_worker.config import SETTINGS, Config, default_models_dir
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind
 from a1111_worker.models.sidecars import ModelRecord
-from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import Limits
+from a1111_worker.request.fields import Limits
 from model_manager import open_manager
 from sandbox.models import sdxl_checkpoint
 from tests.image.make_mirror import REPOSITORIES
-from tests.support import ROOT
+from tests.support import ROOT, parse_generation
 
 NAMES = {setting.name for setting in SETTINGS}
 
@@ -537,7 +536,7 @@ def test_the_hubs_tests_pass_our_own_parser() -> None:
     assert "CIVITAI_API_KEY" not in environment  # a repository keeps no key: the tests' checkpoint needs none
     assert len({test["name"] for test in tests["tests"]}) == len(tests["tests"]) > 0
     for test in tests["tests"]:
-        request = parse_request(test["input"], Limits(config.max_steps, config.max_pixels, config.max_images))
+        request = parse_generation(test["input"], Limits(config.max_steps, config.max_pixels, config.max_images))
         assert request.loras == ()
     assert tests["tests"][0]["timeout"] >= config.boot_timeout * 1000  # the first one waits for the boot
 

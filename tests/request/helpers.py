@@ -8,8 +8,9 @@ import pytest
 
 from a1111_worker.domain import GenerationRequest, ModelKind, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import Limits
+from tests.support import parse_generation
 
 LIMITS = Limits(model_hosts=("https://cdn.example.com",))
 URL = "https://civitai.com/api/download/models/135867?type=Model&format=SafeTensor"
@@ -17,7 +18,7 @@ URL = "https://civitai.com/api/download/models/135867?type=Model&format=SafeTens
 
 def parse(**job: Any) -> GenerationRequest:
     """A job with a prompt and these fields."""
-    return parse_request({"prompt": "a lighthouse", **job}, LIMITS)
+    return parse_generation({"prompt": "a lighthouse", **job}, LIMITS)
 
 
 def complaints(job: object, limits: Limits = LIMITS) -> tuple[Complaint, ...]:

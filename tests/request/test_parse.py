@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 from a1111_worker.domain import DeliveryMode, GenerationRequest, ImageFormat, OutputOptions
 from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.fields import FieldClass, Limits
+from a1111_worker.request.generating import DEFAULT_SAMPLER
 from a1111_worker.request.loras import scale_of
-from a1111_worker.request.parse import DEFAULT_SAMPLER, MAX_COMPLAINTS, parse_request
-from a1111_worker.request.schema import FieldClass, Limits, fields
+from a1111_worker.request.reader import MAX_COMPLAINTS
 from a1111_worker.request.size import final_size
+from a1111_worker.request.txt2img import txt2img_fields
 from tests.request.helpers import LIMITS, URL, complaints, parse
+from tests.support import parse_generation
 
 NAN, INF = float("nan"), float("inf")
 
@@ -24,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_a_prompt_alone_gets_our_defaults_and_nothing_else() -> None:
-    request = parse_request({"prompt": "a lighthouse"}, LIMITS)
+    request = parse_generation({"prompt": "a lighthouse"}, LIMITS)
 
     assert request == GenerationRequest(
         {
@@ -84,7 +87,7 @@ FULL = {
 
 
 def test_the_fields_of_a1111_are_passed_on_as_they_are() -> None:
-    request = parse_request(FULL, LIMITS)
+    request = parse_generation(FULL, LIMITS)
 
     assert request.body == FULL
     assert json.loads(json.dumps(request.body, allow_nan=False)) == FULL
@@ -144,7 +147,7 @@ def test_the_same_job_may_be_written_in_several_ways(given: dict[str, Any], expe
     ],
 )
 def test_a_job_says_how_it_wants_its_pictures(given: Any, expected: OutputOptions) -> None:
-    request = parse_request({"prompt": "x", "output": given}, Limits(has_bucket=True))
+    request = parse_generation({"prompt": "x", "output": given}, Limits(has_bucket=True))
 
     assert request.output == expected
     assert "output" not in request.body
@@ -545,7 +548,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     ),
     "object": st.sampled_from([{}, {"Hypertile": {"args": [1]}}, {"eta_ddim": 0.5}, {"s_noise": 1, "sd_vae": None}]),
 }
-TAKEN = {name: field for name, field in fields(LIMITS).items() if field.kind is not FieldClass.REFUSED}
+TAKEN = {name: field for name, field in txt2img_fields(LIMITS).items() if field.kind is not FieldClass.REFUSED}
 LIKELY_JOBS = st.fixed_dictionaries(
     {"prompt": st.sampled_from(["a cat", "<lora:own:1> <lora:detail_tweaker_xl>", "a # <lora:x:1>"])},
     optional={name: LIKELY[field.value.type] for name, field in TAKEN.items() if name != "prompt"},
@@ -554,9 +557,8 @@ LIKELY_JOBS = st.fixed_dictionaries(
         lambda few: {"prompt": "a cat", **{name: job[name] for name in few}}
     )
 )
-JOBS = LIKELY_JOBS | st.builds(
-    lambda job, name, value: {**job, name: value}, LIKELY_JOBS, st.sampled_from(sorted(fields(LIMITS))), ANY_JSON
-)
+ANY_FIELD = st.sampled_from(sorted(txt2img_fields(LIMITS)))
+JOBS = LIKELY_JOBS | st.builds(lambda job, name, value: {**job, name: value}, LIKELY_JOBS, ANY_FIELD, ANY_JSON)
 
 
 @settings(deadline=None, max_examples=300)
@@ -564,7 +566,7 @@ JOBS = LIKELY_JOBS | st.builds(
 def test_anything_gives_complaints_or_a_body_within_every_limit(raw: Any) -> None:
     error: InvalidRequest | None = None
     try:
-        request = parse_request(raw, LIMITS)
+        request = parse_generation(raw, LIMITS)
     except InvalidRequest as refusal:
         error = refusal
 
@@ -574,7 +576,7 @@ def test_anything_gives_complaints_or_a_body_within_every_limit(raw: Any) -> Non
         return
     body = json.loads(json.dumps(request.body, allow_nan=False))
     assert body == request.body
-    table = fields(LIMITS)
+    table = txt2img_fields(LIMITS)
     assert all(table[name].kind is not FieldClass.REFUSED and table[name].is_webui_field for name in body)
     assert all(table[name].value.check(value) == value for name, value in body.items())
     assert final_size(body).pixels <= LIMITS.max_pixels

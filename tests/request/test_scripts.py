@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import MAX_PROMPT, Limits
+from a1111_worker.request.fields import MAX_PROMPT, Limits
 from a1111_worker.request.script_plan import ScriptPlan
 from a1111_worker.request.scripts import FROM_FILE, MATRIX, PLOT, check_script, read_script
 from a1111_worker.request.values import InvalidValue
 from a1111_worker.webui.responses import parse_script_axes
 from tests.request.helpers import complaints
-from tests.support import DATA
+from tests.support import DATA, parse_generation
 
 VERSIONS = ("1.9.3", "1.10.1")
 AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])
@@ -464,7 +463,7 @@ def test_what_a_script_asks_for_is_complained_about_with_everything_else() -> No
 def test_the_arguments_of_other_scripts_are_passed_on_unread() -> None:
     args = [{"steps": 500}, "1-1000000000"]
 
-    request = parse_request({"prompt": "x", "script_name": "My extension", "script_args": args}, LIMITS)
+    request = parse_generation({"prompt": "x", "script_name": "My extension", "script_args": args}, LIMITS)
 
     assert request.body["script_args"] == args
 

@@ -10,11 +10,10 @@ import pytest
 
 from a1111_worker.domain import GenerationRequest, HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import InvalidRequest, ModelNotFound
-from a1111_worker.request.parse import parse_request
-from a1111_worker.request.schema import Limits
+from a1111_worker.request.fields import Limits
 from a1111_worker.webui.composition import WebUILists, compose, resolve
 from a1111_worker.webui.responses import Style, parse_samplers, parse_schedulers, parse_scripts
-from tests.support import DATA
+from tests.support import DATA, parse_generation
 
 
 def lists(**changes: Any) -> WebUILists:
@@ -35,7 +34,7 @@ def lists(**changes: Any) -> WebUILists:
 
 
 def parse(**raw: Any) -> GenerationRequest:
-    return parse_request({"prompt": "a lighthouse", **raw}, Limits())
+    return parse_generation({"prompt": "a lighthouse", **raw}, Limits())
 
 
 def model(stem: str, version_id: int | None = None, name: str | None = None, **changes: Any) -> Model:
@@ -342,7 +341,7 @@ def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
 def test_two_loras_of_urls_that_cannot_be_had_are_both_reported() -> None:
     limits = Limits(model_hosts=("https://cdn.example.com",))
     urls = [{"url": f"https://cdn.example.com/{name}"} for name in "ab"]
-    request = parse_request({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
+    request = parse_generation({"prompt": "x", "loras": urls, "on_lora_error": "warn"}, limits)
     failures = {lora.ref: ModelNotFound("it is gone") for lora in request.loras}
 
     assert len(compose(request, HeldModels(failures=failures)).loras) == 2

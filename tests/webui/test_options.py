@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from a1111_worker.request.schema import OVERRIDABLE_OPTIONS
+from a1111_worker.request.fields import OVERRIDABLE_OPTIONS
 from tests.support import wait_until, world
 from tests.webui.supervised import supervised, when_asked
 

@@ -11,10 +11,9 @@ import pytest
 
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import HeldModels, Progress, Stage
-from a1111_worker.request.parse import parse_request
 from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.responses import WebUIProgress, parse_progress
-from tests.support import DATA, world
+from tests.support import DATA, parse_generation, world
 
 
 def reports(path: Path) -> list[Progress]:
@@ -121,7 +120,7 @@ def test_a_job_with_an_adaptive_sampler_reports_no_more_than_it_knows(tmp_path: 
         it.webui.step_seconds = it.webui.encode_seconds = 0.05
         seen: list[Progress] = []
         job = {"prompt": "a lighthouse", "steps": 4, "width": 64, "height": 64, "sampler_name": "DPM adaptive"}
-        request = it.worker.generator.resolve(parse_request(job, it.worker.limits))
+        request = it.worker.generator.resolve(parse_generation(job, it.worker.limits))
 
         it.worker.generator.start(request, HeldModels(), JobContext(Deadline(20), seen.append)).discard()
 

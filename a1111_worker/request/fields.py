@@ -1,20 +1,20 @@
-"""The table of what a job may contain (`fields`) and of the WebUI's settings it may override (`OVERRIDABLE_OPTIONS`).
+"""What a field of a job is, and the fields and limits that several tasks share.
 
-Every field of the txt2img body of A1111 1.9.3 and 1.10.1 is in one of four classes: the worker's own, passed on as it
-is, checked later against the WebUI's live lists, or refused with a reason. What A1111 answers with a 500 is out of
-range.
+Every field of A1111's own bodies (1.9.3 and 1.10.1) is in one of four classes: the worker's own, passed on as it is,
+checked later against the WebUI's live lists, or refused with a reason. What A1111 answers with a 500 is out of range.
+The table of a task is in the module of that task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOptions
+from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOptions, Task
+from a1111_worker.request.unknown import unknown_name, unknown_output_option
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
     InvalidValue,
@@ -27,7 +27,6 @@ from a1111_worker.request.values import (
     list_of,
     mismatch,
     multiple_of_8,
-    normalize_name,
     number,
     object_of,
     one_of,
@@ -79,6 +78,7 @@ class Field:
 
     `reason` is why a refused field is refused. `ignored_values` are the values of a refused field that change nothing:
     they are dropped without a complaint. `is_webui_field` is False for a field that only this worker knows.
+    `is_required`: it must be there, and null is no value for it.
     """
 
     kind: FieldClass
@@ -86,6 +86,7 @@ class Field:
     reason: str = ""
     ignored_values: tuple[bool | str, ...] = ()
     is_webui_field: bool = True
+    is_required: bool = False
 
     def ignores(self, value: object) -> bool:
         """Whether a value of this refused field changes nothing."""
@@ -93,14 +94,23 @@ class Field:
         return any(value is other or (isinstance(other, str) and value == other) for other in self.ignored_values)
 
 
-@lru_cache(maxsize=8)
-def fields(limits: Limits) -> Mapping[str, Field]:
-    """Every field that a job may contain, and every refused field with its reason."""
+TASK = Field(FieldClass.OURS, one_of(*(task.value for task in Task)), is_webui_field=False)
+"""The field that chooses the table."""
+
+
+def refused_text(reason: str, *ignored_values: str, is_webui_field: bool = True) -> Field:
+    return Field(FieldClass.REFUSED, text(MAX_NAME), reason, ignored_values, is_webui_field)
+
+
+CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
+DISK_REASON = "nothing is kept on the worker's disk"
+
+
+def generation_fields(limits: Limits) -> dict[str, Field]:
+    """What every task takes that generates pictures."""
     ours, passed, checked = FieldClass.OURS, FieldClass.PASSED, FieldClass.CHECKED
     side = multiple_of_8(MIN_SIDE, MAX_SIDE)
-    first_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(0,))
     noise_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(-1, 0))
-    hires_side = multiple_of_8(MIN_SIDE, limits.max_pixels // MIN_SIDE // 8 * 8, or_else=(0,))
     seed = integer(-1, MAX_SEED)
     images = integer(1, limits.max_images)
     sampling = number(0, MAX_SAMPLING_PARAMETER)
@@ -108,14 +118,15 @@ def fields(limits: Limits) -> Mapping[str, Field]:
     prompt = text(MAX_PROMPT, blank=True)
     name = text(MAX_NAME, blank=True)
     return {
-        "prompt": Field(ours, text(MAX_PROMPT)),
+        "task": TASK,
+        "prompt": Field(ours, text(MAX_PROMPT), is_required=True),
         "negative_prompt": Field(ours, prompt),
         "steps": Field(ours, integer(1, limits.max_steps)),
         "cfg_scale": Field(ours, number(0, MAX_CFG)),
         "width": Field(ours, side),
         "height": Field(ours, side),
         "seed": Field(ours, seed),
-        "override_settings": Field(ours, _override_settings()),
+        "override_settings": Field(ours, override_settings()),
         "sampler_name": Field(checked, name),
         "scheduler": Field(checked, name),
         "sampler_index": Field(checked, name),
@@ -136,24 +147,12 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "s_noise": Field(passed, sampling),
         # Below 0.01 A1111 plans (steps / strength) steps: 2.5 million of them for 0.00001.
         "denoising_strength": Field(passed, number(0.01, 1, or_else=(0,))),
-        "enable_hr": Field(passed, boolean()),
-        "firstphase_width": Field(passed, first_side),
-        "firstphase_height": Field(passed, first_side),
-        "hr_scale": Field(passed, number(1, 8)),
-        "hr_upscaler": Field(checked, name),
-        "hr_second_pass_steps": Field(passed, integer(0, limits.max_steps)),
-        "hr_resize_x": Field(passed, hires_side),
-        "hr_resize_y": Field(passed, hires_side),
-        "hr_sampler_name": Field(checked, name),
-        "hr_scheduler": Field(checked, name),
-        "hr_prompt": Field(passed, prompt),
-        "hr_negative_prompt": Field(passed, prompt),
         "refiner_switch_at": Field(passed, share),
         "comments": Field(passed, any_object()),
         "script_name": Field(checked, name),
         "script_args": Field(passed, any_list()),
         "alwayson_scripts": Field(
-            checked, object_of(_check_script, 'an object like {"a script\'s name": {"args": […]}}')
+            checked, object_of(check_always_on_script, 'an object like {"a script\'s name": {"args": […]}}')
         ),
         "loras": Field(
             ours, replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs"), is_webui_field=False
@@ -161,9 +160,32 @@ def fields(limits: Limits) -> Mapping[str, Field]:
         "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
         "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
         "vae": Field(ours, name, is_webui_field=False),
-        "output": Field(ours, _output(has_bucket=limits.has_bucket), is_webui_field=False),
+        "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
-        **_refused(),
+        **_refused_in_generations(),
+    }
+
+
+def _refused_in_generations() -> dict[str, Field]:
+    def boolean_field(ignored_value: bool, reason: str) -> Field:
+        return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
+
+    return {
+        "refiner_checkpoint": refused_text(CHECKPOINT_REASON, "", "None", "none"),
+        "checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
+        "model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
+        "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
+        "override_settings_restore_afterwards": boolean_field(True, "a job's settings end with the job"),
+        "infotext": refused_text("it sets other fields unseen; give each of them by its name", ""),
+        "disable_extra_networks": boolean_field(False, "the WebUI would go on with the LoRAs of the job before"),
+        "send_images": boolean_field(True, "the pictures are the answer"),
+        "save_images": boolean_field(False, DISK_REASON),
+        "do_not_save_samples": boolean_field(True, DISK_REASON),
+        "do_not_save_grid": boolean_field(True, DISK_REASON),
+        # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
+        "firstpass_image": refused_text("the WebUI's API does not decode it, and fails", ""),
+        "force_task_id": refused_text("the worker names its own tasks", ""),
     }
 
 
@@ -179,37 +201,6 @@ def is_unset(name: str, value: Any) -> bool:
     if name in _BLANK_IS_UNSET:
         return not value.strip()
     return name in _SAME_AS_FIRST_PASS and value.strip().casefold() in _SAME_AS_FIRST_PASS[name]
-
-
-CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
-DISK_REASON = "nothing is kept on the worker's disk"
-
-
-def _refused() -> dict[str, Field]:
-    def text_field(reason: str, *ignored_values: str, is_webui_field: bool = True) -> Field:
-        return Field(FieldClass.REFUSED, text(MAX_NAME), reason, ignored_values, is_webui_field)
-
-    def boolean_field(ignored_value: bool, reason: str) -> Field:
-        return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
-
-    return {
-        "refiner_checkpoint": text_field(CHECKPOINT_REASON, "", "None", "none"),
-        "hr_checkpoint_name": text_field(CHECKPOINT_REASON, "", "Use same checkpoint"),
-        "checkpoint": text_field(CHECKPOINT_REASON, is_webui_field=False),
-        "model": text_field(CHECKPOINT_REASON, is_webui_field=False),
-        "sd_model": text_field(CHECKPOINT_REASON, is_webui_field=False),
-        "sd_model_checkpoint": text_field(CHECKPOINT_REASON, is_webui_field=False),
-        "override_settings_restore_afterwards": boolean_field(True, "a job's settings end with the job"),
-        "infotext": text_field("it sets other fields unseen; give each of them by its name", ""),
-        "disable_extra_networks": boolean_field(False, "the WebUI would go on with the LoRAs of the job before"),
-        "send_images": boolean_field(True, "the pictures are the answer"),
-        "save_images": boolean_field(False, DISK_REASON),
-        "do_not_save_samples": boolean_field(True, DISK_REASON),
-        "do_not_save_grid": boolean_field(True, DISK_REASON),
-        # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
-        "firstpass_image": text_field("the WebUI's API does not decode it, and fails", ""),
-        "force_task_id": text_field("the worker names its own tasks", ""),
-    }
 
 
 @dataclass(frozen=True)
@@ -246,7 +237,7 @@ OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
 }
 
 
-def _override_settings() -> ValueType:
+def override_settings() -> ValueType:
     def check_option(name: str, value: object) -> object:
         if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
             raise InvalidValue(f"is refused: {CHECKPOINT_REASON}")
@@ -270,12 +261,12 @@ OUTPUT: Mapping[str, ValueType] = {
 }
 
 
-def _output(*, has_bucket: bool) -> ValueType:
+def output_options(*, has_bucket: bool) -> ValueType:
     """How a job wants its images. The checked value is an OutputOptions."""
 
     def check_option(name: str, value: object) -> object:
         if name not in OUTPUT:
-            raise InvalidValue(unknown_name(name, OUTPUT, _OUTPUT_ALIASES))
+            raise InvalidValue(unknown_output_option(name, OUTPUT))
         return None if value is None else OUTPUT[name].check(value)
 
     options = object_of(check_option, 'an object like {"format": "webp", "quality": 90}')
@@ -304,7 +295,7 @@ _BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set field
 }
 
 
-def _check_script(name: str, value: object) -> dict[str, Any]:
+def check_always_on_script(name: str, value: object) -> dict[str, Any]:
     if reason := _BUILT_IN_SCRIPTS.get(name.strip().casefold()):
         raise InvalidValue(f"is refused: {reason}")
     if not isinstance(value, dict):
@@ -316,98 +307,3 @@ def _check_script(name: str, value: object) -> dict[str, Any]:
     if problems:
         raise InvalidValue(*problems)
     return dict(value)
-
-
-_ALIASES = {  # names of other APIs, without case and separators
-    "numinferencesteps": "steps",
-    "inferencesteps": "steps",
-    "samplingsteps": "steps",
-    "guidancescale": "cfg_scale",
-    "guidance": "cfg_scale",
-    "cfg": "cfg_scale",
-    "numimages": "batch_size",
-    "numimagesperprompt": "batch_size",
-    "numoutputs": "batch_size",
-    "samples": "batch_size",
-    "n": "n_iter",
-    "batchcount": "n_iter",
-    "iterations": "n_iter",
-    "sampler": "sampler_name",
-    "samplingmethod": "sampler_name",
-    "scheduletype": "scheduler",
-    "hires": "enable_hr",
-    "hiresfix": "enable_hr",
-    "enablehires": "enable_hr",
-    "upscaler": "hr_upscaler",
-    "hiresupscaler": "hr_upscaler",
-    "hiresscale": "hr_scale",
-    "upscaleby": "hr_scale",
-    "hiressteps": "hr_second_pass_steps",
-    "strength": "denoising_strength",
-    "denoise": "denoising_strength",
-    "lora": "loras",
-    "loraweights": "loras",
-    "clipstopatlastlayers": "clip_skip",
-    "sdvae": "vae",
-    "style": "styles",
-    "stylepreset": "styles",
-    "text": "prompt",
-    "uc": "negative_prompt",
-    "imagewidth": "width",
-    "imageheight": "height",
-    "script": "script_name",
-    "scripts": "alwayson_scripts",
-    "controlnet": "alwayson_scripts",
-    "settings": "override_settings",
-    "options": "override_settings",
-    "outputformat": "output",
-    "outputquality": "output",
-    "imageformat": "output",
-}
-_OUTPUT_ALIASES = {
-    "type": "format",
-    "mode": "delivery",
-    "infotext": "metadata",
-}
-_LORA_ALIASES = {
-    "weight": "scale",
-    "strength": "scale",
-    "multiplier": "scale",
-    "sha256": "hash",
-    "id": "version_id",
-    "modelversionid": "version_id",
-    "air": "url",
-    "urn": "url",
-    "path": "url",
-    "model": "url",
-    "title": "name",
-}
-_IMAGE_INPUTS = frozenset({"initimages", "initimage", "image", "images", "mask", "inpaintimage", "controlimage"})
-
-
-def unknown_field(name: str, known: Mapping[str, Field]) -> str:
-    """The complaint about a field that no job has."""
-    if normalize_name(name) in _IMAGE_INPUTS:
-        return "is unknown: this worker makes pictures from text alone (txt2img)"
-    usable = [other for other, field in known.items() if field.kind is not FieldClass.REFUSED]
-    return unknown_name(name, usable, _ALIASES)
-
-
-def unknown_lora_key(key: object) -> str:
-    """The complaint about a key that no LoRA has."""
-    return unknown_name(key, LORA_KEYS, _LORA_ALIASES)
-
-
-def unknown_name(name: object, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The complaint about an unknown name. It suggests the known name that was probably meant."""
-    written = str(name)[:60]
-    meant = _same_name(written, known, aliases or {}) or next(iter(nearest(written, known, 1)), None)
-    if meant is not None:
-        return f"is unknown; did you mean {meant!r}?"
-    return f"is unknown; known here: {', '.join(known)}" if len(known) < 8 else "is unknown"
-
-
-def _same_name(name: str, known: Collection[str], aliases: Mapping[str, str]) -> str | None:
-    """The known name that `name` is an alias or another spelling of."""
-    normalized = normalize_name(name)
-    return aliases.get(normalized) or next((other for other in known if normalize_name(other) == normalized), None)

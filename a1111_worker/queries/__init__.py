@@ -1,0 +1,8 @@
+"""The answers to the tasks that generate nothing. None of them waits for the GPU.
+
+The modules in reading order:
+
+    health          how the worker is: its GPU, its disk, its cache, its jobs so far
+    gpu             what nvidia-smi says of the GPU
+    answer          the `worker` block of these answers
+"""

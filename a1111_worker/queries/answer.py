@@ -1,0 +1,19 @@
+"""The `worker` block of an answer without pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from a1111_worker import __version__
+from a1111_worker.context import JobContext
+
+
+def versions(webui_version: str | None) -> dict[str, str | None]:
+    """The versions of this worker and of A1111, as every `worker` block has them. A1111's is None until it is known."""
+    return {"worker": __version__, "webui": webui_version}
+
+
+def worker_block(webui_version: str | None, context: JobContext) -> dict[str, Any]:
+    """How long the job took, in seconds, and which worker it was."""
+    total = context.timings.seconds()["total"]
+    return {"warnings": [], "timings": {"total": round(total, 3)}, "versions": versions(webui_version)}

@@ -1,0 +1,146 @@
+"""The request of a task that generates pictures: the checked fields of its table, read as a whole.
+
+The LoRAs of the list and of the prompts, fields that must agree with each other, the size of the final image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, OnLoraError, OutputOptions
+from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
+from a1111_worker.request.reader import InputReader
+from a1111_worker.request.scripts import check_script
+from a1111_worker.request.size import final_size, size_problem
+
+DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
+DEFAULT_SAMPLER = "DPM++ 2M Karras"
+DEFAULT_SAMPLER_WITH_SCHEDULER = "DPM++ 2M"  # if the job names a scheduler and no sampler
+
+_SIZE_FIELDS = (
+    "width",
+    "height",
+    "enable_hr",
+    "hr_scale",
+    "hr_resize_x",
+    "hr_resize_y",
+    "firstphase_width",
+    "firstphase_height",
+)
+
+
+def read_txt2img(reader: InputReader) -> GenerationRequest:
+    """The request that the fields of a txt2img job mean. What does not fit together is added to its complaints."""
+    given = reader.given
+    loras = _loras(reader)
+    output: OutputOptions = given.get("output", OutputOptions())
+    if output.quality is not None and output.format is ImageFormat.PNG:
+        reader.warnings.append("output.quality does nothing for png, which is lossless")
+    body = _body(reader)
+    _check_size(reader, body)
+    _check_image_count(reader, body)
+    _check_script(reader, body)
+    return GenerationRequest(
+        body=body,
+        loras=loras,
+        on_lora_error=OnLoraError(given.get("on_lora_error", OnLoraError.FAIL)),
+        warnings=tuple(reader.warnings),
+        output=output,
+        allow_blank=given.get("allow_blank", False),
+    )
+
+
+# -- LoRAs
+
+
+def _loras(reader: InputReader) -> tuple[LoraRequest, ...]:
+    given = reader.given
+    bad_paths = {complaint.path for complaint in reader.complaints}
+    loras = _noted(reader, parse_list(given.get("loras", ()), bad_paths, reader.limits.model_hosts))
+    loras = _noted(reader, read_tags(given.get("prompt", ""), "prompt", loras))
+    hr_prompt = given.get("hr_prompt", "")
+    if given.get("enable_hr"):
+        loras = _noted(reader, read_tags(hr_prompt, "hr_prompt", loras))
+    elif has_lora_tag(hr_prompt):
+        reader.warnings.append("hr_prompt and its LoRA tags do nothing without enable_hr")
+    for path in ("negative_prompt", "hr_negative_prompt"):
+        if has_lora_tag(given.get(path, "")):
+            reader.warnings.append(f"the WebUI ignores LoRA tags in {path}")
+    return loras
+
+
+def _noted(reader: InputReader, parsed: ParsedLoras) -> tuple[LoraRequest, ...]:
+    """The LoRAs of a step. Its warnings and complaints are kept."""
+    reader.warnings.extend(parsed.warnings)
+    for complaint in parsed.complaints:
+        reader.complain(complaint.path, complaint.message)
+    return parsed.loras
+
+
+# -- fields that belong together
+
+
+def _body(reader: InputReader) -> dict[str, Any]:
+    """A1111's body, with our defaults."""
+    own = ("override_settings", "sampler_index", "sampler_name")  # below, each under A1111's own name
+    body = {
+        name: value for name, value in reader.given.items() if reader.table[name].is_webui_field and name not in own
+    }
+    settings = _override_settings(reader)
+    if settings:
+        body["override_settings"] = settings
+    return {**DEFAULTS, **body, "sampler_name": _sampler_name(reader)}
+
+
+def _override_settings(reader: InputReader) -> dict[str, Any]:
+    """The settings that a job overrides. clip_skip and vae are among them: A1111 ignores these two as fields."""
+    given = reader.given
+    settings = dict(given.get("override_settings", {}))
+    for name, setting in (("clip_skip", "CLIP_stop_at_last_layers"), ("vae", "sd_vae")):
+        if name in given and settings.setdefault(setting, given[name]) != given[name]:
+            reader.complain(name, f"contradicts override_settings.{setting}: give one of them")
+    return settings
+
+
+def _sampler_name(reader: InputReader) -> str:
+    """The sampler; `sampler_index` is the old name of `sampler_name`."""
+    old: str | None = reader.given.get("sampler_index")
+    sampler: str | None = reader.given.get("sampler_name", old)
+    if sampler is None:
+        return DEFAULT_SAMPLER_WITH_SCHEDULER if "scheduler" in reader.given else DEFAULT_SAMPLER
+    if old is not None and old.strip().casefold() != sampler.strip().casefold():
+        reader.complain("sampler_index", "contradicts sampler_name and is the old name of it: give one of them")
+    return sampler
+
+
+def _check_size(reader: InputReader, body: Mapping[str, Any]) -> None:
+    if reader.has_complaint(*_SIZE_FIELDS):
+        return
+    for side, other in (("width", "height"), ("height", "width")):
+        if body.get(f"firstphase_{side}") and not body.get(f"firstphase_{other}"):
+            reader.complain(f"firstphase_{side}", f"must come with firstphase_{other}")
+            return
+    hires = bool(body.get("enable_hr"))
+    if hires and "denoising_strength" not in body and not reader.has_complaint("denoising_strength"):
+        reader.complain(
+            "enable_hr", "must come with denoising_strength (0.4 to 0.7 is usual): without it the WebUI fails"
+        )
+    decisive = ("hr_resize_x", "hr_resize_y", "hr_scale", "enable_hr") if hires else ("width", "height")
+    path = next((name for name in decisive if reader.raw.get(name)), decisive[-1])
+    if problem := size_problem(final_size(body), reader.limits.max_pixels):
+        reader.complain(path, problem)
+
+
+def _check_image_count(reader: InputReader, body: Mapping[str, Any]) -> None:
+    count = body.get("batch_size", 1) * body.get("n_iter", 1)
+    limit = reader.limits.max_images
+    if count > limit:
+        reader.complain("batch_size", f"times n_iter is {count} pictures, and the limit is {limit}")
+
+
+def _check_script(reader: InputReader, body: Mapping[str, Any]) -> None:
+    """A plot's arguments are only counted here: the order of its axes is the WebUI's."""
+    if not reader.has_complaint("script_name", "script_args", "batch_size", "n_iter"):
+        for complaint in check_script(body, reader.limits):
+            reader.complain(complaint.path, complaint.message)

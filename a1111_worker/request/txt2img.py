@@ -1,0 +1,46 @@
+"""The table of txt2img: what generating tasks share, and hires."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from a1111_worker.request.fields import (
+    CHECKPOINT_REASON,
+    MAX_NAME,
+    MAX_PROMPT,
+    MAX_SIDE,
+    MIN_SIDE,
+    Field,
+    FieldClass,
+    Limits,
+    generation_fields,
+    refused_text,
+)
+from a1111_worker.request.values import boolean, integer, multiple_of_8, number, text
+
+
+@lru_cache(maxsize=8)
+def txt2img_fields(limits: Limits) -> Mapping[str, Field]:
+    """Every field that a txt2img job may contain, and every refused field with its reason."""
+    passed, checked = FieldClass.PASSED, FieldClass.CHECKED
+    first_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(0,))
+    hires_side = multiple_of_8(MIN_SIDE, limits.max_pixels // MIN_SIDE // 8 * 8, or_else=(0,))
+    prompt = text(MAX_PROMPT, blank=True)
+    name = text(MAX_NAME, blank=True)
+    return {
+        **generation_fields(limits),
+        "enable_hr": Field(passed, boolean()),
+        "firstphase_width": Field(passed, first_side),
+        "firstphase_height": Field(passed, first_side),
+        "hr_scale": Field(passed, number(1, 8)),
+        "hr_upscaler": Field(checked, name),
+        "hr_second_pass_steps": Field(passed, integer(0, limits.max_steps)),
+        "hr_resize_x": Field(passed, hires_side),
+        "hr_resize_y": Field(passed, hires_side),
+        "hr_sampler_name": Field(checked, name),
+        "hr_scheduler": Field(checked, name),
+        "hr_prompt": Field(passed, prompt),
+        "hr_negative_prompt": Field(passed, prompt),
+        "hr_checkpoint_name": refused_text(CHECKPOINT_REASON, "", "Use same checkpoint"),
+    }
