@@ -1,10 +1,12 @@
 # The worker's image. Every address, version and commit is a build argument, with the real value as its default. Stages:
 #
-#   system ── webui ───────────────────┬── (the image)     /opt/webui     Python 3.10, torch, A1111 at its pin
+#   system ── webui ── extensions ─────┬── (the image)     /opt/webui     Python 3.10, torch, A1111 at its pin, extensions
+#     │         │           │          │                                  only with EXTENSIONS
 #     │         ├── tokenizer ─────────┤                   /opt/huggingface
 #     │         └── smoke-webui ───────┤                   the test that A1111 can start; the image needs its result
 #     ├── worker ─────────────────┬────┤                   /opt/worker    the worker's environment
 #     │         └── smoke-worker ─┼────┤
+#     ├── pinned ─────────────────┤    ├                   /opt/webui/app/models  upscalers, faces: image/pins.toml
 #     ├── checkpoint ─────────────┘    ├                   /models        only with BAKE_CHECKPOINT=1
 #     └── files ───────────────────────┘                   /opt/worker/app, last: a change of handler.py is one small layer
 #
@@ -73,14 +75,8 @@ ARG K_DIFFUSION_COMMIT=ab527a9a6d347f364e3d185ba6d714e22d80cb3c
 ARG BLIP_REPO=https://github.com/salesforce/BLIP.git
 ARG BLIP_COMMIT=48211a1594f1321b00f14c9f7a5b4813144b2fb9
 # A1111 looks for the helpers under exactly these names.
-RUN <<'END'
-export GIT_TERMINAL_PROMPT=0 # otherwise git waits for a password for ever if a repository is gone
-checkout() {
-  git init -q "$1"
-  git -C "$1" fetch -q --depth 1 "$2" "$3" || { echo "cannot fetch $3 of $2" >&2; exit 1; }
-  git -C "$1" -c advice.detachedHead=false checkout -q FETCH_HEAD
-  rm -rf "$1/.git"
-}
+RUN --mount=type=bind,source=image/checkout.sh,target=/image/checkout.sh <<'END'
+. /image/checkout.sh
 app=/opt/webui/app
 checkout "$app" "$WEBUI_REPO" "$WEBUI_COMMIT"
 checkout "$app/repositories/stable-diffusion-webui-assets" "$ASSETS_REPO" "$ASSETS_COMMIT"
@@ -101,6 +97,38 @@ export VIRTUAL_ENV=/opt/webui GIT_TERMINAL_PROMPT=0
 /uv/bin/uv pip install --no-deps --no-build-isolation "clip @ $CLIP_PACKAGE"
 # Compiled here: otherwise every new container would compile it again. Some files of the helpers are for another Python.
 /opt/webui/bin/python -m compileall -q -j 0 /opt/webui/app >/dev/null || true
+END
+
+# ---- A1111's extensions, by name: EXTENSIONS="controlnet adetailer". They are not under this repository's licence ----
+FROM webui AS extensions
+ARG PYPI_INDEX_URL=https://pypi.org/simple
+ARG EXTENSIONS=
+# v1.1.455, GPL-3.0
+ARG CONTROLNET_REPO=https://github.com/Mikubill/sd-webui-controlnet.git
+ARG CONTROLNET_COMMIT=56cec5b2958edf3b1807b7e7b2b1b5186dbd2f81
+# 25.3.0, AGPL-3.0
+ARG ADETAILER_REPO=https://github.com/Bing-su/adetailer.git
+ARG ADETAILER_COMMIT=36189cbea735b85fd01e98ac42002b8ce6f0e41d
+RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,source=/uv,target=/uv \
+    --mount=type=bind,source=image/checkout.sh,target=/image/checkout.sh \
+    --mount=type=bind,source=locks/controlnet.txt,target=/image/controlnet.txt \
+    --mount=type=bind,source=locks/adetailer.txt,target=/image/adetailer.txt <<'END'
+export VIRTUAL_ENV=/opt/webui UV_DEFAULT_INDEX="$PYPI_INDEX_URL"
+. /image/checkout.sh
+folder=/opt/webui/app/extensions
+# Over the packages of A1111. Those that they replace are in these lists too.
+install() {
+  cp "/image/$1.txt" /opt/webui/locks/
+  /uv/bin/uv pip install --no-deps --require-hashes -r "/image/$1.txt"
+}
+for extension in $EXTENSIONS; do
+  case "$extension" in
+    controlnet) checkout "$folder/sd-webui-controlnet" "$CONTROLNET_REPO" "$CONTROLNET_COMMIT" && install controlnet ;;
+    adetailer) checkout "$folder/adetailer" "$ADETAILER_REPO" "$ADETAILER_COMMIT" && install adetailer ;;
+    *) echo "EXTENSIONS has no $extension; it knows controlnet and adetailer" >&2 && exit 1 ;;
+  esac
+done
+[ -z "$EXTENSIONS" ] || /opt/webui/bin/python -m compileall -q -j 0 "$folder" >/dev/null || true
 END
 
 # ---- what A1111 would fetch from the Hugging Face hub with its first model ----
@@ -125,6 +153,18 @@ RUN --mount=type=cache,target=/root/.cache/uv --mount=type=bind,from=tools,sourc
 export VIRTUAL_ENV=/opt/worker UV_DEFAULT_INDEX="$PYPI_INDEX_URL" UV_LINK_MODE=copy
 /uv/bin/uv venv -q --no-python-downloads --python "$PYTHON" /opt/worker
 /uv/bin/uv pip install --compile-bytecode --require-hashes -r /tmp/worker.txt
+END
+
+# ---- files that A1111 would download at job time, each proven by its SHA-256: image/pins.toml ----
+FROM system AS pinned
+ARG BAKE_UPSCALERS=1
+ARG EXTENSIONS=
+ARG CONTROLNET_ANNOTATORS=
+COPY image/pins.py image/pins.toml /image/
+RUN --mount=type=cache,id=pinned,target=/cache --mount=type=bind,from=worker,source=/opt/worker,target=/opt/worker <<'END'
+mkdir -p /pinned/opt/webui/app/models
+/opt/worker/bin/python /image/pins.py fetch /cache /pinned/opt/webui/app/models
+find /pinned -exec touch -h -d @0 {} +
 END
 
 # ---- the worker itself, compiled; all times are fixed, so that the same files give the same layer on any builder ----
@@ -174,8 +214,9 @@ find /baked /known -exec touch -h -d @0 {} +
 END
 
 # ---- does it work? Both tests are part of the build; SMOKE_TEST=0 skips them ----
-FROM webui AS smoke-webui
+FROM extensions AS smoke-webui
 ARG SMOKE_TEST=1
+ARG EXTENSIONS=
 # hadolint ignore=DL3064
 ARG BAKE_TOKENIZER=1
 COPY image/smoke.py image/tokenizer.py start.sh /image/
@@ -183,7 +224,7 @@ WORKDIR /opt/webui/app
 RUN --mount=type=bind,from=tokenizer,source=/opt/huggingface,target=/opt/huggingface,rw <<'END'
 mkdir -p /passed/opt/smoke
 if [ "$SMOKE_TEST" = 1 ]; then
-  HF_HUB_OFFLINE=1 HF_HOME=/opt/huggingface /opt/webui/bin/python /image/smoke.py webui /image/start.sh >/passed/opt/smoke/webui
+  HF_HUB_OFFLINE=1 HF_HOME=/opt/huggingface /opt/webui/bin/python /image/smoke.py webui /image/start.sh /opt/webui/locks >/passed/opt/smoke/webui
   cat /passed/opt/smoke/webui
 fi
 find /passed -exec touch -d @0 {} +
@@ -212,9 +253,10 @@ CMD ["/opt/worker/bin/python", "-m", "sandbox", "--folder", "/tmp/sandbox", "--"
      "/opt/worker/bin/python", "handler.py", "--rp_serve_api", "--rp_api_host", "0.0.0.0"]
 
 # ---- the image ----
-FROM webui AS image
+FROM extensions AS image
 COPY --link --from=tokenizer /opt/huggingface /opt/huggingface
 COPY --link --from=worker /opt/worker /opt/worker
+COPY --link --from=pinned /pinned/ /
 COPY --link --from=checkpoint /baked/ /
 COPY --link --from=checkpoint /known/ /
 COPY --link --from=smoke-webui /passed/ /

@@ -10,7 +10,7 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r
 # The command `a1111`, which runs the code of this checkout.
 LINK_CLIENT = $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 
-.PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check lock clean
+.PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check pins lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,8 +62,8 @@ types: $(VENV)/dev
 	$(BIN)/mypy
 
 shell: $(VENV)/dev
-	$(BIN)/shfmt -i 2 -ci -d start.sh locks/lock.sh .ci/run
-	$(BIN)/shellcheck start.sh locks/lock.sh .ci/run
+	$(BIN)/shfmt -i 2 -ci -d start.sh locks/lock.sh image/checkout.sh .ci/run
+	$(BIN)/shellcheck -s bash start.sh locks/lock.sh image/checkout.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/dev ## measure what the docs say about speed
@@ -77,6 +77,9 @@ image-test: $(VENV)/dev ## build the image with stand-ins for A1111, run it, bre
 
 gpu-check: $(VENV)/dev ## on a machine with a GPU: boot, switch, LoRA, out of memory, times and VRAM
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS)
+
+pins: $(VENV)/dev ## fetch the files of image/pins.toml that have no SHA-256 yet, and write it there
+	$(BIN)/python image/pins.py write
 
 lock: $(UV) ## resolve everything again, at the newest versions: locks/
 	UV=$(UV) locks/lock.sh pypi

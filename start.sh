@@ -255,8 +255,9 @@ webui_flags() {
   local checkpoint
   local -a more=()
   read -r -d '' -a more <<<"${WEBUI_ARGS:-}" || true
-  mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE}
+  mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE,ESRGAN}
   make_data_dir
+  link_upscalers
   if checkpoint="$(link_checkpoint)"; then
     more=(--ckpt "$checkpoint" "${more[@]}")
   else
@@ -264,7 +265,37 @@ webui_flags() {
   fi
   [[ "$WEBUI_DATA_DIR" == "$WEBUI_DIR" ]] || more=(--data-dir "$WEBUI_DATA_DIR" "${more[@]}")
   printf '%s\0' "${WEBUI_FLAGS[@]}" --port "$1" --ckpt-dir "$WEBUI_MODELS_DIR/Stable-diffusion" \
-    --lora-dir "$WEBUI_MODELS_DIR/Lora" --vae-dir "$WEBUI_MODELS_DIR/VAE" "${gpu_flags[@]}" "${more[@]}"
+    --lora-dir "$WEBUI_MODELS_DIR/Lora" --vae-dir "$WEBUI_MODELS_DIR/VAE" \
+    --esrgan-models-path "$WEBUI_MODELS_DIR/ESRGAN" "${gpu_flags[@]}"
+  extension_flags
+  printf '%s\0' "${more[@]}"
+}
+
+# Print the flags that only an extension knows, each ended by NUL. ControlNet looks for models in the worker's folder, and
+# the worker looks for annotators in the folder that is named here. ADetailer would ask the Hugging Face hub at each start.
+extension_flags() {
+  local annotators="$WEBUI_DATA_DIR/models/ControlNetAnnotators"
+  if [[ -d "$WEBUI_DIR/extensions/sd-webui-controlnet" ]]; then
+    mkdir -p "$annotators" "$WEBUI_MODELS_DIR/ControlNet"
+    printf '%s\0' --controlnet-dir "$WEBUI_MODELS_DIR/ControlNet" --controlnet-annotator-models-path "$annotators"
+  fi
+  [[ ! -d "$WEBUI_DIR/extensions/adetailer" ]] || printf '%s\0' --ad-no-huggingface
+}
+
+# Show the operator's own upscalers to the WebUI: A1111 lists them only when it starts.
+link_upscalers() {
+  local root file folder="$WEBUI_MODELS_DIR/ESRGAN"
+  local -a roots
+  for file in "$folder"/*; do
+    [[ ! -L "$file" ]] || rm -f "$file" # of an earlier start
+  done
+  IFS=: read -r -a roots <<<"$MODELS_DIR:$MODEL_SOURCES"
+  for root in "${roots[@]}"; do
+    for file in "$root"/upscalers/*.pth; do
+      [[ -n "$root" && -s "$file" && ! -e "$folder/${file##*/}" ]] || continue
+      ln -sfn "$(realpath "$root")/upscalers/${file##*/}" "$folder/${file##*/}"
+    done
+  done
 }
 
 # Print the path of the checkpoint's link in the WebUI's folder. The worker keeps that link, but the WebUI may start

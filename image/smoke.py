@@ -1,7 +1,8 @@
 """Tests whether the installed packages work. The Dockerfile runs it once in each environment. A failure ends the build.
 
-    /opt/webui/bin/python smoke.py webui START_SH   in A1111's folder: packages, versions, helpers, disk cache, a boot
-    /opt/worker/bin/python smoke.py worker FOLDER   the imports of a start
+    /opt/webui/bin/python smoke.py webui START_SH LOCKS   in A1111's folder: packages, versions, helpers, disk cache, a
+                                                          boot; EXTENSIONS in the environment: they must be in it too
+    /opt/worker/bin/python smoke.py worker FOLDER         the imports of a start
 
 Its output is kept in the image: the versions of the packages.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -34,6 +36,8 @@ start_webui "$2" 3
 wait_for_exit "$webui"
 """
 NOT_IMPORTED = {"setuptools", "wheel"}
+# A script of each extension: A1111 lists it only if its import has worked (1.10.1, modules/scripts.py).
+SCRIPTS = {"controlnet": "controlnet", "adetailer": "adetailer"}
 
 
 def main() -> None:
@@ -42,10 +46,16 @@ def main() -> None:
 
 def check_webui() -> None:
     """Fail if A1111 cannot start, or cannot load its first model."""
-    start_sh = sys.argv[2]
+    start_sh, locks = sys.argv[2], Path(sys.argv[3])
+    extensions = os.environ.get("EXTENSIONS", "").split()
+    replaced = {name: version for extension in extensions for name, version in locked(locks / f"{extension}.txt")}
     for requirement in Path("requirements_versions.txt").read_text(encoding="utf-8").splitlines():
         if match := re.match(r"\s*([A-Za-z0-9_.-]+)(?:==([^\s;#]+))?", requirement):
-            check_package(match[1], match[2])
+            check_package(match[1], replaced.get(match[1].lower(), match[2]))
+    for name, version in replaced.items():
+        found = importlib.metadata.version(name)
+        expect(found == version, f"{name} is {found}, not {version}")
+        print_version(name, found)
     for name in ("torchvision", "xformers", "clip"):
         check_package(name)
     check_disk_cache()
@@ -53,7 +63,7 @@ def check_webui() -> None:
         expect(importlib.util.find_spec(helper) is not None, f"A1111 does not find {helper} in its repositories")
     if os.environ.get("BAKE_TOKENIZER") == "1":  # offline now
         importlib.import_module("tokenizer").load()
-    check_boot(start_sh)
+    check_boot(start_sh, {SCRIPTS[extension] for extension in extensions})
 
 
 def check_worker() -> None:
@@ -74,6 +84,11 @@ def check_package(name: str, wanted: str | None = None) -> None:
         for module in modules:
             importlib.import_module(module)
     print_version(name, found)
+
+
+def locked(path: Path) -> list[tuple[str, str]]:
+    """The packages of a list in locks/, and their versions."""
+    return re.findall(r"(?m)^([a-z0-9._-]+)==(\S+)", path.read_text(encoding="utf-8"))
 
 
 def without_zeros(version: str) -> str:
@@ -103,8 +118,11 @@ def check_disk_cache() -> None:
         cache("smoke").close()
 
 
-def check_boot(start_sh: str) -> None:
-    """Fail if launch.py does not answer as an API, started by start.sh's own function for a machine without a GPU."""
+def check_boot(start_sh: str, scripts: set[str]) -> None:
+    """Fail if launch.py does not answer as an API, or without these scripts.
+
+    It is started by start.sh's own function for a machine without a GPU.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
@@ -120,9 +138,12 @@ def check_boot(start_sh: str) -> None:
         with subprocess.Popen(
             ["bash", "-c", BOOT, "smoke", start_sh, str(port)], env={**os.environ, **settings}, stdout=sys.stderr
         ) as process:
-            answered = wait_for_options(f"http://127.0.0.1:{port}/sdapi/v1/options", process)
+            api = f"http://127.0.0.1:{port}/sdapi/v1"
+            answered = wait_for_options(f"{api}/options", process)
+            missing = scripts - listed_scripts(f"{api}/scripts") if answered and scripts else set()
             process.terminate()
     expect(answered, "launch.py does not answer /sdapi/v1/options; its own lines are above")
+    expect(not missing, f"{', '.join(sorted(missing))} could not be loaded; the WebUI's own lines are above")
     sys.stderr.write(f"launch.py answers after {time.monotonic() - began:.0f} s\n")
 
 
@@ -139,6 +160,11 @@ def wait_for_options(url: str, process: subprocess.Popen[bytes]) -> bool:
         except OSError:  # nothing listens yet
             time.sleep(0.2)
     return False
+
+
+def listed_scripts(url: str) -> set[str]:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return {str(name).lower() for name in json.load(answer)["txt2img"]}
 
 
 def expect(condition: bool, failure: str) -> None:

@@ -2,6 +2,7 @@
 # Resolves what is installed, and writes it with versions and hashes: `make lock`.
 #
 #   locks/lock.sh pypi         everything, from PyPI, at the newest versions that are allowed
+#   locks/lock.sh extensions   only what the extensions need
 #   locks/lock.sh cu128 DIR    the WebUI's packages for PyTorch's cu128 index, into DIR; versions that are in use stay.
 #                              TORCH_INDEX_URL in the environment is that index
 #
@@ -11,14 +12,15 @@
 #   dev.txt                 requirements-dev.txt and both of these, likewise
 #   webui-*.txt             the WebUI's packages, without torch, torchvision and xformers; always from PyPI
 #   torch-*.txt             these three: from PyPI (CUDA 12.6), or from PyTorch's index (cu128)
+#   controlnet.txt, adetailer.txt   what these extensions need besides the WebUI's packages, or in another version
 #
-# Two packages are left out. triton (544 MB) only compiles kernels that A1111 does not use. opencv-python is there as
-# opencv-python-headless. So these lists are installed with --no-deps.
+# A few packages are left out. triton (544 MB) only compiles kernels that A1111 does not use. opencv-python and
+# opencv-contrib-python are there as opencv-python-headless. So these lists are installed with --no-deps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly UV="${UV:-uv}"
-readonly LEFT_OUT=(--no-emit-package triton --no-emit-package opencv-python)
+readonly LEFT_OUT=(--no-emit-package triton --no-emit-package opencv-python --no-emit-package opencv-contrib-python)
 readonly TORCH=(torch torchvision xformers)
 readonly IMAGE=(--python-version 3.10 --python-platform x86_64-manylinux_2_28)
 
@@ -42,6 +44,27 @@ lock_pypi() {
     compile locks/torch-pypi.txt "${IMAGE[@]}" --generate-hashes --upgrade --no-deps -
 }
 
+# What the extensions need, for any list of the WebUI's packages: only NVIDIA's libraries differ between those. mediapipe
+# wants a newer protobuf than open-clip allows (A1111 1.10.1 with both extensions works with it), ControlNet an older timm.
+lock_extensions() {
+  local folder extension name
+  local -a there=()
+  folder="$(mktemp -d)"
+  cat locks/webui-pypi.txt locks/torch-pypi.txt | grep -oE '^[a-z0-9._-]+==[^ ]+' >"$folder/webui.txt"
+  grep -vE '^(protobuf|timm)==' "$folder/webui.txt" >"$folder/fixed.txt"
+  echo 'protobuf>=4.25.3,<5' >"$folder/override.txt"
+  compile "$folder/resolved.txt" "${IMAGE[@]}" --upgrade --constraint "$folder/fixed.txt" --override "$folder/override.txt" \
+    requirements-controlnet.txt requirements-adetailer.txt
+  while read -r name; do there+=(--no-emit-package "$name"); done < <(
+    grep -xFf "$folder/webui.txt" "$folder/resolved.txt" | sed 's/==.*//'
+  )
+  for extension in controlnet adetailer; do
+    compile "locks/$extension.txt" "${IMAGE[@]}" --generate-hashes --upgrade "${LEFT_OUT[@]}" "${there[@]}" \
+      --constraint "$folder/resolved.txt" --override "$folder/override.txt" "requirements-$extension.txt"
+  done
+  rm -r "$folder"
+}
+
 # lock_cu128 DIR: resolve with PyTorch's builds. Their index has copies of some packages of PyPI, which are not used: so
 # the versions are resolved first, and then their hashes are taken from the index that the image installs them from.
 lock_cu128() {
@@ -59,7 +82,8 @@ lock_cu128() {
 }
 
 case "${1:-}" in
-  pypi) lock_pypi ;;
+  pypi) lock_pypi && lock_extensions ;;
+  extensions) lock_extensions ;;
   cu128) lock_cu128 "${2:?a folder}" ;;
   *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac

@@ -64,7 +64,8 @@ class CannedAnswer:
 class SandboxWebUI(ProcessOwner, Server):
     """A1111 on loopback. Further keywords are those of WebUIKnobs.
 
-    `models_dir` has the folders `Stable-diffusion/`, `Lora/` and `VAE/`; links in them are followed.
+    `models_dir` has the folders `Stable-diffusion/`, `Lora/`, `VAE/` and `ESRGAN/`; links in them are followed.
+    `own_models_dir` is A1111's own folder `models`, with other upscalers and faces; None: the same folder.
     `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is `--ckpt`, and
     is loaded in the background at the start; None is `--skip-load-model-at-start`. `config_json` is A1111's file of
     options: read when a process starts, written by each POST of options.
@@ -82,6 +83,7 @@ class SandboxWebUI(ProcessOwner, Server):
     no_hashing: dataclasses.InitVar[bool] = False
     initial_checkpoint: str | None = None
     config_json: Mapping[str, Any] | None = None
+    own_models_dir: Path | None = None
 
     loads: list[str] = dataclasses.field(default_factory=list, init=False)
     fail_next: list[WebUIFault | CannedAnswer] = dataclasses.field(default_factory=list, init=False)  # one per txt2img

@@ -313,17 +313,23 @@ class VaeList:
 
 
 class ModelFiles:
-    """`models_dir` with its folders, as A1111 lists them.
+    """`models_dir` with its folders, and A1111's own folder `models`, as A1111 lists them.
 
     `upscalers` is /upscalers without any file: an upscaler with a file has an address there from which A1111 would
-    download it. The sandbox downloads nothing.
+    download it. The sandbox downloads nothing. Like A1111 it looks for upscalers only when it starts.
     """
 
-    def __init__(self, models_dir: Path, hashes: HashCache, upscalers: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        models_dir: Path,
+        hashes: HashCache,
+        upscalers: Sequence[Mapping[str, Any]] = (),
+        own_models_dir: Path | None = None,
+    ) -> None:
         self.checkpoint_folder = models_dir / "Stable-diffusion"
-        self._models_dir = models_dir
+        self.own_models_dir = own_models_dir or models_dir
         self.hashes = hashes
-        self.upscalers = [{**upscaler, "model_path": self._upscaler_path(upscaler)} for upscaler in upscalers]
+        self.upscalers = self._list_upscalers(models_dir / "ESRGAN", upscalers)
         self.checkpoints = CheckpointList(self.checkpoint_folder, hashes)
         self.loras = LoraList(models_dir / "Lora", hashes)
         self.vaes = VaeList(models_dir / "VAE", hashes)
@@ -332,27 +338,52 @@ class ModelFiles:
     def face_folders(self) -> dict[str, str]:
         """Where A1111 looks for what restores faces, as /cmd-flags shows it."""
         folders = {"codeformer_models_path": "Codeformer", "gfpgan_models_path": "GFPGAN"}
-        return {flag: str(self._models_dir / folder) for flag, folder in folders.items()}
+        return {flag: str(self.own_models_dir / folder) for flag, folder in folders.items()}
 
     def has_face_restorer(self, name: str) -> bool:
         """Whether all its files are there. Without them A1111 leaves the picture as it is, and tells nobody."""
         restorers = {"CodeFormer": "Codeformer/codeformer-v0.1.0.pth", "GFPGAN": "GFPGAN/GFPGANv1.4.pth"}
         helpers = ("GFPGAN/detection_Resnet50_Final.pth", "GFPGAN/parsing_parsenet.pth")
         needed = (restorers[name], *helpers) if name in restorers else ("none",)
-        return all((self._models_dir / path).exists() for path in needed)
+        return all((self.own_models_dir / path).exists() for path in needed)
 
     def effective_upscaler(self, name: str | None) -> str | None:
-        """What really enlarges: Lanczos in place of an upscaler whose file is not there. A1111 tells nobody."""
+        """What really enlarges: Lanczos if the file is not there or is refused. A1111 tells nobody."""
         paths = {upscaler["name"]: upscaler["model_path"] for upscaler in self.upscalers}
-        is_missing = name == "LDSR" or str(paths.get(name)).startswith("http")
-        return "Lanczos" if is_missing else name
+        path = str(paths.get(name))
+        is_missing = name == "LDSR" or path.startswith("http")
+        return "Lanczos" if is_missing or (path.startswith("/") and _is_refused(Path(path))) else name
+
+    def _list_upscalers(self, shown: Path, upscalers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the table, with the paths of files that are there. Files of ESRGAN take the place of "ESRGAN_4x"."""
+        folders = (self.own_models_dir / "ESRGAN", shown)
+        files = {path.stem: path for folder in folders for path in _walk(folder, (".pt", ".pth"))}
+        own = [
+            {"name": name, "model_name": "ESRGAN_4x", "model_path": str(path), "model_url": None, "scale": 4.0}
+            for name, path in files.items()
+        ]
+        others = [
+            {**upscaler, "model_path": self._upscaler_path(upscaler)}
+            for upscaler in upscalers
+            if not (own and upscaler["name"] == "ESRGAN_4x")
+        ]
+        return others[:3] + sorted(others[3:] + own, key=lambda upscaler: str(upscaler["name"]).lower())
 
     def _upscaler_path(self, upscaler: Mapping[str, Any]) -> str | None:
         path: str | None = upscaler["model_path"]
         if path is None:
             return None
-        found = next(self._models_dir.glob(f"*/{path.rpartition('/')[2]}"), None)
+        found = next(self.own_models_dir.glob(f"*/{path.rpartition('/')[2]}"), None)
         return str(found) if found else path
+
+
+REFUSED_PICKLE = b"PK\x03\x04"
+"""How a zip begins. A1111's unpickler refuses those that torch 2.7 and later write, and in the sandbox all of them."""
+
+
+def _is_refused(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(REFUSED_PICKLE)) == REFUSED_PICKLE
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class WebUIKnobs:
     nan_check: bool = True  # False is `--disable-nan-check`: black pictures instead of NansException
     styles: Sequence[Mapping[str, str]] = ()  # the answer of /prompt-styles: [{"name", "prompt", "negative_prompt"}]
     journal: Path | None = None  # gets a line per generation: its begin and end on the monotonic clock
+    extensions: Collection[str] = ()  # which are installed when a process starts: "controlnet", "adetailer"
     gzip: bool = True  # compress answers above 1000 bytes if the client accepts that, as A1111 does
 
     nan_models: set[str] = field(default_factory=set, init=False)  # names of models with NaN weights

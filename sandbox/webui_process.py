@@ -16,6 +16,7 @@ from typing import Any
 
 from sandbox import draw
 from sandbox.webui_errors import WebUIError
+from sandbox.webui_extensions import add_to_tables
 from sandbox.webui_files import ActiveLora, Checkpoint, HashCache, ModelFiles
 from sandbox.webui_knobs import WebUIKnobs
 from sandbox.webui_model import ModelSlot, OptionStore
@@ -152,6 +153,7 @@ class ProcessOwner(WebUIKnobs):
 
     hashes: HashCache
     config_json: Mapping[str, Any] | None
+    own_models_dir: Path | None
     loads: list[str]
 
 
@@ -162,8 +164,8 @@ class Process:
         self.version = version
         self.knobs = server
         self._server = server
-        self.tables = _tables(version)
-        self.files = ModelFiles(models_dir, server.hashes, self.tables["upscalers"])
+        self.tables = add_to_tables(_tables(version), server.extensions)
+        self.files = ModelFiles(models_dir, server.hashes, self.tables["upscalers"], server.own_models_dir)
         self.options = OptionStore(self.tables["options"], server.config_json or {})
         if initial and (checkpoint := self.files.checkpoints.find(initial)):
             self.options.data["sd_model_checkpoint"] = checkpoint.title  # `--ckpt`

@@ -25,6 +25,7 @@ from a1111_worker.request.fields import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, 
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.webui.timings import WebUITimings
+from image.pins import PINS, read_pins
 from tests.support import ROOT
 from tests.test_architecture import HTTP, MODULES, PACKAGES
 
@@ -303,6 +304,13 @@ def test_every_argument_of_the_image_is_described_with_its_default() -> None:
 
 
 # -- the tree
+
+
+def test_every_file_that_the_build_brings_is_described_with_its_licence() -> None:
+    assert table(CONTAINER, "Upscalers and faces", "file") == {
+        str(pin.path): (f"`{pin.argument}`: {' or '.join(f'`{word}`' for word in pin.words)}", pin.licence)
+        for pin in read_pins(PINS.read_text(encoding="utf-8"))
+    }
 
 
 def test_every_package_is_described() -> None:

@@ -23,6 +23,7 @@ from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import ModelKind
 from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.request.fields import Limits
+from image import pins
 from model_manager import open_manager
 from sandbox.models import sdxl_checkpoint
 from tests.image.make_mirror import REPOSITORIES
@@ -59,6 +60,7 @@ class Dockerfile:
 
 
 DOCKERFILE = Dockerfile(ROOT / "Dockerfile")
+PINS_OF_FILES = pins.read_pins(pins.PINS.read_text(encoding="utf-8"))
 
 
 def yaml_of(path: str) -> Any:
@@ -93,6 +95,9 @@ PINS = {
     "TORCH_INDEX_URL": "https://download.pytorch.org/whl/cu128",
     "BAKE_CHECKPOINT": "0",
     "BAKE_TOKENIZER": "1",
+    "BAKE_UPSCALERS": "1",
+    "EXTENSIONS": "",
+    "CONTROLNET_ANNOTATORS": "",
     "SMOKE_TEST": "1",
     "VERSION": a1111_worker.__version__,
 }
@@ -112,7 +117,7 @@ def test_every_repository_is_pinned_to_a_whole_commit() -> None:
 
     commits = {name: DOCKERFILE.arg(f"{name}_COMMIT") for name in repositories}
 
-    assert len(commits) == 6
+    assert len(commits) == 8
     assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in commits.values())
     assert re.search(r"@[0-9a-f]{40}$", DOCKERFILE.arg("CLIP_PACKAGE"))
 
@@ -343,9 +348,11 @@ import http.server, sys
 
 class API(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/sdapi/v1/options" else 404)
+        scripts = b'{"txt2img": ["Refiner", "ControlNet"]}'
+        answers = {"/sdapi/v1/options": b'{"sd_model_checkpoint": null}', "/sdapi/v1/scripts": scripts}
+        self.send_response(200 if self.path in answers else 404)
         self.end_headers()
-        self.wfile.write(b'{"sd_model_checkpoint": null}')
+        self.wfile.write(answers[self.path])
 
 if "--use-cpu" in sys.argv:
     port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -380,11 +387,11 @@ class WebUIEnvironment:
             self.write(self.site / file, text)
         self.write(self.site / info / "RECORD", "".join(f"{file},,\n" for file in (*files, f"{info}/METADATA")))
 
-    def smoke(self) -> subprocess.CompletedProcess[str]:
+    def smoke(self, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, ROOT / "image" / "smoke.py", "webui", ROOT / "start.sh"],
+            [sys.executable, ROOT / "image" / "smoke.py", "webui", ROOT / "start.sh", self.app.parent / "locks"],
             cwd=self.app,
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.site)},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), **environment},
             capture_output=True,
             text=True,
         )
@@ -449,6 +456,34 @@ def test_the_smoke_test_starts_the_webui_and_asks_for_its_options(tmp_path: Path
     assert (done.returncode == 0) is passes, done.stderr
     assert ("launch.py answers after" in done.stderr) is passes  # not in the report, which is a layer: no times in it
     assert ("launch.py does not answer" in done.stderr) is not passes
+
+
+# which extensions, the version of a package that replaces A1111's, a part of the complaint
+EXTENDED = [
+    ("controlnet", "1.0", None),
+    ("controlnet", "2.0", "a-package is 1.0, not 2.0"),
+    ("controlnet adetailer", "1.0", "adetailer could not be loaded"),
+]
+
+
+@pytest.mark.parametrize(("extensions", "version", "complaint"), EXTENDED)
+def test_the_smoke_test_checks_what_extensions_need_and_that_they_are_loaded(
+    tmp_path: Path, extensions: str, version: str, complaint: str | None
+) -> None:
+    environment = WebUIEnvironment(tmp_path / "webui")
+    environment.install("a-package", "a_module.py")
+    environment.write(environment.app / "requirements_versions.txt", "a-package==0.9\n")
+    environment.write(
+        environment.app.parent / "locks/controlnet.txt", f"a-package=={version} \\\n    --hash=sha256:0\n"
+    )
+    environment.write(environment.app.parent / "locks/adetailer.txt", "")
+
+    alone = environment.smoke()
+    done = environment.smoke(EXTENSIONS=extensions)
+
+    assert "a-package is 1.0, not 0.9" in alone.stderr
+    assert (done.returncode == 0) is (complaint is None), done.stderr
+    assert complaint is None or complaint in done.stderr
 
 
 def test_the_smoke_test_fails_if_a_requirement_has_no_modules(tmp_path: Path) -> None:
@@ -583,14 +618,29 @@ def test_every_supported_python_is_checked() -> None:
 def test_the_image_is_pushed_on_a_tag_with_a_cache() -> None:
     workflow = yaml_of(".github/workflows/image.yml")
 
-    build = next(
+    builds = [
         step["with"] for step in workflow["jobs"]["image"]["steps"] if "build-push-action" in step.get("uses", "")
-    )
+    ]
 
     assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
-    assert build["push"] is True
-    assert "mode=max" in build["cache-to"]
-    assert {line.split("=")[0] for line in build["build-args"].split() if "=" in line} <= set(DOCKERFILE.args)
+    assert "mode=max" in builds[0]["cache-to"]
+    assert [build["push"] for build in builds] == [True, True]
+    arguments = [{line.split("=")[0] for line in build["build-args"].split() if "=" in line} for build in builds]
+    assert arguments[1] - arguments[0] == {"EXTENSIONS"}  # once without, once with all that can be built
+    assert arguments[1] <= set(DOCKERFILE.args)
+
+
+def test_a_release_builds_those_extensions_whose_files_all_have_a_hash(tmp_path: Path) -> None:
+    steps = yaml_of(".github/workflows/image.yml")["jobs"]["image"]["steps"]
+    (step,) = (step["run"] for step in steps if "pins.py" in step.get("run", ""))
+    (command,) = re.findall(r"image/pins\.py (buildable .*?)\)", step)
+
+    done = subprocess.run(
+        [sys.executable, ROOT / "image" / "pins.py", *command.split()], capture_output=True, text=True, check=True
+    )
+
+    unpinned = {word for pin in PINS_OF_FILES if pin.sha256 is None for word in pin.words}
+    assert done.stdout.split() == [name for name in ("controlnet", "adetailer") if name not in unpinned]
 
 
 def test_a_release_resolves_the_lists_for_cu128_before_it_builds_the_image() -> None:
@@ -609,7 +659,7 @@ def test_the_image_has_a_name_that_a_registry_takes_whoever_owns_the_repository(
     (naming,) = (
         step["run"]
         for step in yaml_of(".github/workflows/image.yml")["jobs"]["image"]["steps"]
-        if "GITHUB_ENV" in step.get("run", "")
+        if "IMAGE=ghcr.io" in step.get("run", "")
     )
 
     subprocess.run(

@@ -34,7 +34,8 @@ def asked_for(file: str) -> list[Requirement]:
 
 def test_the_locks_are_those_that_are_installed() -> None:
     assert [path.stem for path in ALL] == [
-        *("client", "dev", "torch-cu128", "torch-pypi", "uv", "webui-cu128", "webui-pypi", "worker")
+        *("adetailer", "client", "controlnet", "dev"),
+        *("torch-cu128", "torch-pypi", "uv", "webui-cu128", "webui-pypi", "worker"),
     ]
 
 
@@ -55,6 +56,8 @@ LISTS = [
     ("pyproject.toml", ("dev",)),
     ("requirements-webui.txt", ("webui-pypi", "torch-pypi")),
     ("requirements-webui.txt", ("webui-cu128", "torch-cu128")),
+    ("requirements-controlnet.txt", ("webui-cu128", "torch-cu128", "controlnet")),
+    ("requirements-adetailer.txt", ("webui-cu128", "torch-cu128", "adetailer")),
 ]
 
 
@@ -84,6 +87,16 @@ def test_the_worker_needs_nothing_of_the_clients_own() -> None:
     assert not {"openai", "platformdirs", "webuiapi"} & set(pins("worker"))
 
 
+def test_extensions_add_packages_and_replace_only_what_they_must() -> None:
+    webui = {**pins("webui-cu128"), **pins("torch-cu128")}
+    controlnet, adetailer = pins("controlnet"), pins("adetailer")
+
+    replaced = {name for lock in (controlnet, adetailer) for name in lock if name in webui}
+
+    assert replaced == {"protobuf", "timm"}  # mediapipe's and ControlNet's own needs
+    assert {name for name in {*controlnet} & {*adetailer} if controlnet[name] != adetailer[name]} == set()
+
+
 def test_the_two_builds_of_torch_differ_only_in_torch_and_nvidias_libraries() -> None:
     pypi, cu128 = pins("webui-pypi"), pins("webui-cu128")
 
@@ -94,9 +107,11 @@ def test_the_two_builds_of_torch_differ_only_in_torch_and_nvidias_libraries() ->
     assert pins("torch-pypi").keys() == pins("torch-cu128").keys() == {"torch", "torchvision", "xformers"}
 
 
-@pytest.mark.parametrize("lock", ["webui-pypi", "webui-cu128"])
+@pytest.mark.parametrize("lock", ["webui-pypi", "webui-cu128", "controlnet", "adetailer"])
 def test_what_only_takes_room_is_left_out_of_the_image(lock: str) -> None:
-    locked = pins(lock)
+    assert not {"triton", "opencv-python", "opencv-contrib-python"} & set(pins(lock))
 
-    assert not {"triton", "opencv-python"} & set(locked)
-    assert locked["opencv-python-headless"]
+
+@pytest.mark.parametrize("lock", ["webui-pypi", "webui-cu128"])
+def test_opencv_is_there_without_windows(lock: str) -> None:
+    assert pins(lock)["opencv-python-headless"]

@@ -409,9 +409,47 @@ def test_a1111_knows_every_flag(container: Container, version: str) -> None:
 def test_the_webui_sees_the_folder_of_links(container: Container) -> None:
     flags = container.flags()
 
-    for flag, folder in (("--ckpt-dir", "Stable-diffusion"), ("--lora-dir", "Lora"), ("--vae-dir", "VAE")):
+    folders = {
+        "--ckpt-dir": "Stable-diffusion",
+        "--lora-dir": "Lora",
+        "--vae-dir": "VAE",
+        "--esrgan-models-path": "ESRGAN",
+    }
+    for flag, folder in folders.items():
         assert value_of(flags, flag) == str(container.webui_models / folder)
         assert (container.webui_models / folder).is_dir()
+
+
+def test_an_operators_own_upscalers_are_shown_at_each_start_of_the_webui(container: Container) -> None:
+    ours, baked = container.models / "upscalers", container.folder / "source" / "upscalers"
+    for file in (ours / "sharp.pth", baked / "sharp.pth", baked / "soft.pth", ours / "notes.txt", ours / "empty.pth"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"" if file.stem == "empty" else b"weights")
+    shown = container.webui_models / "ESRGAN"
+
+    container.flags()
+    first = {link.name: link.readlink() for link in shown.iterdir()}
+    (ours / "sharp.pth").unlink()
+    (shown / "of_the_webui.pth").write_bytes(b"weights")
+    container.flags()
+
+    assert first == {"sharp.pth": ours / "sharp.pth", "soft.pth": baked / "soft.pth"}
+    assert (shown / "sharp.pth").readlink() == baked / "sharp.pth"
+    assert {file.name for file in shown.iterdir()} == {"sharp.pth", "soft.pth", "of_the_webui.pth"}
+
+
+def test_flags_of_an_extension_are_given_only_if_it_is_there(container: Container) -> None:
+    without = container.flags()
+    (container.folder / "webui" / "extensions" / "adetailer").mkdir(parents=True)
+    (container.folder / "webui" / "extensions" / "sd-webui-controlnet").mkdir()
+    flags = container.flags()
+
+    assert not [flag for flag in without if "controlnet" in flag or "ad-no" in flag]
+    assert "--ad-no-huggingface" in flags
+    assert value_of(flags, "--controlnet-dir") == str(container.webui_models / "ControlNet")
+    annotators = Path(value_of(flags, "--controlnet-annotator-models-path"))
+    assert annotators == container.folder / "webui" / "models" / "ControlNetAnnotators"
+    assert annotators.is_dir()
 
 
 def test_webui_args_come_last_and_are_split_at_spaces(container: Container) -> None:

@@ -47,6 +47,8 @@ REPOSITORIES = {
     "STABLE_DIFFUSION_XL": "Stability-AI/generative-models",
     "K_DIFFUSION": "crowsonkb/k-diffusion",
     "BLIP": "salesforce/BLIP",
+    "CONTROLNET": "Mikubill/sd-webui-controlnet",
+    "ADETAILER": "Bing-su/adetailer",
 }
 
 
@@ -55,25 +57,28 @@ def main(arguments: list[str]) -> None:
         log("no Docker engine answers here: nothing was built, nothing was tested")
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        mirror = stack.enter_context(serve_mirror(Path(folder) / "mirror"))
+        mirror, pins = stack.enter_context(serve_mirror(Path(folder) / "mirror"))
+        context = make_context(Path(folder) / "context", pins)
         sandbox = Sandbox(Path(folder) / "sandbox")
         stack.enter_context(sandbox.running())
-        build = functools.partial(build_image, mirror=[*mirror, *arguments])
+        build = functools.partial(build_image, context, mirror=[*mirror, *arguments])
 
-        layers = build(CHECKOUT)
+        layers = build()
         print_layer_sizes()
-        check_that_a_new_handler_is_one_layer(layers, build, Path(folder) / "changed")
-        build(CHECKOUT)
+        check_that_a_new_handler_is_one_layer(layers, build, context)
+        build()
         check_a_job_and_a_stop(sandbox)
         check_another_user_and_a_read_only_disk(sandbox)
         check_a_webui_that_is_killed_for_good(sandbox)
         check_that_a_job_on_runpod_hears_that_there_is_no_gpu(sandbox)
         check_a_baked_checkpoint_of_another_host(sandbox, build)
+        check_the_extensions(sandbox, build)
+        check_that_a_file_with_other_bytes_ends_the_build(build, context)
 
 
 @contextlib.contextmanager
-def serve_mirror(folder: Path) -> Iterator[list[str]]:
-    """Serve the stand-ins, and yield the build arguments that name them."""
+def serve_mirror(folder: Path) -> Iterator[tuple[list[str], str]]:
+    """Serve the stand-ins, and yield the build arguments and the pins.toml that name them."""
     make_mirror.make(folder)
     files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_QuietFiles, directory=str(folder)))
     threading.Thread(target=files.serve_forever, daemon=True).start()
@@ -96,7 +101,8 @@ def serve_mirror(folder: Path) -> Iterator[list[str]]:
     if base := os.environ.get("BASE_IMAGE"):
         values["BASE_IMAGE"] = base
     try:
-        yield [word for name, value in values.items() for word in ("--build-arg", f"{name}={value}")]
+        pins = make_mirror.make_pins(folder, f"http://127.0.0.1:{files.server_port}")
+        yield [word for name, value in values.items() for word in ("--build-arg", f"{name}={value}")], pins
     finally:
         os.killpg(git.pid, 15)
         git.wait()
@@ -109,15 +115,29 @@ class _QuietFiles(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def build_image(context: Path, *arguments: str, mirror: list[str], tag: str = TAG) -> list[str]:
-    """Build the image, and return its layers."""
-    began = time.monotonic()
-    done = subprocess.run(
-        ["docker", "build", "--network", "host", "--progress", "plain", "-t", tag, *mirror, *arguments, str(context)],
+def make_context(folder: Path, pins: str) -> Path:
+    """This checkout's files for the build, with another image/pins.toml."""
+    folder.mkdir()
+    for name in BUILD_FILES:
+        source = CHECKOUT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
+    (folder / "image" / "pins.toml").write_text(pins, encoding="utf-8")
+    return folder
+
+
+def run_build(context: Path, *arguments: str, tag: str = TAG) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["docker", "build", "--network", "host", "--progress", "plain", "-t", tag, *arguments, str(context)],
         env={**os.environ, "DOCKER_BUILDKIT": "1"},
         capture_output=True,
         text=True,
     )
+
+
+def build_image(context: Path, *arguments: str, mirror: list[str], tag: str = TAG) -> list[str]:
+    """Build the image, and return its layers."""
+    began = time.monotonic()
+    done = run_build(context, *mirror, *arguments, tag=tag)
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stderr[-8000:]}")
     log(f"built in {time.monotonic() - began:.1f} s")
@@ -135,15 +155,13 @@ def print_layer_sizes() -> None:
 
 
 def check_that_a_new_handler_is_one_layer(before: list[str], build: Any, context: Path) -> None:
-    context.mkdir()
-    for name in BUILD_FILES:
-        source = CHECKOUT / name
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, context / name)
-    with (context / "handler.py").open("a", encoding="utf-8") as handler:
-        handler.write("# changed\n")
+    handler = context / "handler.py"
+    text = handler.read_text(encoding="utf-8")
+    handler.write_text(f"{text}# changed\n", encoding="utf-8")
 
-    after = build(context)
+    after = build()
 
+    handler.write_text(text, encoding="utf-8")
     changed = [number for number, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     expect(len(changed) == 1, f"a change of handler.py changes the layers {changed} of {len(after)}")
 
@@ -151,6 +169,7 @@ def check_that_a_new_handler_is_one_layer(before: list[str], build: Any, context
 def check_a_job_and_a_stop(sandbox: Sandbox) -> None:
     with container(sandbox) as (name, api):
         job = json.loads((CHECKOUT / "test_input.json").read_bytes())
+        job["input"] |= {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+", "denoising_strength": 0.5}
         answer = ask(f"{api}/runsync", job)
         expect(answer["status"] == "COMPLETED", f"the job ended with {answer}")
         expect(answer["output"]["worker"]["loras"][0]["loaded"], "the LoRA is not in the picture")
@@ -202,7 +221,7 @@ def check_a_baked_checkpoint_of_another_host(sandbox: Sandbox, build: Any) -> No
         "STORAGE_HOSTS": origin,
     }
     tag = f"{TAG}-baked"
-    build(CHECKOUT, *(word for item in given.items() for word in ("--build-arg", "=".join(item))), tag=tag)
+    build(*(word for item in given.items() for word in ("--build-arg", "=".join(item))), tag=tag)
     nowhere = {"MODEL_HOSTS": "", "CIVITAI_URL": "http://127.0.0.1:9", "LOG_FORMAT": "json"}
 
     with container(sandbox, tag=tag, **nowhere) as (name, api):
@@ -212,6 +231,31 @@ def check_a_baked_checkpoint_of_another_host(sandbox: Sandbox, build: Any) -> No
         objects = [json.loads(line) for line in lines]
         expect(all({"time", "level", "source", "message"} <= set(line) for line in objects), "a log line lacks a key")
         log(f"a baked checkpoint of another host: a job; {len(lines)} lines of JSON")
+
+
+def check_the_extensions(sandbox: Sandbox, build: Any) -> None:
+    tag = f"{TAG}-extensions"
+    build("--build-arg", "EXTENSIONS=controlnet adetailer", "--build-arg", "CONTROLNET_ANNOTATORS=hed", tag=tag)
+
+    with container(sandbox, tag=tag) as (name, api):
+        report = output("docker", "exec", name, "cat", "/opt/smoke/webui")
+        answer = ask(f"{api}/runsync", json.loads((CHECKOUT / "test_input.json").read_bytes()))
+        expect(answer["status"] == "COMPLETED", f"the job beside the extensions ended with {answer}")
+    for package in ("ultralytics", "controlnet-aux", "protobuf 4"):
+        expect(f"\n{package}" in f"\n{report}", f"{package} is not in the smoke test's report")
+    log("extensions: their scripts are loaded, and a job runs beside them")
+
+
+def check_that_a_file_with_other_bytes_ends_the_build(build: Any, context: Path) -> None:
+    pins = context / "image" / "pins.toml"
+    text = pins.read_text(encoding="utf-8")
+    pins.write_text(re.sub(r'sha256 = "\w{64}"', f'sha256 = "{"0" * 64}"', text), encoding="utf-8")
+
+    done = run_build(context, *build.keywords["mirror"], tag=f"{TAG}-never")
+
+    expect(done.returncode != 0, "a file with other bytes was built in")
+    (line,) = set(re.findall(r"pins: .* has the SHA-256 .*", done.stderr))
+    log(f"a file with other bytes: {line[:100]}")
 
 
 def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:

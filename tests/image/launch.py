@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -37,8 +38,25 @@ def make_parser() -> argparse.ArgumentParser:
     return flags
 
 
+def load_extensions(folder: Path, flags: argparse.ArgumentParser) -> list[str]:
+    """Run the extensions' `preload.py` and scripts, as A1111 does. Returns those whose import has worked."""
+    loaded = []
+    for extension in sorted(folder.glob("*/")):
+        runpy.run_path(str(extension / "preload.py"))["preload"](flags)
+        for script in (extension / "scripts").glob("*.py"):
+            try:
+                runpy.run_path(str(script))
+                loaded.append(script.stem)
+            except ImportError as error:
+                log(f"Error loading script: {script.name}: {error}")
+    return loaded
+
+
 def main() -> None:
-    options = make_parser().parse_args()
+    flags = make_parser()
+    known, _ = flags.parse_known_args()
+    extensions = load_extensions(Path(known.data_dir or HERE, "extensions"), flags)
+    options = flags.parse_args()
     if not (
         options.api and options.nowebui and options.server_name == "127.0.0.1" and options.skip_prepare_environment
     ):
@@ -54,7 +72,14 @@ def main() -> None:
         log(f"torch {importlib.import_module('torch').__version__}")
     models = Path(options.ckpt_dir).parent
     initial = None if options.skip_load_model_at_start else Path(options.ckpt).name
-    webui = SandboxWebUI(models, port=int(options.port), initial_checkpoint=initial, step_seconds=0.05)
+    webui = SandboxWebUI(
+        models,
+        port=int(options.port),
+        initial_checkpoint=initial,
+        own_models_dir=data / "models",
+        step_seconds=0.05,
+        extensions=extensions,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with webui:
         log(f"listening on {webui.url}, LD_PRELOAD={os.environ.get('LD_PRELOAD', '')}, loading {initial}")

@@ -5,11 +5,12 @@
 makes FOLDER/OWNER/NAME.git for each, with one branch, `main`. A1111's repository contains the sandbox's WebUI with
 A1111's flags (launch.py beside this file), and asks for the packages that A1111 asks for. CLIP is a package that needs
 pkg_resources to be built and to be run, as the real one does; it is also in CLIP.zip. The helpers are empty packages in
-the folders in which A1111 looks for them.
+the folders in which A1111 looks for them. Stand-ins for the files of image/pins.toml are in FOLDER/files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,8 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tomlkit
+
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
+PINS = CHECKOUT / "image" / "pins.toml"
 
 # What A1111 asks for, as far as this checkout knows: the lines above torch.
 REQUIREMENTS = (CHECKOUT / "requirements-webui.txt").read_text(encoding="utf-8").split("# torch")[0] + "torch\n"
@@ -62,6 +66,17 @@ assert list(pkg_resources.parse_requirements("numpy"))
 setup(name="clip", version="1.0", packages=["clip"])
 """
 
+CONTROLNET_PRELOAD = """\
+def preload(parser):
+    parser.add_argument("--controlnet-dir")
+    parser.add_argument("--controlnet-annotator-models-path")
+"""
+
+ADETAILER_PRELOAD = """\
+def preload(parser):
+    parser.add_argument("--ad-no-huggingface", action="store_true")
+"""
+
 REPOSITORIES: dict[str, dict[str, str]] = {
     "AUTOMATIC1111/stable-diffusion-webui": {
         "requirements_versions.txt": REQUIREMENTS,
@@ -75,6 +90,15 @@ REPOSITORIES: dict[str, dict[str, str]] = {
     "Stability-AI/generative-models": {"sgm/__init__.py": ""},
     "crowsonkb/k-diffusion": {"k_diffusion/__init__.py": ""},
     "salesforce/BLIP": {"models/blip.py": ""},
+    # They import what the extensions themselves import, so that the smoke test loads it.
+    "Mikubill/sd-webui-controlnet": {
+        "preload.py": CONTROLNET_PRELOAD,
+        "scripts/controlnet.py": "import cv2, mediapipe, svglib.svglib, timm\n",
+    },
+    "Bing-su/adetailer": {
+        "preload.py": ADETAILER_PRELOAD,
+        "scripts/adetailer.py": "import cv2, mediapipe, rich, ultralytics\n",
+    },
     "openai/CLIP": {"setup.py": CLIP_SETUP, "clip/__init__.py": "import pkg_resources\n"},
 }
 
@@ -93,6 +117,19 @@ def make(target: Path) -> None:
             commit(tree, target / f"{name}.git")
             if name == "openai/CLIP":
                 shutil.make_archive(str(target / "CLIP"), "zip", tree)
+
+
+def make_pins(target: Path, address: str) -> str:
+    """Write a stand-in for every file of image/pins.toml, and return a pins.toml that has them at `address`."""
+    document = tomlkit.parse(PINS.read_text(encoding="utf-8"))
+    for entry in document["file"]:
+        path = entry["path"]
+        content = f"a stand-in for {path}\n".encode()
+        (target / "files" / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / "files" / path).write_bytes(content)
+        entry["url"] = f"{address}/files/{path}"
+        entry["sha256"] = hashlib.sha256(content).hexdigest()
+    return tomlkit.dumps(document)
 
 
 def commit(tree: Path, bare: Path) -> None:
