@@ -172,6 +172,7 @@ FROM system AS files
 ARG PYTHON=python3.10
 COPY handler.py model_manager.py start.sh image/healthcheck.py /files/opt/worker/app/
 COPY a1111_worker /files/opt/worker/app/a1111_worker
+COPY local_queue /files/opt/worker/app/local_queue
 RUN <<'END'
 "$PYTHON" -m compileall -q --invalidation-mode unchecked-hash -s /files -p / /files
 chmod -R u=rwX,go=rX /files
@@ -250,7 +251,7 @@ COPY --from=worker /opt/worker /opt/worker
 WORKDIR /checkout
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 CMD ["/opt/worker/bin/python", "-m", "sandbox", "--folder", "/tmp/sandbox", "--", \
-     "/opt/worker/bin/python", "handler.py", "--rp_serve_api", "--rp_api_host", "0.0.0.0"]
+     "/opt/worker/bin/python", "-m", "local_queue", "--host", "0.0.0.0", "--", "/opt/worker/bin/python", "handler.py"]
 
 # ---- the image ----
 FROM extensions AS image
@@ -288,7 +289,7 @@ LABEL org.opencontainers.image.title="a1111-worker" \
       org.opencontainers.image.revision="${REVISION}"
 
 WORKDIR /opt/worker/app
-# The SDK's local API, if it listens on more than 127.0.0.1. The WebUI cannot be reached from outside of the container.
+# The local queue, if it listens on more than 127.0.0.1. The WebUI cannot be reached from outside of the container.
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=420s --retries=3 \

@@ -40,8 +40,8 @@ $(VENV)/dev: locks/dev.txt pyproject.toml $(UV)
 demo: $(VENV)/worker ## one job through the real SDK and worker, against the sandbox: out/*.png
 	@OUTPUT_DIR=out RUNPOD_LOG_LEVEL=WARN $(BIN)/python -m sandbox -- $(BIN)/python handler.py
 
-serve: $(VENV)/worker ## the SDK's local API in front of the sandbox, on 127.0.0.1:8000
-	@$(BIN)/python -m sandbox -- $(BIN)/python handler.py --rp_serve_api
+serve: $(VENV)/worker ## a local endpoint (RunPod's routes) in front of the sandbox, on 127.0.0.1:8000
+	@$(BIN)/python -m sandbox -- $(BIN)/python -m local_queue --port 8000 -- $(BIN)/python handler.py
 
 # Four processes on two cores: most tests wait for sockets and processes, not for the processor.
 test: $(VENV)/dev ## the tests that need no long waits

@@ -3,6 +3,8 @@
 #
 #   start.sh [ARGUMENTS OF handler.py]
 #
+# Without arguments the worker takes jobs: on RunPod from its queue, elsewhere from a queue of its own, on port 8000.
+#
 # Begin with `main` at the bottom. Sourcing this file defines its functions and runs nothing.
 set -euo pipefail
 
@@ -28,7 +30,7 @@ readonly RELAY_PY="${RELAY_PY%/*}/a1111_worker/relay.py" # beside this file
 readonly WEBUI_GRACE=0.3
 
 ending=''      # the exit status that a signal asked for
-worker=''      # handler.py's pid, its process group too
+worker=''      # the pid of handler.py, or of its local queue; its process group too
 webui=''       # the WebUI's pid, known only to its supervisor
 supervisor=''  # the pid of the process that starts the WebUI again
 gpu_problem='' # why no WebUI can run on this machine
@@ -48,6 +50,7 @@ set_defaults() {
   use_baked_checkpoint
   CHECKPOINT_FILE="${CHECKPOINT_FILE:-jib_mix_illustrious_realistic_v2.safetensors}"
   SHUTDOWN_GRACE="${SHUTDOWN_GRACE:-8}"
+  LOCAL_API_HOST="${LOCAL_API_HOST:-127.0.0.1}"
   WEBUI_RESTARTS="${WEBUI_RESTARTS:-3}"               # this many restarts
   WEBUI_RESTART_WINDOW="${WEBUI_RESTART_WINDOW:-600}" # within this many seconds
   WEBUI_RESTART_BACKOFF="${WEBUI_RESTART_BACKOFF:-1}" # seconds before the first; doubled for each further one
@@ -391,15 +394,17 @@ stop_supervisor() {
 
 # --- the worker -----------------------------------------------------------------------------------------------------
 
-# start_worker [ARGUMENTS]: start handler.py in a process group of its own.
+# start_worker [ARGUMENTS]: start handler.py in a process group of its own; off RunPod, without arguments, behind a queue
+# of its own.
 start_worker() {
   local log_fd
+  local -a command=("$WORKER_PYTHON" handler.py "$@")
   if [[ $# == 0 ]] && ! is_on_runpod; then
-    set -- --rp_serve_api --rp_api_host 127.0.0.1 # the SDK's API, for this machine alone
+    command=("$WORKER_PYTHON" -m local_queue --host "$LOCAL_API_HOST" --port 8000 -- "${command[@]}")
   fi
   exec {log_fd}> >(relay_lines worker)
   worker_logger=$!
-  setsid env -C "$WORKER_DIR" "$WORKER_PYTHON" handler.py "$@" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
+  setsid env -C "$WORKER_DIR" "${command[@]}" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   worker=$!
   exec {log_fd}>&-
   [[ -z "$ending" ]] || stop_worker

@@ -195,6 +195,8 @@ SETTINGS = (
     *settings_of(BucketVariables).values(),
     Setting("WEBUI_ARGS", "further flags for the WebUI", reader="start.sh"),
     Setting("ALLOW_CPU", "start.sh may run without a GPU", default="0", reader="start.sh"),
+    Setting("LOCAL_API_KEY", "the key of the local queue's callers", secret=True, reader="local_queue"),
+    Setting("LOCAL_API_HOST", "where the local queue listens", default="127.0.0.1", reader="start.sh"),
 )
 
 START_SH_SETTINGS = (

@@ -56,7 +56,7 @@ def run_jobs(queue: SandboxRunPod, count: int) -> None:
         done = queue.jobs[job_id]
         if done.answer_bytes < 0.95 * 20 * MB:
             raise RuntimeError(f"the result is {done.answer_bytes} bytes, and was to be 20 MB")
-        done.output = done.answer = None
+        done.output = None
 
 
 def idle_size(pid: int) -> int:

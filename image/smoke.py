@@ -69,7 +69,7 @@ def check_webui() -> None:
 def check_worker() -> None:
     """Fail if the worker cannot start."""
     sys.path.insert(0, sys.argv[2])
-    for name in ("handler", "model_manager"):
+    for name in ("handler", "model_manager", "local_queue.__main__"):
         importlib.import_module(name)
     print_version("runpod", importlib.metadata.version("runpod"))
 

@@ -164,15 +164,15 @@ def run(sandbox: Sandbox, command: Sequence[str]) -> int:
 
 
 def _without_runpod(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without RunPod's variables, even on RunPod: then the SDK runs its local test or its local API."""
+    """Without RunPod's variables, even on RunPod: then the SDK runs its local test."""
     return {
         name: value for name, value in environ.items() if not name.startswith("RUNPOD_") or name in _RUNPOD_SETTINGS
     }
 
 
 def _curl(command: Sequence[str]) -> str:
-    """A shell command that sends the local API a job and saves its picture."""
-    port = next((after for word, after in itertools.pairwise(command) if word == "--rp_api_port"), "8000")
+    """A shell command that sends the local endpoint a job and saves its picture."""
+    port = next((after for word, after in itertools.pairwise(command) if word == "--port"), "8000")
     picture = "base64.b64decode(json.load(sys.stdin)['output']['images'][0])"
     save = f"import base64, json, sys; sys.stdout.buffer.write({picture})"
     ask = f"curl -s http://127.0.0.1:{port}/runsync -H 'Content-Type: application/json' -d @test_input.json"
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     with sandbox.running():
         if command:
-            if "--rp_serve_api" in command:
+            if "local_queue" in command:
                 print(f"Try, from another terminal:\n  {_curl(command)}\n", flush=True)
             return run(sandbox, command)
         with contextlib.suppress(KeyboardInterrupt):

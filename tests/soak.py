@@ -606,7 +606,7 @@ def outcome_of(job: SoakJob, queued: QueuedJob, folder: Path) -> tuple[str, str]
         return queued.status, ""
     if queued.status == CANCELLED:
         return CANCELLED, ""
-    text = json.dumps(queued.answer)
+    text = json.dumps([queued.output, queued.error])
     leaks = [secret for secret in (KEY, "Traceback", str(folder), "X-Amz") if secret in text]
     problem = f"its answer shows {', '.join(leaks)}" if leaks else ""
     output = queued.output if isinstance(queued.output, dict) else {}

@@ -141,7 +141,8 @@ def test_only_the_programs_read_the_environment(module: str) -> None:
 APART: dict[str, set[str]] = {
     "a1111_client": set(),
     "a1111_worker": set(),
-    "sandbox": {"a1111_worker"},
+    "local_queue": set(),
+    "sandbox": {"a1111_worker", "local_queue"},
     "image": {"a1111_worker", "model_manager"},
 }
 OURS = {*APART, *PROGRAMS, "tests", "benchmarks"}
@@ -156,10 +157,10 @@ def test_the_client_the_worker_and_the_sandbox_do_not_import_one_another(package
 
 @pytest.mark.parametrize(
     "package",
-    sorted(path.parent for path in (ROOT / "a1111_client").rglob("__init__.py")),
+    sorted(path.parent for name in ("a1111_client", "local_queue") for path in (ROOT / name).rglob("__init__.py")),
     ids=lambda package: str(package.relative_to(ROOT)),
 )
-def test_a_package_of_the_client_lists_exactly_what_is_in_it(package: Path) -> None:
+def test_a_package_of_the_client_and_of_the_queue_lists_exactly_what_is_in_it(package: Path) -> None:
     docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")), clean=False) or ""
 
     modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}

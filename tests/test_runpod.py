@@ -161,7 +161,7 @@ def test_progress_is_shown_in_order_and_never_after_the_answer(live: Endpoint) -
     live.queue.wait(job, timeout=30)
     live.world.webui.step_seconds = 0.0
 
-    reported = live.queue.jobs[job].progress
+    reported = live.queue.progress_of(job)
     percents = [progress["percent"] for progress in reported if progress["stage"] == "generate"]
     assert percents and percents == sorted(percents)
     assert live.queue.late_progress == []

@@ -149,7 +149,7 @@ def test_only_the_worker_is_copied_into_the_image() -> None:
     sources = {source.replace("${WEBUI_LOCK}", DOCKERFILE.arg("WEBUI_LOCK")) for source in sources}
 
     assert {source for source in sources if not source.startswith(("image/", "locks/"))} == {
-        *("a1111_worker", "handler.py", "model_manager.py", "start.sh")
+        *("a1111_worker", "handler.py", "local_queue", "model_manager.py", "start.sh")
     }
     assert all((ROOT / source).exists() for source in sources)
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"}
@@ -585,7 +585,7 @@ def test_compose_has_a_profile_with_a_gpu_and_one_without() -> None:
     profiles = {profile: name for name, service in services.items() for profile in service["profiles"]}
 
     assert profiles == {"gpu": "worker", "sandbox": "sandbox"}
-    assert services["worker"]["command"] == ["--rp_serve_api", "--rp_api_host", "0.0.0.0"]
+    assert "command" not in services["worker"]  # then start.sh puts a queue in front of the worker
     (device,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert services["sandbox"]["build"]["target"] in DOCKERFILE.stages
@@ -593,9 +593,15 @@ def test_compose_has_a_profile_with_a_gpu_and_one_without() -> None:
     assert set(services["worker"]["environment"]) <= NAMES
 
 
-def test_compose_opens_the_api_only_on_this_machine() -> None:
-    for service in yaml_of("docker-compose.yml")["services"].values():
+def test_compose_opens_the_endpoint_only_on_this_machine_and_for_callers_with_the_key() -> None:
+    services = yaml_of("docker-compose.yml")["services"]
+
+    for service in services.values():
         assert service["ports"] == [f"127.0.0.1:8000:{DOCKERFILE.all('EXPOSE')[0]}"]
+        assert service["environment"]["LOCAL_API_KEY"]
+    assert services["worker"]["environment"]["LOCAL_API_HOST"] == "0.0.0.0"
+    sandbox = json.loads(next(given for given in DOCKERFILE.all("CMD") if "sandbox" in given))
+    assert sandbox[sandbox.index("--host") + 1] == "0.0.0.0"
 
 
 def test_compose_waits_longer_than_start_sh() -> None:

@@ -73,6 +73,15 @@ while True:
     time.sleep(1000)
 """
 
+QUEUE = """\
+import os, sys
+
+words = sys.argv[1:]
+os.environ["QUEUE_ARGUMENTS"] = " ".join(words[:words.index("--")])
+command = words[words.index("--") + 1:]
+os.execv(command[0], command)
+"""
+
 PYTHON = """\
 #!/usr/bin/env bash
 set -a
@@ -107,6 +116,7 @@ class Container:
         for name in ("webui/launch.py", "worker/handler.py"):
             (folder / name).parent.mkdir()
             (folder / name).write_text(PROGRAM, encoding="utf-8")
+        (folder / "worker" / "local_queue.py").write_text(QUEUE, encoding="utf-8")
         self.program("python", PYTHON)
         self.gpu("8.9")
         self.program("ldconfig", "#!/usr/bin/env bash\n")
@@ -734,7 +744,6 @@ def test_an_operators_own_checkpoint_replaces_the_baked_one_as_a_whole(container
 
 ARGUMENTS: list[tuple[list[str], Mapping[str, str], list[str]]] = [
     # given, environment, what handler.py gets
-    ([], {}, ["--rp_serve_api", "--rp_api_host", "127.0.0.1"]),  # off RunPod: the SDK's API, for this machine alone
     ([], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:1/?x"}, []),  # RunPod's queue
     (["--test_input", '{"input": {}}'], {}, ["--test_input", '{"input": {}}']),  # whatever is asked for
     (["--rp_serve_api", "--rp_api_host", "0.0.0.0"], {}, ["--rp_serve_api", "--rp_api_host", "0.0.0.0"]),
@@ -747,7 +756,20 @@ def test_arguments_go_to_the_handler(
 ) -> None:
     container.run(*given, WORKER_PLAN="exit:0", **environment)
 
-    assert container.event("worker", "start")["arguments"] == expected
+    started = container.event("worker", "start")
+    assert started["arguments"] == expected
+    assert "QUEUE_ARGUMENTS" not in started["environment"]
+
+
+@pytest.mark.parametrize(("environment", "host"), [({}, "127.0.0.1"), ({"LOCAL_API_HOST": "0.0.0.0"}, "0.0.0.0")])
+def test_off_runpod_and_without_arguments_the_worker_is_behind_a_queue_of_its_own(
+    container: Container, environment: Mapping[str, str], host: str
+) -> None:
+    container.run(WORKER_PLAN="exit:0", **environment)
+
+    started = container.event("worker", "start")
+    assert started["arguments"] == []
+    assert started["environment"]["QUEUE_ARGUMENTS"] == f"--host {host} --port 8000"
 
 
 def test_webui_and_worker_run_unbuffered_in_their_own_folder_and_process_group(container: Container) -> None:

@@ -100,8 +100,8 @@ def test_signals_reach_the_command(folder: Path, number: signal.Signals) -> None
     assert process.returncode == number
 
 
-def test_with_a_local_api_it_prints_a_curl_command(folder: Path) -> None:
-    out, _ = sandbox(folder, "--", "true", "--rp_serve_api", "--rp_api_port", "8123").communicate(timeout=60)
+def test_with_a_local_endpoint_it_prints_a_curl_command(folder: Path) -> None:
+    out, _ = sandbox(folder, "--", "true", "-m", "local_queue", "--port", "8123").communicate(timeout=60)
 
     assert "http://127.0.0.1:8123/runsync" in out
 
@@ -126,9 +126,8 @@ def test_alone_it_prints_its_urls_and_ends_at_a_signal(folder: Path) -> None:
 def test_the_curl_command_that_it_prints_saves_a_picture(folder: Path, tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OnePicture) as api:
         threading.Thread(target=api.serve_forever, daemon=True).start()
-        out, _ = sandbox(folder, "--", "true", "--rp_serve_api", "--rp_api_port", str(api.server_port)).communicate(
-            timeout=60
-        )
+        port = str(api.server_port)
+        out, _ = sandbox(folder, "--", "true", "-m", "local_queue", "--port", port).communicate(timeout=60)
         (command,) = (line for line in out.splitlines() if "curl" in line)
         (tmp_path / "test_input.json").write_text('{"input": {}}', encoding="utf-8")
 
@@ -139,7 +138,7 @@ def test_the_curl_command_that_it_prints_saves_a_picture(folder: Path, tmp_path:
 
 
 class OnePicture(http.server.BaseHTTPRequestHandler):
-    """A local API that answers each job with the same picture."""
+    """A local endpoint that answers each job with the same picture."""
 
     PICTURE = b"\x89PNG and more"
 

@@ -204,9 +204,9 @@ def test_progress_is_shown_in_order_and_is_late_after_the_answer(runpod: Sandbox
     worker.done(job_id, {"output": "again"})
 
     assert (shown["status"], shown["output"]) == (IN_PROGRESS, 20)
-    assert runpod.jobs[job_id].progress == [10, 20]
+    assert runpod.progress_of(job_id) == [10, 20]
     assert runpod.status(job_id)["output"] == "done"
-    assert runpod.late_progress == [(job_id, {"status": "IN_PROGRESS", "output": 30})]
+    assert runpod.late_progress == [(job_id, 30)]
     assert runpod.late_results == [(job_id, {"output": "again"})]
 
 
@@ -404,7 +404,7 @@ def test_the_real_sdk_works_through_the_queue(tmp_path: Path) -> None:
         assert (over[0]["status"], over[0]["output"]) == (COMPLETED, {"echo": {"n": 1}})
         assert (over[1]["status"], over[1]["error"], over[1]["output"]) == (FAILED, "no", {"code": "X"})
         assert shown["output"] == {"percent": 50}
-        assert runpod.jobs[third].answer is None  # the SDK posts nothing for a stopped job
+        assert runpod.jobs[third].answer_bytes == 0  # the SDK posts nothing for a stopped job
         assert refreshed["output"] == {"x": 1}
         assert runpod.stopped_pods == ["sandbox-pod"]
         assert "cancelled" in log
