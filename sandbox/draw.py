@@ -49,6 +49,12 @@ def picture(text: str, width: int, height: int) -> Image.Image:
     return image
 
 
+def signed(image: Image.Image) -> Image.Image:
+    """The image with the word on it."""
+    _sign(image)
+    return image
+
+
 def black(width: int, height: int) -> Image.Image:
     """The picture of a model that computes NaN."""
     return Image.new("RGB", (width, height))

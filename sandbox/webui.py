@@ -24,20 +24,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sandbox import webui_extras
 from sandbox.server import Exchange, Server
 from sandbox.webui_errors import ErrorAnswer, MethodNotAllowed, RouteNotFound, WebUIError
 from sandbox.webui_fields import json_object, read_fields, read_query_bool
 from sandbox.webui_files import HashCache
+from sandbox.webui_generate import GenerationAnswer, answer, check_fields, run
 from sandbox.webui_model import lowvram
 from sandbox.webui_process import VERSIONS, Killed, Process, ProcessOwner
 from sandbox.webui_processing import PictureSettings, nans, out_of_memory
-from sandbox.webui_txt2img import Txt2ImgAnswer, answer, check_fields, run
 
 JSON = {"content-type": "application/json"}
 
 
 class WebUIFault(enum.Enum):
-    """How a txt2img fails."""
+    """How a txt2img or img2img fails."""
 
     BAD_GATEWAY = "502 with a page of HTML, at once"
     NOT_FOUND = "the router's 404, at once, as if the route did not exist"
@@ -53,7 +54,7 @@ class WebUIFault(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class CannedAnswer:
-    """Any other answer to a txt2img, at once. A `body` that is not bytes is sent as JSON."""
+    """Any other answer to a txt2img or img2img, at once. A `body` that is not bytes is sent as JSON."""
 
     status: int
     body: Any
@@ -86,7 +87,7 @@ class SandboxWebUI(ProcessOwner, Server):
     own_models_dir: Path | None = None
 
     loads: list[str] = dataclasses.field(default_factory=list, init=False)
-    fail_next: list[WebUIFault | CannedAnswer] = dataclasses.field(default_factory=list, init=False)  # one per txt2img
+    fail_next: list[WebUIFault | CannedAnswer] = dataclasses.field(default_factory=list, init=False)  # one a generation
     not_mounted_for: int = dataclasses.field(default=0, init=False)  # this many requests to /sdapi get the router's 404
 
     def __post_init__(self, port: int, no_hashing: bool) -> None:
@@ -185,16 +186,22 @@ class SandboxWebUI(ProcessOwner, Server):
     # The endpoints
 
     def _txt2img(self, process: Process, exchange: Exchange) -> _Response:
+        return self._generate(process, exchange, "txt2img")
+
+    def _img2img(self, process: Process, exchange: Exchange) -> _Response:
+        return self._generate(process, exchange, "img2img")
+
+    def _generate(self, process: Process, exchange: Exchange, task: str) -> _Response:
         fault = self.fail_next.pop(0) if self.fail_next else None
         if immediate := _immediate_response(fault):
             return immediate
         asked = exchange.asked
-        fields = read_fields(json_object(asked.body, asked.headers.get("content-type")), process.tables["txt2img"])
+        fields = read_fields(json_object(asked.body, asked.headers.get("content-type")), process.tables[task])
         sampler = check_fields(process, fields)
         settings = PictureSettings(black=fault is WebUIFault.BLACK, min_bytes=self.image_bytes or 0)
         with process.lock:
             process.model.get()
-            with process.job(), self._journaled():
+            with process.job(f"scripts_{task}"), self._journaled():
                 if fault is WebUIFault.HANG:
                     process.hang()
                 elif fault is WebUIFault.OUT_OF_MEMORY:
@@ -205,6 +212,18 @@ class SandboxWebUI(ProcessOwner, Server):
         answered = answer(process, fields, processed, settings)
         _falsify(answered, fault)
         return _Response(200, answered.body(), JSON, cut=fault is WebUIFault.CUT)
+
+    def _extra_single(self, process: Process, exchange: Exchange) -> _Response:
+        asked = exchange.asked
+        fields = webui_extras.read_single(json_object(asked.body, asked.headers.get("content-type")))
+        with process.lock, self._journaled():
+            return _json(webui_extras.run_single(process, fields))
+
+    def _extra_batch(self, process: Process, exchange: Exchange) -> _Response:
+        asked = exchange.asked
+        fields = webui_extras.read_batch(json_object(asked.body, asked.headers.get("content-type")))
+        with process.lock, self._journaled():
+            return _json(webui_extras.run_batch(process, fields))
 
     @contextlib.contextmanager
     def _journaled(self) -> Iterator[None]:
@@ -392,9 +411,9 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
     "server-stop": {"POST": SandboxWebUI._server_stop},
     "server-restart": {"POST": SandboxWebUI._server_restart},
     "server-kill": {"POST": SandboxWebUI._server_kill},
-    "img2img": {"POST": _not_imitated},
-    "extra-single-image": {"POST": _not_imitated},
-    "extra-batch-images": {"POST": _not_imitated},
+    "img2img": {"POST": SandboxWebUI._img2img},
+    "extra-single-image": {"POST": SandboxWebUI._extra_single},
+    "extra-batch-images": {"POST": SandboxWebUI._extra_batch},
     "png-info": {"POST": _not_imitated},
     "interrogate": {"POST": _not_imitated},
     "create/embedding": {"POST": _not_imitated},
@@ -433,7 +452,7 @@ def _immediate_response(fault: WebUIFault | CannedAnswer | None) -> _Response | 
     return None
 
 
-def _falsify(answer: Txt2ImgAnswer, fault: WebUIFault | CannedAnswer | None) -> None:
+def _falsify(answer: GenerationAnswer, fault: WebUIFault | CannedAnswer | None) -> None:
     if fault is WebUIFault.NO_IMAGES:
         answer.images.clear()
     if fault is WebUIFault.OTHER_CHECKPOINT:

@@ -54,7 +54,7 @@ def read_fields(given: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]
             values[name] = about["default"]  # unchanged: pydantic does not coerce defaults (0 stays 0, not 0.0)
             continue
         try:
-            values[name] = _read(name, about["type"], given[name])
+            values[name] = _read(name, about, given[name])
         except _InvalidValue as error:
             problems.append(_problem(["body", name], error))
     if problems:
@@ -98,10 +98,10 @@ def _problem(location: list[str], error: _InvalidValue) -> dict[str, Any]:
     return {"loc": [*location, *error.inside], "msg": error.message, "type": error.kind}
 
 
-def _read(name: str, kind: str, value: Any) -> Any:
+def _read(name: str, about: Mapping[str, Any], value: Any) -> Any:
     if value is not None:
-        return _READERS[kind](value)
-    if name in _NEVER_NULL:
+        return _READERS[about["type"]](value)
+    if name in _NEVER_NULL or about.get("never_null"):
         raise _InvalidValue("none is not an allowed value", "type_error.none.not_allowed")
     return None
 

@@ -13,6 +13,7 @@ class WebUIKnobs:
 
     step_seconds: float = 0.0  # duration of a sampling step (0: a job takes no time)
     encode_seconds: float = 0.0  # between a job's begin and its first step: /progress still shows the job before
+    upscale_steps: int = 1  # of a model upscaler in Extras; each takes step_seconds
     switch_seconds: float = 0.0  # duration of loading a checkpoint
     hash_seconds: float = 0.0  # duration of hashing a checkpoint for the first time
     image_bytes: int | None = None  # each PNG is brought to this size by incompressible bytes

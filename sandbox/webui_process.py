@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sandbox import draw
 from sandbox.webui_errors import WebUIError
 from sandbox.webui_extensions import add_to_tables
@@ -69,6 +71,22 @@ class FifoLock:
                 granted.set()
 
 
+class ExtrasCache:
+    """What upscalers have made lately, by picture, name and size, whether or not they were interrupted."""
+
+    def __init__(self, most: int = 5) -> None:  # pictures: upscaling_max_images_in_cache
+        self._most = most
+        self._pictures: dict[tuple[Any, ...], Image.Image] = {}
+
+    def get(self, key: tuple[Any, ...]) -> Image.Image | None:
+        return self._pictures.get(key)
+
+    def keep(self, key: tuple[Any, ...], picture: Image.Image) -> None:
+        self._pictures[key] = picture
+        while len(self._pictures) > self._most:
+            self._pictures.pop(next(iter(self._pictures)))
+
+
 class SharedState:
     """A1111's `shared.state`: one object for all requests. It does not show whose job is running."""
 
@@ -83,10 +101,10 @@ class SharedState:
         self._began = 0.0
         self.changed = threading.Event()  # interrupted, skipped or killed
 
-    def begin(self) -> None:
+    def begin(self, job: str = "scripts_txt2img") -> None:
         self.skipped = self.interrupted = False
         self.changed.clear()
-        self.job, self.job_count, self.job_no = "scripts_txt2img", -1, 0
+        self.job, self.job_count, self.job_no = job, -1, 0
         self.job_timestamp = datetime.now().astimezone().strftime("%Y%m%d%H%M%S")
         self.sampling_step = 0
         self._preview_step, self._preview = 0, None
@@ -173,6 +191,8 @@ class Process:
             self.files, self.options, server, self.pause, loses_first_switch=version == "1.9.3", loads=server.loads
         )
         self.active_loras: list[ActiveLora] = []
+        self.extras_cache = ExtrasCache()
+        self.last_seed = 0  # what the last picture has left in the global random numbers
         self.lock = FifoLock()
         self.state = SharedState()
         self._released = threading.Event()
@@ -235,9 +255,9 @@ class Process:
         return self.files.checkpoints.find(name)
 
     @contextlib.contextmanager
-    def job(self) -> Iterator[None]:
+    def job(self, name: str = "scripts_txt2img") -> Iterator[None]:
         """Inside this block /progress shows a job, and /interrupt has an effect."""
-        self.state.begin()
+        self.state.begin(name)
         try:
             yield
         finally:

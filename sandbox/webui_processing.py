@@ -14,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from sandbox import draw
+from sandbox import draw, webui_img2img
 from sandbox.webui_errors import HTTPException, WebUIError
 from sandbox.webui_files import ActiveLora
+from sandbox.webui_img2img import InitPictures
 from sandbox.webui_model import LoadedModel, lowvram
 from sandbox.webui_process import Process
 from sandbox.webui_samplers import TIMESTEPS, schedule_type
@@ -76,7 +77,7 @@ class Processed:
 
 @dataclass
 class Txt2ImgJob:
-    """`StableDiffusionProcessingTxt2Img`.
+    """`StableDiffusionProcessingTxt2Img`, or with `init_images` among its fields `StableDiffusionProcessingImg2Img`.
 
     `extra_params` is `extra_generation_params`. `changed` makes a copy as a script does (`copy.copy`): both share
     `extra_params` and `overrides`, so that what one picture leaves there is found by the next.
@@ -97,6 +98,7 @@ class Txt2ImgJob:
     hr_negative_prompt: str = ""
     lora_hashes: dict[str, str] = field(default_factory=dict)
     hr_size: tuple[int, int] | None = None
+    init: InitPictures | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -107,6 +109,11 @@ class Txt2ImgJob:
     @property
     def count(self) -> int:
         return int(self["batch_size"] * self["n_iter"])
+
+    @property
+    def batch_size(self) -> int:
+        """Of an img2img with fewer pictures it becomes smaller, after the seeds were counted."""
+        return self.init.batch_size if self.init else int(self["batch_size"])
 
 
 def process_images(job: Txt2ImgJob) -> Processed:
@@ -151,18 +158,20 @@ def _process_images_inner(job: Txt2ImgJob) -> Processed:
             break
         # A1111's race: if the option has changed meanwhile, this loads another model; names and hashes stay `model`'s.
         process.model.reload_weights()
-        first = number * job["batch_size"]
+        first = number * job.batch_size
         if not first < len(job.prompts):
             break
         if not job["disable_extra_networks"]:
             _activate(job, job.prompts[first], hires=False)
         if job["n_iter"] > 1:
             state.job = f"Batch {number + 1} out of {job['n_iter']}"
-        last = min(first + job["batch_size"], len(job.prompts))
+        last = min(first + job.batch_size, len(job.prompts))
         scenes = _sample(job, process.model.loaded or model, range(first, last))
         for index, scene in enumerate(scenes, first):
             infotexts.append(create_infotext(job, model, index))
-            pictures.append(Picture(scene, infotexts[-1] if process.option("enable_pnginfo") else None))
+            content = _painted(job, scene, index - first) if job.init else scene
+            pictures.append(Picture(content, infotexts[-1] if process.option("enable_pnginfo") else None))
+        process.last_seed = job.seeds[last - 1]
         state.next_job()
     if not infotexts:
         raise WebUIError("IndexError", "list index out of range")
@@ -171,6 +180,18 @@ def _process_images_inner(job: Txt2ImgJob) -> Processed:
         infotexts.insert(0, create_infotext(job, model, 0))
         pictures.insert(0, Picture(draw_grid(pictures, job.settings), infotexts[0]))
     return Processed(pictures, _info(job, model, infotexts, int(grid)))
+
+
+def _painted(job: Txt2ImgJob, scene: Scene, index: int) -> Image.Image:
+    """A picture that was painted over the one at `index` of a batch.
+
+    It depends on the request before: the VAE draws from the global random numbers that this one has left.
+    """
+    assert job.init is not None
+    begins_with = webui_img2img.digest(job.init.images[index % len(job.init.images)])
+    text = repr(replace(scene, more=(*scene.more, begins_with, job.process.last_seed, *job.init.params.values())))
+    painted = job.init.paint(text, index, job["denoising_strength"])
+    return draw.black(*painted.size) if job.settings.is_black(scene) else painted
 
 
 def _prepare(job: Txt2ImgJob) -> None:
@@ -203,6 +224,11 @@ def _prepare(job: Txt2ImgJob) -> None:
         _known_checkpoint(job, job["refiner_checkpoint"])
     if job["enable_hr"]:
         _prepare_hires(job)
+    if "init_images" in job.fields:
+        job.init = webui_img2img.read_init(job.fields)
+        job.extra_params |= job.init.params
+        if (noise := job["initial_noise_multiplier"]) not in (None, 1.0):
+            job.extra_params["Noise multiplier"] = noise
     if job.count > 0:
         _refuse_impossible(job)
 
@@ -324,7 +350,8 @@ def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
     scheduled = schedule_type(job.sampler, job.scheduler, tables["samplers"], tables["schedulers"])
     loras = _effective(process.active_loras, model)
     process.pause(process.knobs.encode_seconds)
-    done = process.sample(job["steps"], is_adaptive=job.sampler == "DPM adaptive")
+    steps = webui_img2img.sampling_steps(job["steps"], job["denoising_strength"]) if job.init else job["steps"]
+    done = process.sample(steps, is_adaptive=job.sampler == "DPM adaptive")
     if scheduled:
         job.extra_params["Schedule type"] = scheduled
     if job["enable_hr"]:
@@ -333,7 +360,7 @@ def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
     size = job["width"], job["height"]
     if job["enable_hr"] and not process.state.interrupted:
         second_pass, size = _second_pass(job, model), job.hr_size or size
-    elif done < job["steps"]:
+    elif done < steps:
         second_pass = "cut short", done
     if model.weights == "nan" and process.knobs.nan_check:
         raise nans()
@@ -409,7 +436,7 @@ def encode(process: Process, settings: PictureSettings, picture: Picture) -> str
     content, infotext = picture.content, picture.infotext
     if isinstance(content, Scene):
         return encoded_scene(content, infotext, file_format.lower(), settings.min_bytes, settings.is_black(content))
-    return base64.b64encode(draw.encode(content, infotext, file_format.lower())).decode()
+    return base64.b64encode(draw.encode(content, infotext, file_format.lower(), settings.min_bytes)).decode()
 
 
 @functools.lru_cache(maxsize=32)
@@ -514,7 +541,7 @@ def _info(job: Txt2ImgJob, model: LoadedModel | None, infotexts: list[str], firs
         "sampler_name": job.sampler,
         "cfg_scale": job["cfg_scale"],
         "steps": job["steps"],
-        "batch_size": job["batch_size"],
+        "batch_size": job.batch_size,
         "restore_faces": faces,
         "face_restoration_model": process.option("face_restoration_model") if faces and model else None,
         "sd_model_name": model.checkpoint.bare_name if model else None,

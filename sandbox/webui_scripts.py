@@ -124,9 +124,9 @@ def _prompt_matrix(
     for number in range(2 ** len(parts)):
         chosen = [part.strip().strip(",") for index, part in enumerate(parts) if number & 1 << index]
         prompts.append((", " if delimiter == "comma" else " ").join([*chosen, base] if at_start else [base, *chosen]))
-    seed = _fixed(job["seed"])
+    seed = fixed_seed(job["seed"])
     seeds = [seed + (index if different_seeds else 0) for index in range(len(prompts))]
-    fields = {field: prompts, "seed": seeds, "subseed": _fixed(job["subseed"])}
+    fields = {field: prompts, "seed": seeds, "subseed": fixed_seed(job["subseed"])}
     processed = process_images(job.changed({**fields, "n_iter": math.ceil(len(prompts) / job["batch_size"])}))
     infotexts = processed.info["infotexts"]
     grid = Picture(draw_grid(processed.pictures, job.settings, rows=1 << len(parts) // 2))
@@ -186,7 +186,7 @@ _XYZ_ARGUMENTS = (
 def _xyz_plot(job: Txt2ImgJob, *arguments: Any) -> Processed:
     given = dict(zip(_XYZ_ARGUMENTS, arguments, strict=True))
     if not given["no_fixed_seeds"]:
-        job = job.changed({name: _fixed(job[name]) for name in ("seed", "subseed")})
+        job = job.changed({name: fixed_seed(job[name]) for name in ("seed", "subseed")})
     axes = {name: _axis(given[f"{name}_type"]) for name in "xyz"}
     texts = {name: _text_of_values(axes[name], given, name) for name in "xyz"}
     values = {name: _values(axes[name], texts[name]) for name in "xyz"}
@@ -276,7 +276,7 @@ def _values(axis: _ScriptAxis, text: str) -> list[Any]:
         found = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", word) if axis.type is int else None
         words += range(int(found[1]), int(found[2]) + 1) if found else [word.strip()]
     values = [axis.type(word) for word in words]
-    return [_fixed(value) for value in values] if axis.label == "Seed" else values
+    return [fixed_seed(value) for value in values] if axis.label == "Seed" else values
 
 
 def _grid_infotext(
@@ -302,7 +302,7 @@ def _grid_infotext(
     return create_infotext(alone, model, 0)
 
 
-def _fixed(seed: Any) -> int:
+def fixed_seed(seed: Any) -> int:
     """`fix_seed`."""
     return random.randrange(4294967294) if seed in (None, "", -1) else int(seed)
 

@@ -73,13 +73,13 @@ class SoakedWebUI(SandboxWebUI):
     def answer(self, exchange: Exchange) -> None:
         asked = exchange.asked
         if asked.path == "/sdapi/v1/txt2img":
-            self._generate(exchange)
+            self._generate_with_fault(exchange)
             return
         if self._fault == "die-in-switch" and asked.path == "/sdapi/v1/reload-checkpoint":
             self._after(SWITCH_SECONDS / 2, lambda: self._kill_itself("free-death", "-"))
         super().answer(exchange)
 
-    def _generate(self, exchange: Exchange) -> None:
+    def _generate_with_fault(self, exchange: Exchange) -> None:
         number, fault = parse_prompt(exchange.asked.json())
         self._note("began", number)
         if fault and not self._happens_now(number):

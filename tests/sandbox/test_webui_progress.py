@@ -86,7 +86,8 @@ def test_an_adaptive_sampler_goes_past_its_steps(version: str, model_files: Path
 
 
 def test_a_second_pass_counts_as_a_job_of_its_own(model_files: Path) -> None:
-    hires = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent", "hr_second_pass_steps": 2}
+    hires: dict[str, Any] = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Latent"}
+    hires["hr_second_pass_steps"] = 2
     with SandboxWebUI(model_files, step_seconds=0.05, encode_seconds=0.2) as webui:
         job = started(webui, steps=4, **hires)
         between = wait_until(lambda: (now := look(webui))["state"]["job_no"] == 1 and now, "the second pass")

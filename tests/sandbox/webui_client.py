@@ -7,8 +7,8 @@ import hashlib
 import io
 import json
 import re
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import requests
@@ -57,23 +57,29 @@ def pixels(encoded: str) -> str:
     return hashlib.sha256(open_image(encoded).convert("RGB").tobytes()).hexdigest()
 
 
-def started(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
-    """Start a job in the background. Call the result for its answer."""
-    answers: list[Any] = []
-    thread = threading.Thread(target=lambda: answers.append(txt2img(webui, **fields)))
-    thread.start()
-    wait_until(lambda: get(webui, "progress")["state"]["job"] or answers, "the job in /progress")
-
-    def answer() -> Any:
-        thread.join()
-        return answers[0]
-
+def in_background(webui: SandboxWebUI, path: str, body: Any) -> Future[Any]:
+    """Send a request in the background."""
+    threads = ThreadPoolExecutor(max_workers=1)
+    answer = threads.submit(lambda: post(webui, path, body).json())
+    threads.shutdown(wait=False)
     return answer
 
 
-def sampling(webui: SandboxWebUI, **fields: Any) -> Callable[[], Any]:
+def started(webui: SandboxWebUI, path: str = "txt2img", **fields: Any) -> Callable[[], Any]:
+    """Start a job in the background. Call the result for its answer, with `info` decoded if it has one."""
+    answer = in_background(webui, path, {**TINY, **fields} if path.endswith("2img") else fields)
+    wait_until(lambda: get(webui, "progress")["state"]["job"] or answer.done(), "the job in /progress")
+
+    def result() -> Any:
+        body = answer.result()
+        return {**body, "info": json.loads(body["info"])} if "info" in body else body
+
+    return result
+
+
+def sampling(webui: SandboxWebUI, path: str = "txt2img", **fields: Any) -> Callable[[], Any]:
     """The same, after its first step: an interrupt from now on leaves an unfinished picture."""
-    answer = started(webui, **fields)
+    answer = started(webui, path, **fields)
     wait_until(lambda: get(webui, "progress")["state"]["sampling_step"], "the first step")
     return answer
 

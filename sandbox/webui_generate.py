@@ -1,4 +1,4 @@
-"""A request to txt2img: what is refused at once, its script if it has one, its answer (`text2imgapi`)."""
+"""A request to txt2img or img2img: what is refused at once, its script, its answer (modules/api/api.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sandbox.webui_errors import HTTPException, WebUIError
+from sandbox.webui_img2img import decode_fields
+from sandbox.webui_img2img_scripts import IMG2IMG_SCRIPTS
 from sandbox.webui_process import Process
 from sandbox.webui_processing import PictureSettings, Processed, Txt2ImgJob, encode, process_images
 from sandbox.webui_samplers import resolve
@@ -15,8 +17,8 @@ from sandbox.webui_scripts import SCRIPTS
 
 
 @dataclass
-class Txt2ImgAnswer:
-    """The answer of txt2img: pictures in base64, the fields as received, and `info` before it becomes a string."""
+class GenerationAnswer:
+    """The answer: pictures in base64, the fields as received, and `info` before it becomes a string."""
 
     images: list[str]
     parameters: Mapping[str, Any]
@@ -31,15 +33,19 @@ class Txt2ImgAnswer:
 
 def check_fields(process: Process, fields: Mapping[str, Any]) -> tuple[str, str | None]:
     """The refusals that come before the job waits for the queue lock. Returns the sampler and scheduler."""
-    scripts = [name.lower() for name in process.tables["scripts"]["txt2img"]]
+    is_img2img = "init_images" in fields
+    scripts = [name.lower() for name in process.tables["scripts"]["img2img" if is_img2img else "txt2img"]]
+    selectable = [*SCRIPTS, *IMG2IMG_SCRIPTS] if is_img2img else [*SCRIPTS]
+    if is_img2img and fields["init_images"] is None:
+        raise HTTPException(404, "Init image not found")
     if fields["script_name"]:
-        _script(fields["script_name"], [name for name in scripts if name in SCRIPTS])
+        _script(fields["script_name"], [name for name in scripts if name in selectable])
     sampler = fields["sampler_name"] or fields["sampler_index"]
     resolved = resolve(
         process.version, sampler, fields["scheduler"], process.tables["samplers"], process.tables["schedulers"]
     )
     for name in fields["alwayson_scripts"]:
-        if _script(name, scripts) in SCRIPTS:
+        if _script(name, scripts) in selectable:
             raise HTTPException(422, "Cannot have a selectable script in the always on scripts params")
     return resolved
 
@@ -48,9 +54,12 @@ def run(
     process: Process, fields: Mapping[str, Any], sampler: tuple[str, str | None], settings: PictureSettings
 ) -> Processed:
     """Generate. `sampler` comes from `check_fields`. The caller holds the queue lock and has begun the job."""
-    job = Txt2ImgJob(process, fields, *sampler, settings, overrides=dict(fields["override_settings"] or {}))
+    overrides = dict(fields["override_settings"] or {})
+    if "init_images" in fields:
+        fields = decode_fields(fields)
+    job = Txt2ImgJob(process, fields, *sampler, settings, overrides=overrides)
     if fields["script_name"]:
-        script = SCRIPTS[fields["script_name"].lower()]
+        script = {**SCRIPTS, **IMG2IMG_SCRIPTS}[fields["script_name"].lower()]
         _missing_arguments(script.arguments, fields["script_args"])
         return script.run(job, *fields["script_args"][: len(script.arguments)])
     return process_images(job)
@@ -58,10 +67,12 @@ def run(
 
 def answer(
     process: Process, fields: Mapping[str, Any], processed: Processed, settings: PictureSettings
-) -> Txt2ImgAnswer:
+) -> GenerationAnswer:
     """The pictures are encoded when the job is over, and the next one may run: with the options as they are then."""
     images = [encode(process, settings, picture) for picture in processed.pictures] if fields["send_images"] else []
-    return Txt2ImgAnswer(images, fields, processed.info)
+    if "init_images" in fields and not fields["include_init_images"]:
+        fields = {**fields, "init_images": None, "mask": None}
+    return GenerationAnswer(images, fields, processed.info)
 
 
 def _script(name: str, known: Sequence[str]) -> str:
@@ -71,6 +82,8 @@ def _script(name: str, known: Sequence[str]) -> str:
 
 
 def _missing_arguments(names: Sequence[str], arguments: Sequence[Any]) -> None:
+    if not arguments and names[0] == "loops":  # Loopback takes what its page shows, which is text
+        raise WebUIError("TypeError", "'str' object cannot be interpreted as an integer")
     missing = [f"'{name}'" for name in names[len(arguments) :]]
     if missing:
         listed = ", ".join(missing[:-1]) + (", and " if len(missing) > 2 else " and " if len(missing) == 2 else "")
