@@ -193,7 +193,7 @@ class GenerationRequest:
     `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
     sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
     order, then those of tags in prompts that no entry of the list names. `allow_blank`: an image of one colour is not
-    an error.
+    an error. `preview`: its progress carries pictures.
     """
 
     body: Mapping[str, Any]
@@ -203,6 +203,7 @@ class GenerationRequest:
     warnings: tuple[str, ...] = ()
     output: OutputOptions = OutputOptions()
     allow_blank: bool = False
+    preview: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SIGNATURE_BYTES = 8  # before a PNG's first chunk
 FIRST_CHARACTERS = 1 << 16  # of the base64: nearly every image has a second colour in this much of it
+PREVIEW_QUALITY = 75  # of 100: it is looked at for five seconds
 INFLATE_STEP = 4096  # bytes: deflated data of one colour inflates a thousandfold
 
 _BASE64_PREFIXES = {"iVBORw0KGgo": ImageFormat.PNG, "/9j/": ImageFormat.JPEG, "UklGR": ImageFormat.WEBP}
@@ -77,6 +78,21 @@ def read_infotext(png: str) -> str | None:
                 # Whether it is compressed (A1111's never is), two bytes; a language; the keyword's translation.
                 return body[2:].split(b"\0", 2)[2].decode("utf-8", "replace")
     return None
+
+
+def make_preview(image: str, limit: int) -> str | None:
+    """An image in base64 as a JPEG of at most `limit` bytes, made smaller until it fits; None if it cannot be read."""
+    try:
+        with open_image(base64.b64decode(image)) as opened:
+            picture = opened.convert("RGB")
+        while True:
+            jpeg = io.BytesIO()
+            picture.save(jpeg, "JPEG", quality=PREVIEW_QUALITY)
+            if jpeg.tell() <= limit:
+                return base64.b64encode(jpeg.getvalue()).decode("ascii")
+            picture.thumbnail((picture.width // 2, picture.height // 2))
+    except (OSError, ValueError, SyntaxError):  # Pillow's, of bad files
+        return None
 
 
 def open_image(png: bytes) -> ImageFile:

@@ -41,6 +41,7 @@ SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
 QUICK = WebUITimings(
     unowned_grace=0.05,
     progress_interval=0.02,
+    preview_interval=0.1,
     interrupt_interval=0.02,
     interrupt_grace=0.5,
     interrupt_patience=0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import struct
@@ -15,7 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from a1111_worker.delivery.formats import convert
 from a1111_worker.domain import ImageFormat, OutputOptions
-from a1111_worker.images import detect_format, is_blank, read_infotext, read_size
+from a1111_worker.images import detect_format, is_blank, make_preview, read_infotext, read_size
 from tests.images import BROKEN, INFOTEXT, a1111_png, gradient, png_bytes, to_base64
 
 
@@ -159,3 +160,26 @@ def test_blank_is_what_pillow_sees_whatever_the_filters(
     seen = Image.open(io.BytesIO(png)).tobytes()
     assert seen == b"".join(rows)
     assert is_blank(to_base64(png)) is (seen == colour * (width * height) or seen == seen[:pixel] * (width * height))
+
+
+# -- previews -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "limit"), [((128, 128), 64_000), ((1024, 1024), 64_000), ((64, 64), 900)])
+def test_a_preview_is_a_jpeg_that_fits(size: tuple[int, int], limit: int) -> None:
+    noise = Image.effect_noise(size, 100).convert("RGBA")  # the worst case for a JPEG
+
+    preview = make_preview(to_base64(png_bytes(noise)), limit)
+
+    assert preview is not None
+    jpeg = base64.b64decode(preview)
+    assert len(jpeg) <= limit
+    with Image.open(io.BytesIO(jpeg)) as picture:
+        assert picture.format == "JPEG"
+        assert (picture.size == size) is (size == (128, 128))
+        assert picture.width == picture.height
+
+
+@pytest.mark.parametrize("image", ["", "not base64!", to_base64(b"\x89PNG\r\n\x1a\n"), to_base64(b"text")])
+def test_what_cannot_be_read_is_no_preview(image: str) -> None:
+    assert make_preview(image, 64_000) is None

@@ -162,6 +162,7 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "vae": Field(ours, name, is_webui_field=False),
         "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
+        "preview": Field(ours, boolean(), is_webui_field=False),
         **_refused_in_generations(),
     }
 

@@ -48,6 +48,7 @@ def read_txt2img(reader: InputReader) -> GenerationRequest:
         warnings=tuple(reader.warnings),
         output=output,
         allow_blank=given.get("allow_blank", False),
+        preview=given.get("preview", False),
     )
 
 

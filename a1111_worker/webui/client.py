@@ -147,9 +147,12 @@ class WebUI:
         """The file names of the VAEs."""
         return self._get("/sd-vae", parse_vaes)
 
-    def progress(self, *, timeout: float | None = None) -> WebUIProgress:
-        """How far the running generation is; all zero if nothing runs, and during a switch. Never retried."""
-        query = "skip_current_image=true"
+    def progress(self, *, timeout: float | None = None, preview: bool = False) -> WebUIProgress:
+        """How far the running generation is; all zero if nothing runs, and during a switch. Never retried.
+
+        With `preview` the WebUI may render the picture so far, which takes it a moment.
+        """
+        query = f"skip_current_image={str(not preview).lower()}"
         return self._get("/progress", parse_progress, query=query, timeout=timeout or self._short_timeout)
 
     def interrupt(self) -> None:

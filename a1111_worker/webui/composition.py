@@ -107,7 +107,7 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
         stems = [lora.model.stem for lora in loras.values() if lora.model]
         body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], stems)
     applied = tuple(lora.applied() for lora in loras.values())
-    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank)
+    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank, request.preview)
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class Generator:
                 timings=timings,
             )
             try:
-                has_ended = request.wait(limit, report)
+                has_ended = request.wait(limit, report, previews=plan.preview)
             except WebUISilent as error:
                 raise self._kill(request, error) from error
             if not has_ended:

@@ -11,7 +11,8 @@
     GET /script-info            [{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": ["Seed"]}]}]
     GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
     GET /cmd-flags              {"no_hashing": false, "codeformer_models_path": "<folder>", "gfpgan_models_path": …}
-    GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …}}
+    GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …},
+                                 "current_image": "<base64>" or null}
 
 Each holds more than is shown here (A1111 1.9.3 and 1.10.1: tests/data). A parse function takes an answer's JSON and
 raises UnexpectedForm if what this worker reads is missing or has another type.
@@ -107,7 +108,8 @@ class WebUIProgress:
 
     `progress` is 0 to 1. `image` counts from 1. `images` is -1 while a checkpoint is loaded inside a generation, and 0
     if nothing runs. `interrupted_job` is the `job_timestamp` of the job that runs, or ran last, if somebody has
-    interrupted it; it is also in the `info` of that job's answer.
+    interrupted it; it is also in the `info` of that job's answer. `preview` is the picture so far, in base64, if it was
+    asked for and there is one.
     """
 
     progress: float
@@ -117,6 +119,7 @@ class WebUIProgress:
     step: int
     steps: int
     interrupted_job: str | None = None
+    preview: str | None = None
 
 
 def file_of_title(title: str) -> str:
@@ -212,6 +215,7 @@ def parse_progress(answer: Any) -> WebUIProgress:
         step=int(_number(state, "sampling_step")),
         steps=int(_number(state, "sampling_steps")),
         interrupted_job=_text(state, "job_timestamp") if state.get("interrupted") is True else None,
+        preview=_text(found, "current_image") if found.get("current_image") else None,
     )
 
 

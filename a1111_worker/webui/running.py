@@ -29,18 +29,29 @@ class RunningRequest(Generic[T]):
         self._timings = timings
         self._call = BackgroundCall(send, name="webui-call")
 
-    def wait(self, deadline: Deadline, on_progress: Callable[[WebUIProgress], None] | None = None) -> bool:
+    def wait(
+        self,
+        deadline: Deadline,
+        on_progress: Callable[[WebUIProgress], None] | None = None,
+        *,
+        previews: bool = False,
+    ) -> bool:
         """Wait until it has ended, or the deadline is over. Returns whether it has ended.
 
-        `on_progress` is called with every progress that the WebUI reports. Raises WebUISilent if the WebUI hangs: it
-        answers no request for `silence` seconds.
+        `on_progress` is called with every progress that the WebUI reports; with `previews`, some have a picture. Raises
+        WebUISilent if the WebUI hangs: it answers no request for `silence` seconds.
         """
-        answered = time.monotonic()
+        answered = previewed = time.monotonic()
         while not self._call.wait(self._timings.progress_interval, deadline):
             if deadline.is_cancelled or deadline.remaining() == 0.0:
                 return False
+            wants_preview = previews and time.monotonic() - previewed >= self._timings.preview_interval
             try:
-                progress = self._webui.progress()
+                if wants_preview:
+                    previewed = time.monotonic()
+                    progress = self._webui.progress(timeout=self._timings.preview_timeout, preview=True)
+                else:
+                    progress = self._webui.progress()
             except WorkerError:
                 # A single failure means nothing: the timeout is short, and loading a checkpoint delays other requests
                 # for seconds.

@@ -38,6 +38,7 @@ class GenerationPlan:
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()
     allow_blank: bool = False
+    preview: bool = False
 
 
 def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_job: str | None = None) -> Generation:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import HeldModels, Progress, Stage
-from a1111_worker.webui.progress import GenerationProgress
+from a1111_worker.domain import HeldModels, ImageFormat, Progress, Stage
+from a1111_worker.images import detect_format, make_preview
+from a1111_worker.webui.progress import PREVIEW_BYTES, GenerationProgress
 from a1111_worker.webui.responses import WebUIProgress, parse_progress
+from tests.images import png_bytes, to_base64
 from tests.support import DATA, parse_generation, world
 
 
@@ -129,3 +132,35 @@ def test_a_job_with_an_adaptive_sampler_reports_no_more_than_it_knows(tmp_path: 
     assert not any("of 20" in detail for detail in details)
     assert {"step 19, image 1 of 1", "step 3 of 4, image 1 of 1"} & details
     assert all(report.eta_s is None or report.eta_s > 0 for report in seen)
+
+
+def test_each_report_carries_the_newest_preview() -> None:
+    progress = GenerationProgress({})
+    grey, red = (to_base64(png_bytes(Image.new("RGB", (16, 16), colour))) for colour in ("grey", "red"))
+    looks = [None, grey, None, "broken", red, None]
+
+    found = [progress.report(WebUIProgress(0.5, 1.0, 1, 1, 5, 20, preview=look)) for look in looks]
+
+    shown = [report.facts.get("preview") for report in found if report]
+    first, second = make_preview(grey, PREVIEW_BYTES), make_preview(red, PREVIEW_BYTES)
+    assert first != second
+    assert shown == [None, first, first, first, second, second]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_webui_is_asked_for_pictures_only_if_the_job_wants_previews(tmp_path: Path, wanted: bool) -> None:
+    with world(tmp_path) as it:
+        it.webui.step_seconds = 0.02
+        seen: list[Progress] = []
+        job = {"prompt": "a lighthouse", "steps": 40, "width": 64, "height": 64, "preview": wanted}
+        request = it.worker.generator.resolve(parse_generation(job, it.worker.limits))
+        before = len(it.webui.asked)
+
+        it.worker.generator.start(request, HeldModels(), JobContext(Deadline(20), seen.append)).discard()
+
+    looks = [asked.query for asked in it.webui.asked[before:] if asked.path.endswith("/progress")]
+    assert {"true"} <= {look["skip_current_image"] for look in looks} <= {"true", *(["false"] if wanted else [])}
+    pictures = {report.facts["preview"] for report in seen if "preview" in report.facts}
+    assert bool(pictures) is wanted
+    assert {detect_format(str(picture)) for picture in pictures} <= {ImageFormat.JPEG}
+    assert "preview" not in it.generations()[-1]
