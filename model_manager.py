@@ -39,10 +39,13 @@ from a1111_worker.errors import (
     WorkerError,
 )
 from a1111_worker.models.cache import CacheSettings, CheckpointSpec
-from a1111_worker.models.civitai import CivitAI, CivitAITimings
+from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.eviction import Entry
+from a1111_worker.models.hub_files import HubAccess
+from a1111_worker.models.huggingface import HuggingFace
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.models.references import BadReference, parse_reference
+from a1111_worker.models.sites import ModelSites, SiteTimings
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
@@ -53,13 +56,13 @@ __all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager
 
 
 def open_manager(
-    config: Config, *, webui: bool = True, timings: CivitAITimings | None = None, tuning: Tuning | None = None
+    config: Config, *, webui: bool = True, timings: SiteTimings | None = None, tuning: Tuning | None = None
 ) -> ModelManager:
     """The manager that the settings describe. Without `webui` it shows nothing to any WebUI.
 
-    `timings` are CivitAI's, `tuning` is that of the downloads. None: the measured defaults.
+    `timings` are those of CivitAI and Hugging Face, `tuning` is that of the downloads. None: the measured defaults.
     """
-    policy = EgressPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls))
+    policy = EgressPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls, config.hf_endpoint))
     try:
         reference = parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
     except BadReference as error:
@@ -77,11 +80,15 @@ def open_manager(
         sources=config.model_sources,
         checkpoint=checkpoint,
         limit=config.cache_limit_bytes,
+        hub_cache=config.hub_cache,
+        hub_access=HubAccess(frozenset(config.hf_repos), frozenset({reference.hub} if reference.hub else ())),
     )
-    civitai = CivitAI(
-        policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings or CivitAITimings()
+    timings = timings or SiteTimings()
+    civitai = CivitAI(policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings)
+    hugging_face = HuggingFace(
+        policy=policy, url=config.hf_endpoint, token=config.hf_token, access=settings.hub_access, timings=timings
     )
-    return ModelManager(settings, civitai, Downloader(policy, tuning))
+    return ModelManager(settings, ModelSites(civitai, hugging_face), Downloader(policy, tuning))
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -92,7 +99,8 @@ Settings come from the environment, as for the worker itself: MODELS_DIR, MODEL_
 """
 EPILOG = """\
 A REFERENCE is a CivitAI URL of any form (model page, version, download), a version id, an AIR
-(civitai:122359@135867), a name of the catalog, or a URL of a host in MODEL_HOSTS.
+(civitai:122359@135867), a file of Hugging Face (hf:OWNER/REPO/FILE.safetensors, or its URL), a name of
+the catalog, or a URL of a host in MODEL_HOSTS.
 
   python model_manager.py prefetch all                          warm a volume, or bake models into an image
   python model_manager.py fetch 135867 https://civitai.com/models/122359?modelVersionId=135867

@@ -16,7 +16,7 @@ readonly WEBUI_FLAGS=(
 readonly CPU_FLAGS=(--use-cpu all --no-half)
 # The variables that the WebUI's process gets; `*` is a pattern. docs/modules/startup-script.md has a reason for each.
 readonly WEBUI_ENVIRONMENT=(
-  PATH HOME LANG 'LC_*' TZ TMPDIR LD_LIBRARY_PATH 'CUDA_*' 'NVIDIA_*' 'PYTORCH_*' 'OMP_*' 'MKL_*' HF_HOME
+  PATH HOME LANG 'LC_*' TZ TMPDIR LD_LIBRARY_PATH 'CUDA_*' 'NVIDIA_*' 'PYTORCH_*' 'OMP_*' 'MKL_*'
 )
 # What it gets besides. Its downloads are refused at once: nothing listens on port 9 of this machine. Otherwise a job with
 # a missing upscaler would fetch a file that nobody has verified, or hang for ever if packets are dropped.
@@ -41,6 +41,7 @@ gpu_problem='' # why no WebUI can run on this machine
 set_defaults() {
   WEBUI_DIR="${WEBUI_DIR:-/opt/webui/app}"
   WEBUI_PYTHON="${WEBUI_PYTHON:-/opt/webui/bin/python}"
+  WEBUI_HF_HOME="${WEBUI_HF_HOME:-/opt/huggingface}"
   WORKER_DIR="${WORKER_DIR:-/opt/worker/app}"
   WORKER_PYTHON="${WORKER_PYTHON:-/opt/worker/bin/python}"
   WEBUI_URL="${WEBUI_URL:-http://127.0.0.1:3000}"
@@ -78,7 +79,7 @@ use_baked_checkpoint() {
 
 # The folder of the cache if MODELS_DIR is not set: the same that a1111_worker/config.py chooses.
 default_models_dir() {
-  if [[ -d /runpod-volume ]]; then
+  if [[ -d /runpod-volume && "$(ls -A /runpod-volume)" != huggingface-cache ]]; then
     echo /runpod-volume/models
   elif [[ -w /models || (! -e /models && -w /) ]]; then
     echo /models
@@ -233,7 +234,7 @@ start_webui() {
   set_default_checkpoint || log WARNING "config.json of the WebUI cannot be written"
   while read -r variable; do environment+=("$variable=${!variable}"); done < <(webui_variables)
   [[ -z "$tcmalloc" ]] || environment+=("LD_PRELOAD=$tcmalloc")
-  setsid env -i -C "$WEBUI_DIR" "${environment[@]}" PYTHONUNBUFFERED=1 "${WEBUI_OFFLINE[@]}" \
+  setsid env -i -C "$WEBUI_DIR" "${environment[@]}" PYTHONUNBUFFERED=1 HF_HOME="$WEBUI_HF_HOME" "${WEBUI_OFFLINE[@]}" \
     "$WEBUI_PYTHON" launch.py "${flags[@]}" >&"$log_fd" 2>&1 {log_fd}>&- </dev/null &
   webui=$!
   write_state "$webui"

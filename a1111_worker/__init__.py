@@ -12,7 +12,7 @@ Modules that several packages need, in reading order:
     prompt          `<lora:name:0.8>` in a prompt, as A1111 reads it
     text            other people's text, made fit to be shown
     images          A1111's base64 PNGs in other formats, and whether an image shows anything
-    origins         scheme, host and port; CivitAI's storage
+    origins         scheme, host and port; CivitAI, Hugging Face and their storage
     similar         what a complaint suggests instead of an unknown name
     retry           growing pauses, and Retry-After
     files           atomic writes, and the errors of a full disk

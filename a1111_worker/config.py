@@ -29,6 +29,7 @@ from a1111_worker.environment import (
     origin,
     paths,
     region_name,
+    repositories,
     seconds,
     secret,
     setting,
@@ -37,7 +38,7 @@ from a1111_worker.environment import (
     url,
     whole,
 )
-from a1111_worker.origins import CIVITAI_ORIGINS, STORAGE_HOSTS
+from a1111_worker.origins import CIVITAI_ORIGINS, HUB_ORIGIN, STORAGE_HOSTS
 from a1111_worker.similar import nearest
 
 
@@ -105,8 +106,17 @@ class Config:
         "CIVITAI_URL", civitai_origins, CIVITAI_ORIGINS, "the API's origin", default=CIVITAI_ORIGINS[0]
     )
     storage_hosts: tuple[str, ...] = setting(
-        "STORAGE_HOSTS", hosts, STORAGE_HOSTS, "where a download may be redirected", default="CivitAI's storage"
+        "STORAGE_HOSTS",
+        hosts,
+        STORAGE_HOSTS,
+        "where a download may be redirected",
+        default="CivitAI's and Hugging Face's",
     )
+    hf_token: str | None = secret("HF_TOKEN", "sent to Hugging Face alone, as a header")
+    hf_repos: tuple[str, ...] = setting(
+        "HF_REPOS", repositories, (), "private or gated repositories that every caller may use"
+    )
+    hf_endpoint: str = setting("HF_ENDPOINT", api_origin, HUB_ORIGIN, "Hugging Face's origin, or a mirror's")
     model_hosts: tuple[str, ...] = setting("MODEL_HOSTS", hosts, (), "further https hosts that a job's URL may name")
 
     checkpoint_url: str = setting(
@@ -129,6 +139,8 @@ class Config:
     )
     log_format: str = setting("LOG_FORMAT", one_of("text", "json"), "text", "text or json: one object a line")
 
+    hub_cache: Path = Path("/runpod-volume/huggingface-cache/hub")
+    """Where RunPod puts cached models (docs.runpod.io, "Cached models"). It is no setting of this worker."""
     bucket: BucketSettings | None = None
     """Made of `BucketVariables`; None without a bucket."""
     runpod: RunPodPlatform | None = None
@@ -202,6 +214,7 @@ SETTINGS = (
 START_SH_SETTINGS = (
     "WEBUI_DATA_DIR",
     "WEBUI_DIR",
+    "WEBUI_HF_HOME",
     "WEBUI_PYTHON",
     "WEBUI_RESTARTS",
     "WEBUI_RESTART_BACKOFF",
@@ -235,9 +248,12 @@ def find_misspelt_settings(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def default_models_dir(root: Path) -> Path:
-    """Where the cache is if MODELS_DIR is not set: on RunPod's network volume, else in /models, else in ./models."""
+    """Where the cache is if MODELS_DIR is not set: on RunPod's network volume, else in /models, else in ./models.
+
+    A folder with RunPod's cached models and nothing else is no network volume, only at the same place.
+    """
     volume = root / "runpod-volume"
-    if volume.is_dir():
+    if volume.is_dir() and os.listdir(volume) != ["huggingface-cache"]:  # noqa: PTH208 - the names alone
         return volume / "models"
     models = root / "models"
     return models if os.access(models if models.exists() else root, os.W_OK) else Path("models")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from a1111_worker.errors import ModelError
 from a1111_worker.text import quoted
@@ -25,13 +27,45 @@ class ModelKind(str, Enum):
 
 
 @dataclass(frozen=True)
+class HubFile:
+    """A file of a repository on Hugging Face. `repo` is OWNER/NAME; `revision` is a branch, a tag or a commit."""
+
+    repo: str
+    path: str
+    revision: str = "main"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit: then the file never changes."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder and without `.safetensors`."""
+        return self.path.rpartition("/")[2][: -len(".safetensors")]
+
+    @property
+    def url_path(self) -> str:
+        return f"/{self.repo}/resolve/{quote(self.revision, safe='')}/{quote(self.path)}"
+
+    @property
+    def url(self) -> str:
+        """The file's address on Hugging Face itself, whichever mirror is asked."""
+        return f"https://huggingface.co{self.url_path}"
+
+    def __str__(self) -> str:
+        return f"hf:{self.repo}/{self.path}" + ("" if self.revision == "main" else f"@{self.revision}")
+
+
+@dataclass(frozen=True)
 class ModelRef:
     """A model as somebody named it, reduced to ids if the name holds ids.
 
     Exactly one of these says which model is meant, in this order: `version_id` (with `file_id`), `model_id` (a CivitAI
-    page without a version: its newest version), `url` (a host of MODEL_HOSTS, never CivitAI), `name` alone. `name`
-    beside an id is only what the caller calls the model. `size`, `fp` and `format` are the variant filter of a CivitAI
-    URL: they select one of a version's files. `sha256` is 64 lower-case hex digits that the file must have.
+    page without a version: its newest version), `hub` (a file on Hugging Face), `url` (a host of MODEL_HOSTS), `name`
+    alone. `name` beside an id is only what the caller calls the model. `size`, `fp` and `format` are the variant filter
+    of a CivitAI URL: they select one of a version's files. `sha256` is 64 lower-case hex digits that the file must
+    have.
     """
 
     kind: ModelKind
@@ -44,11 +78,12 @@ class ModelRef:
     size: str | None = None
     fp: str | None = None
     format: str | None = None
+    hub: HubFile | None = None
 
     @property
     def is_bare_name(self) -> bool:
         """Whether only a name says which model is meant."""
-        return (self.version_id, self.model_id, self.url) == (None, None, None)
+        return (self.version_id, self.model_id, self.url, self.hub) == (None, None, None, None)
 
     @property
     def label(self) -> str:
@@ -59,16 +94,19 @@ class ModelRef:
             return f"CivitAI version {self.version_id}"
         if self.model_id is not None:
             return f"CivitAI model {self.model_id}"
+        if self.hub is not None:
+            return quoted(str(self.hub), 200)
         return "the file of its URL"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file that can be fetched, as CivitAI (or a URL alone) describes it.
+    """One file that can be fetched, as its site (or a URL alone) describes it.
 
     A download starts at `url`, which we build ourselves. `size` is in bytes, and only known if it is exact: CivitAI
     gives KiB as a float. `size_at_most` is known if `size` is, and if only a rounded size is known. `sha256` is lower
-    case. `name` is a title for people, never a path.
+    case. `name` is a title for people, never a path. `hub` is the file on Hugging Face, with its commit. `restricted`:
+    the hub showed it to the worker's token, so not everybody may have it.
     """
 
     url: str
@@ -82,6 +120,8 @@ class RemoteFile:
     trained_words: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     size_at_most: int | None = None
+    hub: HubFile | None = None
+    restricted: bool = False
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,14 @@ def paths(text: str) -> tuple[Path, ...]:
 # Addresses
 
 
+def repositories(text: str) -> tuple[str, ...]:
+    """Repositories of Hugging Face, separated by commas or spaces."""
+    found = tuple(part for part in re.split(r"[,\s]+", text) if part)
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", part, re.ASCII) for part in found):
+        raise ValueError("repositories of Hugging Face (OWNER/REPO), separated by commas")
+    return found
+
+
 def url(text: str) -> str:
     with contextlib.suppress(ValueError):  # a bracket that is never closed, or a port that is no number
         parts = urlsplit(text)

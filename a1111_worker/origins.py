@@ -8,10 +8,12 @@ from dataclasses import dataclass
 CIVITAI_ORIGINS = ("https://civitai.com", "https://civitai.red")
 """CivitAI's API. The second one shows what the first one hides since April 2026. Ids and keys are the same on both."""
 
+HUB_ORIGIN = "https://huggingface.co"
+
 _R2 = "5ac0637cfd0766c97916cefa3764fbdf.r2.cloudflarestorage.com"
 
 # CivitAI's signed links lead here: its buckets on Cloudflare R2 (CivitAI's own list, with the legacy ones), its domain
-# in front of Backblaze, and Backblaze itself, whose links name cluster 004.
+# in front of Backblaze, and Backblaze itself, whose links name cluster 004. Hugging Face's lead to hosts below hf.co.
 STORAGE_HOSTS = (
     f"https://civitai-delivery-worker-prod.{_R2}",
     f"https://civitai-delivery-worker-prod-2023-05-01.{_R2}",
@@ -21,6 +23,7 @@ STORAGE_HOSTS = (
     "https://b2.civitai.com",
     "https://s3.us-west-004.backblazeb2.com",
     "https://f004.backblazeb2.com",
+    "https://*.hf.co",
 )
 
 DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -23,6 +23,7 @@ from types import FrameType
 
 from a1111_worker.catalog import CHECKPOINT_NAME, LORAS
 from sandbox.civitai import SandboxCivitAI
+from sandbox.huggingface import SandboxHuggingFace
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.runpod import SandboxRunPod
 from sandbox.webui import SandboxWebUI
@@ -61,8 +62,8 @@ class Sandbox:
     """The servers together, and the settings with which a worker uses them."""
 
     def __init__(self, folder: Path, *, port: int = 0, version: str = "1.10.1", step_seconds: float = 0.05) -> None:
-        """`port` is the first of four ports; 0: four free ones."""
-        ports = [port + number if port else 0 for number in range(4)]
+        """`port` is the first of six ports; 0: six free ones."""
+        ports = [port + number if port else 0 for number in range(6)]
         self.folder = folder.absolute()
         self.webui = SandboxWebUI(
             self.folder / "webui-models",
@@ -73,13 +74,16 @@ class Sandbox:
         )
         self.civitai = SandboxCivitAI(key=KEY, port=ports[1], storage_port=ports[2])
         self.runpod = SandboxRunPod(port=ports[3], long_poll=10.0)
+        self.hub = SandboxHuggingFace(token=KEY, port=ports[4], storage_port=ports[5])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         stock(self.civitai, self.folder / "civitai")
+        style = _make_once(self.folder / "huggingface" / "style.safetensors", sdxl_lora, 1, 2)
+        self.hub.add("sandbox/loras", style.name, style)
         for name in ("Stable-diffusion", "Lora", "VAE"):
             (self.folder / "webui-models" / name).mkdir(parents=True, exist_ok=True)
-        with self.civitai, self.webui, self.runpod:
+        with self.civitai, self.hub, self.webui, self.runpod:
             yield
 
     def environment(self) -> dict[str, str]:
@@ -89,8 +93,9 @@ class Sandbox:
             "WEBUI_URL": self.webui.url,
             "CIVITAI_URL": self.civitai.url,
             "CIVITAI_API_KEY": KEY,
+            "HF_ENDPOINT": self.hub.url,
             "MODEL_HOSTS": origins,
-            "STORAGE_HOSTS": origins,
+            "STORAGE_HOSTS": f"{origins},{self.hub.storage.url}",
             "MODELS_DIR": str(self.folder / "models"),
             "WEBUI_MODELS_DIR": str(self.folder / "webui-models"),
             "MODEL_SOURCES": "",
@@ -182,6 +187,7 @@ def _curl(command: Sequence[str]) -> str:
 def _print_urls(sandbox: Sandbox) -> None:
     print(f"WebUI    {sandbox.webui.url}")
     print(f"CivitAI  {sandbox.civitai.url} (files on {sandbox.civitai.storage.url})")
+    print(f"Hub      {sandbox.hub.url} (as Hugging Face: hf:sandbox/loras/style.safetensors)")
     print(f"RunPod   {sandbox.runpod.url}/v2/{sandbox.runpod.endpoint}/run")
     print("\n# for a worker that uses them:")
     for name, value in sandbox.environment().items():
@@ -199,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path(".sandbox"), help="where to keep files (.sandbox)")
-    parser.add_argument("--port", type=int, help="the first of four ports (default: 3100; with a command: free ports)")
+    parser.add_argument("--port", type=int, help="the first of six ports (default: 3100; with a command: free ports)")
     parser.add_argument("--webui-version", choices=("1.9.3", "1.10.1"), default="1.10.1")
     parser.add_argument("--step-seconds", type=float, default=0.05, help="duration of a sampling step (0.05)")
     options = parser.parse_args(ours)
@@ -208,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sandbox = Sandbox(options.folder, port=port, version=options.webui_version, step_seconds=options.step_seconds)
     except OSError as error:
-        print(f"ports {port} to {port + 3}: {error.strerror} (choose others with --port)", file=sys.stderr)
+        print(f"ports {port} to {port + 5}: {error.strerror} (choose others with --port)", file=sys.stderr)
         return 1
     with sandbox.running():
         if command:

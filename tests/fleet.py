@@ -1,4 +1,4 @@
-"""The model managers of several workers on one folder, with the sandbox's CivitAI."""
+"""The model managers of several workers on one folder, with the sandbox's CivitAI and Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import Model, ModelKind, ModelRef
 from a1111_worker.models.cache import CacheSettings, CheckpointSpec
 from a1111_worker.models.civitai import CivitAI as Client
-from a1111_worker.models.civitai import CivitAITimings
+from a1111_worker.models.huggingface import HuggingFace
 from a1111_worker.models.manager import CacheTimings, ModelManager
+from a1111_worker.models.sites import ModelSites, SiteTimings
 from a1111_worker.transfer.download import Downloader
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.ranges import Tuning
 from sandbox.civitai import SandboxCivitAI
+from sandbox.huggingface import SandboxHuggingFace
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.server import Exchange
 from tests.fuse import backing_of
 
 KEY = "the-key"
+TOKEN = "hf_the_token"
 CHECKPOINT, DETAIL = 1590699, 135867
-CIVITAI_TIMINGS = CivitAITimings(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
+SITE_TIMINGS = SiteTimings(connect=10.0, answer=20.0, shortest=0.01, longest=0.02, too_many=0.1)
 TUNING = Tuning(
     stall_seconds=5.0, patience_seconds=10.0, pause=0.01, pause_most=0.02, remember_seconds=0.02, remember_bytes=100_000
 )
@@ -63,6 +66,7 @@ class Fleet:
         self.folder = folder
         self.models = folder / "models"
         self.civitai = Site(key=KEY)
+        self.hub = SandboxHuggingFace(token=TOKEN)
         self._workers = contextlib.ExitStack()
         self._started = 0
 
@@ -81,7 +85,7 @@ class Fleet:
     def start(self, **how: Any) -> ModelManager:
         """A worker of its own: another owner, another container."""
         self._started += 1
-        how = {"name": str(self._started), **how}
+        how = {"name": str(self._started), "hub": self.hub, **how}
         return self._workers.enter_context(manager(self.folder, self.civitai.url, self.civitai.storage.url, **how))
 
     @property
@@ -101,7 +105,8 @@ class Fleet:
 
     def asked(self) -> list[str]:
         """Everything that the network was asked for."""
-        return [asked.path for asked in (*self.civitai.asked, *self.civitai.storage.asked)]
+        servers = (self.civitai, self.civitai.storage, self.hub, self.hub.storage)
+        return [asked.path for server in servers for asked in server.asked]
 
     def models_there(self) -> list[str]:
         return sorted(path.name for path in self.loras.glob("*.safetensors"))
@@ -122,10 +127,12 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         self.civitai.start()
+        self.hub.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._workers.close()
+        self.hub.stop()
         self.civitai.stop()
 
 
@@ -139,18 +146,29 @@ def manager(
     storage: str,
     *,
     name: str,
+    hub: SandboxHuggingFace | None = None,
     timings: CacheTimings = TIMINGS,
     tuning: Tuning = TUNING,
     **settings: Any,
 ) -> Iterator[ModelManager]:
     """A worker's manager, in a container of its own. `settings` are changes of its CacheSettings."""
-    policy = EgressPolicy((api, storage))
-    client = Client(policy=policy, urls=[api], key=KEY, timings=CIVITAI_TIMINGS)
     container = folder / f"container{name}"
     usual = CacheSettings(folder / "models", container / "webui", container / "local", checkpoint=SPEC)
-    with ModelManager(replace(usual, **settings), client, Downloader(policy, tuning), timings) as made:
+    settings_of_all = replace(usual, **settings)
+    policy = EgressPolicy((api, storage, *((hub.url, hub.storage.url) if hub else ())))
+    civitai = Client(policy=policy, urls=[api], key=KEY, timings=SITE_TIMINGS)
+    hugging_face = HuggingFace(
+        policy=policy,
+        url=hub.url if hub else "http://127.0.0.1:9",  # nothing listens there
+        token=TOKEN,
+        access=settings_of_all.hub_access,
+        timings=SITE_TIMINGS,
+    )
+    sites = ModelSites(civitai, hugging_face)
+    with ModelManager(settings_of_all, sites, Downloader(policy, tuning), timings) as made:
         yield made
-    client.close()
+    civitai.close()
+    hugging_face.close()
 
 
 def fetch(manager: ModelManager, *refs: ModelRef) -> Model:

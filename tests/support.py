@@ -1,6 +1,6 @@
 """What the tests share: paths, waiting for a condition, and a whole worker on loopback.
 
-The worker is the real handler and model manager. The WebUI and CivitAI are the sandbox's.
+The worker is the real handler and model manager. The WebUI, CivitAI and Hugging Face are the sandbox's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from a1111_worker.config import Config
 from a1111_worker.domain import GenerationRequest
-from a1111_worker.models.civitai import CivitAITimings
+from a1111_worker.models.sites import SiteTimings
 from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
 from a1111_worker.transfer.ranges import Tuning
@@ -23,6 +23,7 @@ from a1111_worker.webui.timings import WebUITimings
 from handler import Worker
 from model_manager import ModelManager, open_manager
 from sandbox.civitai import SandboxCivitAI
+from sandbox.huggingface import SandboxHuggingFace
 from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.webui import SandboxWebUI
 
@@ -48,7 +49,7 @@ QUICK = WebUITimings(
     recovery_pause=0.01,
     silence=5.0,
 )
-CIVITAI_QUICK = CivitAITimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
+SITE_QUICK = SiteTimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
 TUNING_QUICK = Tuning(stall_seconds=0.2, patience_seconds=0.5, pause=0.01, pause_most=0.02, retry_after_most=0.05)
 
 T = TypeVar("T")
@@ -88,6 +89,7 @@ class World:
         for version_id, name in ((DETAIL, "Detail Tweaker XL"), (HAND, "Hand Detail FLUX & XL")):
             path = sdxl_lora(folder / f"{version_id}.safetensors", version_id, 300_000)
             self.civitai.add(version_id, path, name=name, base_model="SDXL 1.0")
+        self.hub = SandboxHuggingFace(token="the-hub-token")
         self.settings = settings
         self.loop = asyncio.new_event_loop()
         self.worker: Worker
@@ -104,9 +106,10 @@ class World:
         origins = f"{self.civitai.url},{self.civitai.storage.url}"
         return {
             "WEBUI_URL": self.webui.url,
+            "HF_ENDPOINT": self.hub.url,
             "CIVITAI_URL": self.civitai.url,
             "CIVITAI_API_KEY": "the-key",
-            "STORAGE_HOSTS": origins,
+            "STORAGE_HOSTS": f"{origins},{self.hub.storage.url}",
             "MODEL_HOSTS": origins,
             "MODELS_DIR": str(self.models_dir),
             "WEBUI_MODELS_DIR": str(self.webui_models),
@@ -167,14 +170,14 @@ def parse_generation(raw: object, limits: Limits) -> GenerationRequest:
 
 
 def quick_manager(config: Config) -> ModelManager:
-    return open_manager(config, timings=CIVITAI_QUICK, tuning=TUNING_QUICK)
+    return open_manager(config, timings=SITE_QUICK, tuning=TUNING_QUICK)
 
 
 @contextlib.contextmanager
 def world(folder: Path, *, version: str = "1.10.1", boot: bool = True, **settings: str) -> Iterator[World]:
     """A World with its servers running until the block ends, and with a booted worker unless `boot` is False."""
     made = World(folder, version=version, **settings)
-    with made.webui, made.civitai:
+    with made.webui, made.civitai, made.hub:
         try:
             if boot:
                 made.boot()
@@ -195,5 +198,5 @@ def check_answer(answer: Mapping[str, Any], source: World) -> None:
     text = json.dumps(answer, ensure_ascii=False)
     for url in urls:
         text = text.replace(json.dumps(url, ensure_ascii=False), "")
-    for secret in ("the-key", "Traceback", str(source.folder), "Authorization", "X-Amz"):
+    for secret in ("the-key", "the-hub-token", "Traceback", str(source.folder), "Authorization", "X-Amz"):
         assert secret not in text

@@ -23,6 +23,7 @@ HTTP = {
     "transfer.egress",
     "transfer.connection",
     "models.civitai",
+    "models.huggingface",
     "webui.client",
     "job.status",
 }

@@ -84,6 +84,9 @@ BAD = [
     ("CIVITAI_URL", "http://10.0.0.5:8080"),  # not https, and not this machine
     ("CIVITAI_URL", "https://civitai.com:99999"),
     ("CIVITAI_URL", "https://*.civitai.com"),
+    ("HF_REPOS", "owner/one, two"),
+    ("HF_REPOS", "https://huggingface.co/owner/one"),
+    ("HF_ENDPOINT", "http://hub.example.com"),
     ("JOBS_IN_FLIGHT", "0"),
     ("JOBS_IN_FLIGHT", "2.5"),
     ("MAX_STEPS", "²"),  # a digit to Python, a number to nobody
@@ -270,6 +273,21 @@ def test_the_cache_is_on_the_network_volume_if_there_is_one(tmp_path: Path) -> N
     assert default_models_dir(tmp_path) == tmp_path / "runpod-volume" / "models"
 
 
+def test_a_folder_with_runpods_cached_models_alone_is_no_network_volume(tmp_path: Path) -> None:
+    (tmp_path / "runpod-volume/huggingface-cache/hub").mkdir(parents=True)
+    alone = default_models_dir(tmp_path)
+    (tmp_path / "runpod-volume/models").mkdir()
+
+    assert alone == tmp_path / "models"
+    assert default_models_dir(tmp_path) == tmp_path / "runpod-volume" / "models"
+
+
+def test_the_repositories_of_a_list_are_separated_by_commas_or_spaces() -> None:
+    config = Config.from_env({"HF_REPOS": "owner/one, Owner/two.x owner_3/three-y"})
+
+    assert config.hf_repos == ("owner/one", "Owner/two.x", "owner_3/three-y")
+
+
 # what somebody set, and what the SDK reads
 SDK_LEVELS = [
     ({"RUNPOD_DEBUG_LEVEL": "WARNING"}, {"RUNPOD_DEBUG_LEVEL": "INFO"}),
@@ -378,10 +396,10 @@ def test_the_settings_of_start_sh_are_those_that_it_reads() -> None:
 # The table
 
 
-def test_every_field_is_a_setting_unless_it_is_made_of_several_variables() -> None:
+def test_every_field_is_a_setting_unless_it_is_made_of_several_variables_or_runpods_own_folder() -> None:
     fields = {field.name for field in dataclasses.fields(Config)}
 
-    assert fields - set(settings_of(Config)) == {"bucket", "runpod"}
+    assert fields - set(settings_of(Config)) == {"bucket", "hub_cache", "runpod"}
 
 
 def test_the_bucket_has_a_setting_for_every_field() -> None:
@@ -416,5 +434,5 @@ def test_a_default_that_is_shown_means_the_same_when_it_is_set() -> None:
 def test_every_setting_is_described_and_every_key_is_secret() -> None:
     assert all(setting.what for setting in SETTINGS)
     assert {setting.name for setting in SETTINGS if setting.secret} == {
-        setting.name for setting in SETTINGS if "KEY" in setting.name
+        setting.name for setting in SETTINGS if "KEY" in setting.name or "TOKEN" in setting.name
     }

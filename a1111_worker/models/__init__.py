@@ -8,9 +8,13 @@ The modules, the public one first:
     fetcher             how a missing model gets into the cache: once in this process, once in the fleet, verified
     single_flight       one fetch of a file at a time in this process
     targets             what is fetched, and what its file is called
+    sites               what CivitAI and Hugging Face have in common, as the cache sees it
     civitai             the client of CivitAI's API
     civitai_files       which file of a version is meant
     civitai_responses   what each response means: tried again, or which error
+    huggingface         the client of Hugging Face
+    hub_files           how a file of Hugging Face is named, and who may have it
+    hub_cache           the files of Hugging Face that RunPod has put on the host
     safetensors         what a safetensors file says about itself: valid or not, its architecture, A1111's hash
     tensors             the format of a safetensors header, and its limits
     layers              which layers of a checkpoint a LoRA changes

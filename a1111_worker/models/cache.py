@@ -14,13 +14,15 @@ from a1111_worker.errors import DownloadFailed, ModelNotFound, ModelRejected, Vo
 from a1111_worker.files import VolumeState, names_in, translated, volume_error, volume_state
 from a1111_worker.models.eviction import BEING_FETCHED, IN_USE, Entry
 from a1111_worker.models.holds import Holds
+from a1111_worker.models.hub_cache import CachedHubFile, find_in_hub_cache
+from a1111_worker.models.hub_files import HubAccess, hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import state_of
 from a1111_worker.models.names import SUFFIX, digest_file, short_name
 from a1111_worker.models.safetensors import read_header
 from a1111_worker.models.sidecars import ModelRecord, Sidecars
 from a1111_worker.models.volume import CacheDirectories, CacheDirectory
-from a1111_worker.models.webui_folder import WebUIFolder
+from a1111_worker.models.webui_folder import WebUIFolder, make_link
 from a1111_worker.similar import nearest
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class CacheSettings:
 
     `webui_dir` is where the WebUI sees them, None if there is no WebUI. `local_dir` is a folder of this container
     alone, for sidecars of folders that cannot be written, and for models if the cache cannot be written. `sources` are
-    folders that models are only read from. `limit` is what the cache may take, in bytes.
+    folders that models are only read from. `limit` is what the cache may take, in bytes. `hub_cache` is RunPod's folder
+    with files of Hugging Face, and `hub_access` says which of those files callers may have.
     """
 
     models_dir: Path
@@ -59,6 +62,8 @@ class CacheSettings:
     sources: Sequence[Path] = ()
     checkpoint: CheckpointSpec | None = None
     limit: int | None = None
+    hub_cache: Path | None = None
+    hub_access: HubAccess = HubAccess()
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class ModelCache:
         self._webui = None if settings.webui_dir is None else WebUIFolder(settings.webui_dir, self._owner)
         self._checkpoint = settings.checkpoint
         self.limit = settings.limit
+        self._hub_cache = settings.hub_cache
+        self._hub_access = settings.hub_access
 
     def prepare_webui_folder(self) -> None:
         """Make the folder that the WebUI sees, with the VAEs that somebody put into `vae/` of the cache or a source.
@@ -104,16 +111,24 @@ class ModelCache:
 
     # -- finding a model
 
-    def find(self, ref: ModelRef, *, fresh: bool = False) -> CacheHit | None:
+    def find(self, ref: ModelRef, *, fresh: bool = False, is_shown: bool = False) -> CacheHit | None:
         """The model that a reference means, if it is there and verified. Looks at a few names, and at nothing more.
 
-        Raises ModelNotFound for a name that means several files.
+        `is_shown`: Hugging Face has just shown the file, so a restricted one counts too. Raises ModelNotFound for a
+        name that means several files.
         """
         for directory, file in self.list_candidates(ref, fresh=fresh):
             record = self.sidecars.find(directory, file)
-            if record is not None and _is_meant(record, ref):
+            if record is not None and _is_meant(record, ref) and (is_shown or self.is_open(directory, record)):
                 return CacheHit(directory, record)
         return None
+
+    def is_open(self, directory: CacheDirectory, record: ModelRecord) -> bool:
+        """Whether every caller may have a model, without asking Hugging Face."""
+        if not record.restricted and (directory is not self.directories.linked(record.kind) or record.url is not None):
+            return True
+        file = hub_file_of(record.url)
+        return file is not None and self._hub_access.may_use_copy(file)
 
     def list_candidates(self, ref: ModelRef, *, fresh: bool = False) -> Iterator[tuple[CacheDirectory, str]]:
         """The files that may be what a reference means, by their names."""
@@ -121,11 +136,11 @@ class ModelCache:
             if ref.version_id is not None:
                 for file in self._files_of_version(directory, ref.version_id, fresh=fresh):
                     yield directory, file
-            elif ref.url is not None:
+            elif ref.url is not None or ref.hub is not None:
                 if ref.sha256 is not None:
                     for file in directory.index(fresh=fresh).by_digest.get(ref.sha256[:16], ()):
                         yield directory, file
-                elif (of_url := self.sidecars.file_of_url(directory, ref.url)) is not None:
+                elif (of_url := self._file_of_url(directory, ref)) is not None:
                     yield directory, of_url
             elif ref.name is not None and ref.model_id is None:
                 files = directory.index().files_named(ref.name)
@@ -134,6 +149,21 @@ class ModelCache:
                 if files:  # the first directory that has the name counts: one name never means two models
                     yield directory, files[0]
                     return
+
+    def _file_of_url(self, directory: CacheDirectory, ref: ModelRef) -> str | None:
+        """The file that was fetched from a reference's URL. A branch of Hugging Face may mean another file by now."""
+        if ref.hub is not None:
+            return self.sidecars.file_of_url(directory, ref.hub.url) if ref.hub.is_pinned else None
+        return self.sidecars.file_of_url(directory, ref.url or "")
+
+    def find_last_known(self, ref: ModelRef) -> CacheHit | None:
+        """The file that a branch of Hugging Face meant when it was fetched the last time."""
+        for directory in self.directories.of(ref.kind):
+            file = None if ref.hub is None else self.sidecars.file_of_url(directory, ref.hub.url)
+            record = None if file is None else self.sidecars.find(directory, file)
+            if record is not None and ref.sha256 in (None, record.sha256) and self.is_open(directory, record):
+                return CacheHit(directory, record)
+        return None
 
     def _files_of_version(self, directory: CacheDirectory, version_id: int, *, fresh: bool) -> Iterator[str]:
         index = directory.index(fresh=fresh)
@@ -202,6 +232,30 @@ class ModelCache:
         for directory in self.directories.of(ref.kind):
             stems |= {file.removesuffix(SUFFIX) for file in directory.index().files}
         return nearest(ref.name or "", sorted(stems))
+
+    # -- RunPod's copies of files of Hugging Face
+
+    def find_hub_copy(self, ref: ModelRef) -> CachedHubFile | None:
+        """RunPod's copy of the file that a reference means. Nothing of it is verified."""
+        if self._hub_cache is None or ref.hub is None:
+            return None
+        return find_in_hub_cache(self._hub_cache, ref.hub)
+
+    def may_use_copy(self, copy: CachedHubFile) -> bool:
+        """Whether every caller may have RunPod's copy, without asking Hugging Face."""
+        return self._hub_access.may_use_copy(copy.file)
+
+    def link(self, kind: ModelKind, path: Path, file: str) -> CacheDirectory:
+        """Let a file that lies somewhere else have a name in the cache, for this container alone. Nothing is copied.
+
+        Returns the directory of the link. Raises VolumeFailed.
+        """
+        directory = self.directories.linked(kind)
+        with translated("linking a model"):
+            directory.folder.mkdir(parents=True, exist_ok=True)
+            make_link(directory.path(file), path, self._owner)
+        directory.refresh()
+        return directory
 
     # -- using a model
 
@@ -441,4 +495,4 @@ def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
 def _is_meant(record: ModelRecord, ref: ModelRef) -> bool:
     if ref.version_id is not None:
         return record.is_file_of(ref)
-    return ref.sha256 is None or ref.url is None or record.sha256 == ref.sha256
+    return ref.sha256 is None or (ref.url is None and ref.hub is None) or record.sha256 == ref.sha256

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlencode, urlsplit
@@ -36,6 +36,7 @@ from a1111_worker.models.civitai_files import (
     remote_file_without_metadata,
 )
 from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
+from a1111_worker.models.sites import SiteTimings
 from a1111_worker.origins import CIVITAI_ORIGINS, OriginRefused, origin_of
 from a1111_worker.retry import Backoff
 from a1111_worker.text import printable, quoted
@@ -46,17 +47,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BODY_LIMIT = 8 * 1024 * 1024  # bytes; a version with hundreds of sample images has some 100 kB
-
-
-@dataclass(frozen=True)
-class CivitAITimings:
-    """How long the client waits, in seconds."""
-
-    connect: float = 10.0
-    answer: float = 20.0  # from a request to the end of its response
-    shortest: float = 0.5  # the first pause before another try; pauses grow with decorrelated jitter up to …
-    longest: float = 10.0
-    too_many: float = 60.0  # all pauses together that a 429 or a Retry-After may cause
 
 
 class CivitAI:
@@ -73,7 +63,7 @@ class CivitAI:
         policy: EgressPolicy,
         urls: Sequence[str] = CIVITAI_ORIGINS,
         key: str | None = None,
-        timings: CivitAITimings = CivitAITimings(),
+        timings: SiteTimings = SiteTimings(),
         cache_seconds: float = 600.0,
     ) -> None:
         if key and not (key.isascii() and key.isprintable() and " " not in key):
@@ -254,7 +244,7 @@ def _read(response: requests.Response, url: str) -> CivitAIResponse:
 class _Retries:
     """The tries that POLICY allows for one request. `origin` is the index of the origin to ask next."""
 
-    def __init__(self, timings: CivitAITimings, origins: int) -> None:
+    def __init__(self, timings: SiteTimings, origins: int) -> None:
         self.origin = 0
         self._origins = origins
         self._refusals: Counter[Refusal] = Counter()

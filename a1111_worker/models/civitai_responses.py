@@ -43,7 +43,7 @@ class RefusalRule:
     """What a refusal means: the error that it ends as, and what is tried before.
 
     `try_other_origins`: every other origin is asked once, without a pause. `retries`: how often the request is tried
-    again after that, with pauses (because of 429 only as long as `CivitAITimings.too_many` lasts). In `message`,
+    again after that, with pauses (because of 429 only as long as `SiteTimings.too_many` lasts). In `message`,
     {model} is how the caller named the model, and {detail} is what the response adds.
     """
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import ModelRef
+from a1111_worker.domain import ModelRef, RemoteFile
 from a1111_worker.errors import (
     DownloadFailed,
     FileTooLong,
@@ -30,10 +30,11 @@ from a1111_worker.errors import (
 )
 from a1111_worker.files import VolumeState, look, translated, volume_error, volume_state
 from a1111_worker.models.cache import CacheHit, CheckpointSpec, ModelCache
-from a1111_worker.models.civitai import CivitAI
+from a1111_worker.models.hub_cache import CachedHubFile
 from a1111_worker.models.leases import Lease, Leases
 from a1111_worker.models.progress import FileProgress, ReportFile, report_bytes
 from a1111_worker.models.single_flight import SingleFlight
+from a1111_worker.models.sites import ModelSite
 from a1111_worker.models.space import CacheSpace, RoomRequest
 from a1111_worker.models.targets import FetchTarget
 from a1111_worker.models.volume import CacheDirectory
@@ -49,11 +50,11 @@ class Fetcher:
     """Gets missing models into the cache. `poll` is the seconds between two looks while another worker fetches."""
 
     def __init__(
-        self, cache: ModelCache, civitai: CivitAI, downloader: Downloader, leases: Leases, *, poll: float
+        self, cache: ModelCache, site: ModelSite, downloader: Downloader, leases: Leases, *, poll: float
     ) -> None:
         self._cache = cache
         self._space = CacheSpace(cache)
-        self._civitai = civitai
+        self._site = site
         self._downloader = downloader
         self._leases = leases
         self._owner = leases.owner
@@ -63,17 +64,27 @@ class Fetcher:
     def describe(
         self, ref: ModelRef, context: JobContext, report: ReportFile, *, checkpoint: CheckpointSpec | None = None
     ) -> FetchTarget | CacheHit:
-        """What a reference with an id or a URL means; if CivitAI cannot tell, a file that claims to be it.
+        """What a reference with an id or a URL means; if its site cannot tell, a file that claims to be it.
 
-        With `checkpoint` it is the fixed checkpoint, and will be kept under the checkpoint's name.
+        With `checkpoint` it is the fixed checkpoint, and will be kept under the checkpoint's name. A file that RunPod
+        has put on the host is looked for first, and used from there.
         """
+        copy = self._cache.find_hub_copy(ref)
+        if copy is not None and self._cache.may_use_copy(copy):
+            name = ref.name or copy.file.name
+            remote = RemoteFile(copy.file.url, name, sha256=copy.sha256, hub=copy.file, restricted=True)
+            hit = self._use_copy(FetchTarget(ref, remote, checkpoint), copy, context.deadline, report)
+            if hit is not None:
+                return hit
         try:
-            return FetchTarget(ref, self._civitai.describe(ref, context.deadline), checkpoint)
+            target = FetchTarget(ref, self._site.describe(ref, context.deadline), checkpoint)
         except ModelError as error:
             hit = self._find_unverified(ref, context.deadline, report, error) if checkpoint is None else None
             if hit is None:
                 raise
             return hit
+        hit = None if copy is None else self._use_copy(target, copy, context.deadline, report)
+        return hit or target
 
     @contextlib.contextmanager
     def reserve(self, targets: Sequence[FetchTarget], own: frozenset[Path]) -> Iterator[frozenset[Path]]:
@@ -103,7 +114,7 @@ class Fetcher:
         """Whether nothing has to be downloaded by this worker, as far as is known."""
         directory = self._cache.directories.for_new(target.ref.kind)
         return (
-            self._cache.find(target.exact_ref, fresh=True) is not None
+            self._look_up(target) is not None
             or any(True for _ in self._cache.list_unverified(target.exact_ref))
             or self._leases.is_alive(directory.leases / target.key)
         )
@@ -119,7 +130,11 @@ class Fetcher:
     def _find_unverified(
         self, ref: ModelRef, deadline: Deadline, report: ReportFile, error: ModelError
     ) -> CacheHit | None:
-        """A file whose name claims to be the model, if CivitAI cannot tell whether it is. `error` is CivitAI's."""
+        """A file whose name claims to be the model, if its site cannot tell whether it is. `error` is the site's."""
+        if ref.hub is not None:
+            hit = self._cache.find_last_known(ref) if isinstance(error, DownloadFailed) else None
+            warning = f"{ref.label} may have changed since it was fetched: {error.message}"
+            return None if hit is None else replace(hit, warnings=(warning,))
         for directory, file in self._cache.list_unverified(ref):
             with contextlib.suppress(ModelError):
                 record = self._cache.identify(directory, file, deadline, report_bytes(report, ref.label))
@@ -129,6 +144,26 @@ class Fetcher:
                 log.warning("%s", warning)
                 return CacheHit(directory, record, warnings=() if ref.sha256 else (warning,))
         return None
+
+    def _use_copy(
+        self, target: FetchTarget, copy: CachedHubFile, deadline: Deadline, report: ReportFile
+    ) -> CacheHit | None:
+        """RunPod's copy of a file, linked and not copied, if its bytes are verified to be the file's."""
+        sha256 = target.remote.sha256
+        if sha256 is None or copy.sha256 not in (None, sha256) or target.ref.sha256 not in (None, sha256):
+            return None
+        try:
+            file = target.file(sha256)
+            directory = self._cache.link(target.ref.kind, copy.path, file)
+            record = self._cache.identify(directory, file, deadline, report_bytes(report, target.label))
+        except ModelError as error:
+            log.warning("RunPod's copy of %s is not used: %s", copy.file, error.message)
+            return None
+        if record.sha256 != sha256:
+            log.warning("RunPod's copy of %s is not used: its SHA-256 is %s", copy.file, record.sha256[:12])
+            return None
+        verified = target.verified_record(record)
+        return CacheHit(directory, record if verified == record else self._cache.sidecars.write(directory, verified))
 
     # -- one worker of the fleet
 
@@ -183,13 +218,18 @@ class Fetcher:
         """The model, if it is there and verified by now."""
         if target.checkpoint is not None:
             return self._cache.find_checkpoint(target.checkpoint)
-        hit = self._cache.find(target.exact_ref, fresh=True)
+        hit = self._look_up(target)
         if hit is None:
             return None
         record = target.with_variant_filter(hit.record)
-        if record is not hit.record:  # next time CivitAI need not be asked which file the filter selects
+        if record.restricted and not target.remote.restricted:  # the site shows the same bytes to everybody
+            record = replace(record, restricted=False, url=target.remote.url)
+        if record is not hit.record:  # next time the site need not be asked about it
             record = self._cache.sidecars.write(hit.directory, record)
         return replace(hit, record=record)
+
+    def _look_up(self, target: FetchTarget) -> CacheHit | None:
+        return self._cache.find(target.exact_ref, fresh=True, is_shown=target.remote.hub is not None)
 
     def _verify_present(self, target: FetchTarget, deadline: Deadline, report: ReportFile) -> CacheHit | None:
         """A file that is there under a name that claims to be the model: used if its bytes verify that."""
@@ -261,7 +301,7 @@ class Fetcher:
         A file with a wrong hash is downloaded once more, with a new link.
         """
         directory = self._cache.directories.for_new(target.ref.kind)
-        link = functools.partial(self._civitai.link, target.remote, context.deadline)
+        link = functools.partial(self._site.link, target.remote, context.deadline)
         source = Source(target.label, link, size=target.remote.size, sha256=target.sha256)
         sha256 = self._downloader.fetch(source, partial_file, context, on_bytes).sha256
         if target.sha256 not in (None, sha256):
@@ -279,10 +319,13 @@ class Fetcher:
         """Make a complete partial file a model: the last verification, its name, its sidecar."""
         directory = self._cache.directories.for_new(target.ref.kind)
         file = target.file(sha256)
-        if target.remote.version_id is None and (same := self._cache.find_same_bytes(directory, sha256)) is not None:
+        same = None if target.remote.version_id is not None else self._cache.find_same_bytes(directory, sha256)
+        if same is not None:
             file = same.file
         try:
             record = target.record(partial_file, file, sha256)
+            if same is not None and not same.restricted:
+                record = replace(record, restricted=False)
         except OSError as error:
             if volume_state(error) is VolumeState.GONE:
                 raise PartialFileLost(f"the partial file of {target.label} is gone", hint="try again") from error
@@ -292,8 +335,8 @@ class Fetcher:
         else:  # another worker was as fast, and the WebUI may have that file open
             directory.remove_partial_file(partial_file)
         record = self._cache.sidecars.write(directory, record)
-        if target.ref.url is not None:
-            self._cache.sidecars.remember_url(directory, target.ref.url, file)
+        for url in target.urls:
+            self._cache.sidecars.remember_url(directory, url, file)
         log.info("%s is here: %s, %.1f MB, sha256 %s", target.label, file, record.size / 1e6, sha256[:12])
         return CacheHit(directory, record, downloaded=True)
 

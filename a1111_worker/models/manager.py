@@ -36,16 +36,17 @@ from a1111_worker.errors import (
 from a1111_worker.files import error_name, look
 from a1111_worker.heartbeat import Heartbeat
 from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache
-from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.eviction import Entry
 from a1111_worker.models.fetcher import Fetcher
 from a1111_worker.models.holds import Holds
+from a1111_worker.models.hub_files import hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import LivenessMonitor, new_owner
 from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.progress import AggregateProgress, ReportFile, report_bytes
 from a1111_worker.models.safetensors import families_fit
 from a1111_worker.models.sidecars import ModelRecord
+from a1111_worker.models.sites import ModelSite
 from a1111_worker.models.space import CacheSpace, RoomWait
 from a1111_worker.models.targets import FetchTarget
 from a1111_worker.models.volume import CacheDirectory
@@ -93,7 +94,7 @@ class ModelManager:
     def __init__(
         self,
         settings: CacheSettings,
-        civitai: CivitAI,
+        site: ModelSite,
         downloader: Downloader,
         timings: CacheTimings = CacheTimings(),
     ) -> None:
@@ -103,7 +104,7 @@ class ModelManager:
         self._holds = Holds(self.owner, self._heartbeat, liveness)
         leases = Leases(self.owner, self._heartbeat, liveness)
         self.cache = ModelCache(settings, self._holds, leases)
-        self._fetcher = Fetcher(self.cache, civitai, downloader, leases, poll=timings.poll)
+        self._fetcher = Fetcher(self.cache, site, downloader, leases, poll=timings.poll)
         self._checkpoint_spec = settings.checkpoint
         self._checkpoint: Model | None = None
         self._checkpoint_lock = threading.Lock()
@@ -388,7 +389,8 @@ class ModelManager:
         self.cache.refresh(ref.kind)
         for directory, file in self.cache.list_candidates(ref, fresh=True):
             record = self.cache.identify(directory, file, deadline, report_bytes(report, ref.label))
-            return CacheHit(directory, record)
+            if self.cache.is_open(directory, record):
+                return CacheHit(directory, record)
         similar = self.cache.similar_names(ref)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "give its CivitAI URL or version id"
         raise ModelNotFound(f"no model is known by the name {ref.label}", hint=hint)
@@ -548,6 +550,8 @@ def _source_of(known: ModelRecord) -> ModelRef | None:
     """Where a model's file can be fetched again, if it was not put there by hand."""
     if known.version_id is not None:
         return ModelRef(known.kind, known.version_id, None if known.primary else known.file_id)
+    if (hub := hub_file_of(known.url)) is not None:
+        return ModelRef(known.kind, hub=hub, name=known.name, sha256=known.sha256)
     if known.url is not None:
         return ModelRef(known.kind, url=known.url, name=known.name, sha256=known.sha256)
     return None

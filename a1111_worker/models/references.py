@@ -5,6 +5,7 @@
     https://civitai.com/model-versions/135867        https://civitai.com/api/v1/model-versions/135867
     urn:air:sdxl:lora:civitai:122359@135867+99264.safetensors       civitai:122359@135867
     {"url": …} {"version_id": 135867} {"name": "detail_tweaker_xl"}, each with "name" and "hash" beside it
+    hf:OWNER/REPO/path/file.safetensors@REVISION       and the URLs of Hugging Face that hub_files.py lists
     detail_tweaker_xl
 
 A CivitAI URL is never fetched as it was written: only its ids leave this module. The URL of another host is kept if its
@@ -21,7 +22,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from a1111_worker import catalog
-from a1111_worker.domain import ModelKind, ModelRef
+from a1111_worker.domain import HubFile, ModelKind, ModelRef
+from a1111_worker.models.hub_files import HUB_HOSTS, SCHEME, parse_hub_path, parse_hub_text
 from a1111_worker.origins import DEFAULT_PORTS, Origin, OriginRefused, origin_of, parse_origin
 
 CIVITAI_HOSTS = frozenset(
@@ -33,7 +35,7 @@ MAX_REFERENCE = 2_000  # characters
 MAX_NAME = 200
 MAX_ID = 2**53  # JSON carries every id below it exactly
 
-_FORMS = "a CivitAI URL, an AIR (civitai:122359@135867), or a name"
+_FORMS = "a URL of CivitAI or Hugging Face, an AIR (civitai:122359@135867), hf:OWNER/REPO/FILE.safetensors, or a name"
 _AIR_TYPES = {
     ModelKind.LORA: frozenset({"lora", "lycoris", "locon", "dora"}),
     ModelKind.CHECKPOINT: frozenset({"checkpoint"}),
@@ -78,6 +80,8 @@ def _parse_text(text: str, kind: ModelKind, allowed_hosts: Collection[str]) -> M
     text = _stripped(text, MAX_REFERENCE)
     if _SCHEME.match(text):
         return _parse_url(text, kind, allowed_hosts)
+    if text.lower().startswith(SCHEME):
+        return ModelRef(kind=kind, hub=_hub_file(parse_hub_text, text))
     if ":" in text:
         return _parse_air(text, kind)
     if "/" in text:
@@ -106,7 +110,7 @@ def _parse_object(given: Mapping[str, Any], kind: ModelKind, allowed_hosts: Coll
     of_url: ModelRef | None = parsed.get("url")
     version_id: int | None = parsed.get("version_id")
     if of_url is not None and version_id is not None:
-        if of_url.url is not None:
+        if (of_url.url, of_url.hub) != (None, None):
             problems.append(("version_id", "contradicts url, which is not CivitAI's: give one of them"))
         elif of_url.version_id not in (None, version_id):
             problems.append(("version_id", f"contradicts url, which names version {of_url.version_id}"))
@@ -122,7 +126,7 @@ def _url_or_air(url: object) -> str:
     if not isinstance(url, str):
         raise BadReference("must be text")
     if ":" not in url:
-        raise BadReference("must be a URL that starts with https://, or an AIR")
+        raise BadReference("must be a URL that starts with https://, an AIR, or hf:OWNER/REPO/FILE.safetensors")
     return url
 
 
@@ -161,11 +165,20 @@ def _parse_url(url: str, kind: ModelKind, allowed_hosts: Collection[str]) -> Mod
         raise BadReference("must not hold a key (token=): the worker has its own, CIVITAI_API_KEY")
     if origin.host in CIVITAI_HOSTS and str(origin) == f"https://{origin.host}":
         return _parse_civitai(path, query, kind)
+    if origin.host in HUB_HOSTS and str(origin) == f"https://{origin.host}":
+        return ModelRef(kind=kind, hub=_hub_file(parse_hub_path, path))
     if not _is_allowed(origin, allowed_hosts):
         raise _not_allowed(str(origin))
     if path in ("", "/"):
         raise BadReference(f"names no file on {origin.host}")
     return ModelRef(kind=kind, url=f"{origin}{path}{f'?{query}' if query else ''}")
+
+
+def _hub_file(parse: Callable[[str], HubFile], text: str) -> HubFile:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise BadReference(str(error)) from error
 
 
 def _split_url(url: str) -> tuple[Origin, str, str]:
@@ -212,7 +225,7 @@ def _not_allowed(origin: str) -> BadReference:
     if origin.startswith("http:"):
         return BadReference("must start with https://: http:// is not allowed")
     return BadReference(
-        f"may name CivitAI or a host of the worker's MODEL_HOSTS, not {origin.removeprefix('https://')}"
+        f"may name CivitAI, Hugging Face or a host of the worker's MODEL_HOSTS, not {origin.removeprefix('https://')}"
     )
 
 

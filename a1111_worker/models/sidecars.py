@@ -5,7 +5,7 @@
          "url": "https://civitai.com/api/download/models/135867", "version_id": 135867, "file_id": 99264,
          "primary": true, "wishes": [], "sha256": "0d9b…", "size": 228452352, "mtime": 1700000000,
          "base_model": "SDXL 1.0", "family": "sdxl", "lora_hash": "9c7…", "trained_words": [],
-         "downloaded_at": "2026-01-31T12:00:00Z"}
+         "downloaded_at": "2026-01-31T12:00:00Z", "restricted": false}
     detail_tweaker_xl.safetensors.uses      one byte a use, appended; its time is the last use
 
 A sidecar is knowledge, never the truth. It is not believed if it makes no sense, is no regular file, has more than 1
@@ -57,7 +57,11 @@ _CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What is known of one model. `variant_filters` are those of CivitAI URLs (`pruned/fp16`) that select this file."""
+    """What is known of one model.
+
+    `variant_filters` are those of CivitAI URLs (`pruned/fp16`) that select this file. `restricted`: it is a file of
+    Hugging Face that was fetched with the token, or that RunPod has put there. Not every caller may have it.
+    """
 
     kind: ModelKind
     name: str
@@ -75,6 +79,7 @@ class ModelRecord:
     lora_hash: str | None = None
     trained_words: tuple[str, ...] = ()
     downloaded_at: str | None = None
+    restricted: bool = False
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {"schema": SCHEMA}
@@ -160,6 +165,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "lora_hash": (str, type(None)),
     "trained_words": (list,),
     "downloaded_at": (str, type(None)),
+    "restricted": (bool,),
 }
 
 

@@ -1,4 +1,4 @@
-"""What is fetched, and what its file is called: a reference together with CivitAI's answer about it."""
+"""What is fetched, and what its file is called: a reference together with its site's answer about it."""
 
 from __future__ import annotations
 
@@ -69,13 +69,22 @@ class FetchTarget:
 
     @property
     def exact_ref(self) -> ModelRef:
-        """The reference with the ids of CivitAI's answer."""
+        """The reference with the ids of the site's answer."""
+        if self.remote.hub is not None:
+            return replace(self.ref, hub=self.remote.hub, sha256=self.sha256)
         if self.remote.version_id is None:
             return self.ref
         file_id = None if self.is_primary else self.remote.file_id
         return replace(
             self.ref, version_id=self.remote.version_id, file_id=file_id, size=None, fp=None, url=None, model_id=None
         )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The URLs by which its file is found again. CivitAI's files are found by their ids."""
+        if self.ref.hub is not None and self.remote.hub is not None:
+            return self.ref.hub.url, self.remote.hub.url
+        return (self.ref.url,) if self.ref.url is not None else ()
 
     @property
     def reserved_file(self) -> str | None:
@@ -120,6 +129,7 @@ class FetchTarget:
             lora_hash=lora_hash(path, header) if self.ref.kind is ModelKind.LORA else None,
             trained_words=self.remote.trained_words,
             downloaded_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            restricted=self.remote.restricted,
         )
 
     def verified_record(self, record: ModelRecord) -> ModelRecord:
@@ -135,6 +145,7 @@ class FetchTarget:
             base_model=remote.base_model,
             family=family_of_base_model(remote.base_model) if record.family is None else record.family,
             trained_words=remote.trained_words,
+            restricted=remote.restricted,
         )
 
     def with_variant_filter(self, record: ModelRecord) -> ModelRecord:

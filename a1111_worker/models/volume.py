@@ -347,7 +347,8 @@ class CacheDirectories:
     """Where models are looked for, in this order: the cache, the local folder, the sources.
 
     New models are written to the cache. If the cache cannot be written they go to the local folder; if neither can be
-    written, nothing is fetched. A source that is the cache itself, or cannot be listed, is left out.
+    written, nothing is fetched. A source that is the cache itself, or cannot be listed, is left out. A model that lies
+    somewhere else gets a link in a folder of this container (`linked`).
     """
 
     def __init__(self, models_dir: Path, local_dir: Path, sources: Sequence[Path], owner: str) -> None:
@@ -358,6 +359,7 @@ class CacheDirectories:
         )
         self._writable: dict[ModelKind, CacheDirectory | None] = {}
         self._all: dict[ModelKind, list[CacheDirectory]] = {}
+        self._linked = {kind: CacheDirectory(local_dir / "linked" / kind.folder, kind) for kind in ModelKind}
         for kind in ModelKind:
             cache = _prepare(CacheDirectory(models_dir / kind.folder, kind), owner)
             self._all[kind] = [cache]
@@ -366,6 +368,7 @@ class CacheDirectories:
                 local = _prepare(CacheDirectory(local_dir / kind.folder, kind, is_local=True), owner)
                 self._all[kind].append(local)
                 self._writable[kind] = local if local.is_writable else None
+            self._all[kind].append(self._linked[kind])
             for source in self.sources:
                 folders = [source / name for name in SOURCE_FOLDERS[kind] if _can_list(source / name)]
                 self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
@@ -380,6 +383,10 @@ class CacheDirectories:
         if directory is None:
             raise VolumeFailed("there is no folder that models can be written to", hint="set MODELS_DIR to one")
         return directory
+
+    def linked(self, kind: ModelKind) -> CacheDirectory:
+        """The folder with links to models of a kind that lie somewhere else."""
+        return self._linked[kind]
 
     def writable(self) -> list[CacheDirectory]:
         return [directory for directory in self._writable.values() if directory is not None]

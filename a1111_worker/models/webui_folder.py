@@ -72,14 +72,18 @@ class WebUIFolder:
                         link.unlink()
 
     def _link(self, link: Path, path: Path) -> None:
-        target = _target(path)
-        with contextlib.suppress(OSError):
-            if link.readlink() == target:
-                return
-        draft = link.with_name(f".{short_name(link.name)}.{self._owner}-{threading.get_ident()}")
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(target)
-        draft.replace(link)  # the old link may be in use: it changes at once
+        make_link(link, _target(path), self._owner)
+
+
+def make_link(link: Path, target: Path, owner: str) -> None:
+    """Let a link lead to a file from now on, whatever it led to before. Raises OSError."""
+    with contextlib.suppress(OSError):
+        if link.readlink() == target:
+            return
+    draft = link.with_name(f".{short_name(link.name)}.{owner}-{threading.get_ident()}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target)
+    draft.replace(link)  # the old link may be in use: it changes at once
 
 
 def _target(path: Path) -> Path:

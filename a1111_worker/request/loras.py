@@ -121,8 +121,8 @@ def is_same_lora(ref: ModelRef, other: ModelRef) -> bool:
         return ref.version_id == other.version_id and not is_other_file
     if ref.model_id is not None or other.model_id is not None:
         return ref.model_id == other.model_id
-    if ref.url is not None or other.url is not None:
-        return ref.url == other.url
+    if (ref.url, ref.hub) != (None, None) or (other.url, other.hub) != (None, None):
+        return (ref.url, ref.hub) == (other.url, other.hub)
     return ref.name == other.name
 
 

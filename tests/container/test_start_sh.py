@@ -566,7 +566,7 @@ GIVEN = {
     "CUDA_VISIBLE_DEVICES": True,
     "NVIDIA_VISIBLE_DEVICES": True,
     "PYTORCH_CUDA_ALLOC_CONF": True,
-    "HF_HOME": True,
+    "HF_HOME": False,  # it has one of its own, with its tokenizer
 }
 
 
@@ -579,7 +579,8 @@ def test_the_webui_gets_the_variables_that_it_needs_and_no_others(container: Con
     assert given.items() <= container.event("worker", "start")["environment"].items()
     assert {name for name in given if webui.get(name) == given[name]} == {name for name in GIVEN if GIVEN[name]}
     known = {*given, "EVENTS", "REAL_PYTHON", *PLANNED, "PATH", "PYTHONUNBUFFERED", "no_proxy"}
-    known |= {"http_proxy", "https_proxy", "HF_HUB_OFFLINE", "PWD", "SHLVL", "_", "LC_CTYPE"}  # bash's and Python's
+    known |= {"http_proxy", "https_proxy", "HF_HUB_OFFLINE", "HF_HOME"}
+    known |= {"PWD", "SHLVL", "_", "LC_CTYPE"}  # bash's and Python's
     assert set(webui) <= known
 
 
@@ -594,7 +595,7 @@ def test_every_variable_that_the_webui_gets_has_a_reason_on_the_page(container: 
             r"`([A-Za-z_*]+)`", "".join(line.split("|")[1] for line in section.splitlines() if line[:3] == "| `")
         )
     )
-    assert described == {*done.stdout.split(), "PYTHONUNBUFFERED", "LD_PRELOAD"}
+    assert described == {*done.stdout.split(), "HF_HOME", "PYTHONUNBUFFERED", "LD_PRELOAD"}
 
 
 def test_downloads_of_the_webui_are_refused_at_once_and_this_machine_is_reached(container: Container) -> None:

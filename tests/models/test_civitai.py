@@ -26,7 +26,8 @@ from a1111_worker.errors import (
     ModelRejected,
     WorkerError,
 )
-from a1111_worker.models.civitai import CivitAI, CivitAITimings
+from a1111_worker.models.civitai import CivitAI
+from a1111_worker.models.sites import SiteTimings
 from a1111_worker.transfer.egress import EgressPolicy
 from sandbox import civitai as sandbox
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
@@ -34,7 +35,7 @@ from sandbox.server import Exchange, Server
 
 KEY = "0123456789abcdef-the-key"
 LORA = ModelRef(ModelKind.LORA, version_id=135867)
-QUICK = CivitAITimings(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_many=1.0)
+QUICK = SiteTimings(connect=2.0, answer=2.0, shortest=0.0, longest=0.0, too_many=1.0)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def service(tmp_path: Path) -> Iterator[sandbox.SandboxCivitAI]:
 
 
 def client_of(
-    *services: sandbox.SandboxCivitAI, key: str | None = KEY, timings: CivitAITimings = QUICK, **options: Any
+    *services: sandbox.SandboxCivitAI, key: str | None = KEY, timings: SiteTimings = QUICK, **options: Any
 ) -> CivitAI:
     urls = [service.url for service in services]
     policy = EgressPolicy([*urls, *(service.storage.url for service in services)])
@@ -611,7 +612,7 @@ def test_the_job_s_time_ends_a_request(service: sandbox.SandboxCivitAI) -> None:
     ],
 )
 def test_a_cancelled_job_waits_for_nothing(
-    fault: sandbox.ServerFault, timings: CivitAITimings, service: sandbox.SandboxCivitAI
+    fault: sandbox.ServerFault, timings: SiteTimings, service: sandbox.SandboxCivitAI
 ) -> None:
     service.fail(fault, times=None, on="/api/download/")
     client = client_of(service, timings=timings)

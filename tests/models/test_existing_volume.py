@@ -64,7 +64,7 @@ def test_models_are_known_by_their_sidecars(fleet: Fleet) -> None:
     assert fleet.asked() == []
 
 
-def test_a_sidecar_that_is_written_again_has_the_same_keys(fleet: Fleet) -> None:
+def test_a_sidecar_that_is_written_again_has_the_same_keys_and_the_new_one(fleet: Fleet) -> None:
     path = put(fleet, "Snow_Ice_1.safetensors", 1, SIDECAR)
     before = json.loads(Path(f"{path}.json").read_text())
     cache = fleet.start().cache
@@ -74,7 +74,7 @@ def test_a_sidecar_that_is_written_again_has_the_same_keys(fleet: Fleet) -> None
     cache.sidecars.write(hit.directory, replace(hit.record, variant_filters=("full/fp32",)))
 
     after = json.loads(Path(f"{path}.json").read_text())
-    assert after == before | {"wishes": ["full/fp32"], "mtime": int(path.stat().st_mtime)}
+    assert after == before | {"wishes": ["full/fp32"], "mtime": int(path.stat().st_mtime), "restricted": False}
 
 
 def test_uses_are_counted_on(fleet: Fleet) -> None:

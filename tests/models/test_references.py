@@ -97,9 +97,9 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ("http://cdn.example.com/a", "https"),
         ("ftp://civitai.com/models/1", "https"),
         ("file:///etc/passwd", "https"),
-        ("file:/etc/passwd", "must be a CivitAI URL"),
-        ("data:text/plain,x", "must be a CivitAI URL"),
-        ("javascript:alert(1)", "must be a CivitAI URL"),
+        ("file:/etc/passwd", "must be a URL of CivitAI"),
+        ("data:text/plain,x", "must be a URL of CivitAI"),
+        ("javascript:alert(1)", "must be a URL of CivitAI"),
         ("//civitai.com/models/1", "starts with https://"),
         ("civitai.com/models/1", "starts with https://"),
         # hosts: compared whole, never by prefix or suffix
@@ -171,8 +171,8 @@ def test_a_checkpoint_is_named_in_the_same_ways() -> None:
         ("urn:air:sdxl:lora:civitai:1@2.ckpt", "safetensors"),
         ("urn:air:sdxl:lora:civitai:1@latest", "as a number"),
         ("civitai:1+3", "version of its file"),
-        ("civitai:", "must be a CivitAI URL"),
-        ("C:\\models\\x.safetensors", "must be a CivitAI URL"),
+        ("civitai:", "must be a URL of CivitAI"),
+        ("C:\\models\\x.safetensors", "must be a URL of CivitAI"),
         # names
         ("", "blank"),
         ("   ", "blank"),

@@ -237,9 +237,10 @@ def test_new_models_go_to_the_cache_and_are_looked_for_there_first(tmp_path: Pat
 
     directories = CacheDirectories(tmp_path / "models", tmp_path / "local", [tmp_path / "source"], "me")
 
-    cache, *sources = directories.of(ModelKind.LORA)
+    cache, linked, *sources = directories.of(ModelKind.LORA)
     assert (cache.folder, cache.is_writable, cache.is_local) == (tmp_path / "models/loras", True, False)
     assert directories.for_new(ModelKind.LORA) is cache
+    assert (linked.folder, linked.is_writable) == (tmp_path / "local/linked/loras", False)
     assert [source.folder for source in sources] == [tmp_path / "source/Lora", tmp_path / "source"]
     assert not any(source.is_writable for source in sources)
 
@@ -251,7 +252,7 @@ def test_without_a_writable_cache_new_models_go_to_the_local_folder(tmp_path: Pa
 
     local = directories.for_new(ModelKind.LORA)
     assert (local.folder, local.is_local) == (tmp_path / "local/loras", True)
-    assert [directory.is_writable for directory in directories.of(ModelKind.LORA)] == [False, True]
+    assert [directory.is_writable for directory in directories.of(ModelKind.LORA)] == [False, True, False]
 
 
 def test_without_any_writable_folder_there_is_no_place_for_new_models(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_a_command_gets_the_settings_of_the_sandbox_and_none_of_runpod(folder: P
     env = json.loads(out)
     assert process.returncode == 0
     assert env["CIVITAI_URL"] in env["MODEL_HOSTS"].split(",")
-    assert env["MODEL_HOSTS"] == env["STORAGE_HOSTS"]
+    assert set(env["MODEL_HOSTS"].split(",")) < set(env["STORAGE_HOSTS"].split(","))
+    assert env["HF_ENDPOINT"].startswith("http://127.0.0.1:")
     assert (env["CIVITAI_API_KEY"], env["MODEL_SOURCES"]) == ("sandbox", "")
     assert Path(env["MODELS_DIR"]) == folder / "models"
     assert not [name for name in env if name.startswith("RUNPOD_WEBHOOK") or name == "RUNPOD_POD_ID"]
