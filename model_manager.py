@@ -227,10 +227,8 @@ class _Command:
         refs: dict[ModelRef, str] = {}
         bad: dict[str, str] = {}
         for text in self._options.references:
-            is_id = text.isascii() and text.isdigit() and len(text) < 20
-            value = {"version_id": int(text)} if is_id else text
             try:
-                refs[parse_reference(value, kind=kind, allowed_hosts=self._config.model_hosts)] = text
+                refs[parse_reference(text, kind=kind, allowed_hosts=self._config.model_hosts)] = text
             except BadReference as error:
                 bad[text] = str(error)
         return self._hold_and_print(refs, bad)

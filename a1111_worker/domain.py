@@ -232,8 +232,9 @@ class GenerationRequest:
 
     `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
     sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
-    order, then those of tags in prompts that no entry of the list names. `allow_blank`: an image of one colour is not
-    an error. `preview`: its progress carries pictures.
+    order, then those of tags in prompts that no entry of the list names. `dropped` are the paths of what was taken and
+    cannot change the pictures. `allow_blank`: an image of one colour is not an error. `preview`: its progress carries
+    pictures.
     """
 
     body: Mapping[str, Any]
@@ -241,6 +242,7 @@ class GenerationRequest:
     loras: tuple[LoraRequest, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     output: OutputOptions = OutputOptions()
     allow_blank: bool = False
     preview: bool = False

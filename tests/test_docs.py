@@ -21,7 +21,16 @@ from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, Outpu
 from a1111_worker.job.shutdown import job_seconds
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import ModelRecord
-from a1111_worker.request.fields import MAX_LORAS, OUTPUT, OVERRIDABLE_OPTIONS, FieldClass, Limits
+from a1111_worker.request.fields import (
+    CHECKPOINT_OPTION,
+    INERT_OPTIONS,
+    MAX_LORAS,
+    OUTPUT,
+    OVERRIDABLE_OPTIONS,
+    Field,
+    FieldClass,
+    Limits,
+)
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.webui.timings import WebUITimings
@@ -179,10 +188,33 @@ def test_every_refused_field_is_described_with_the_reason() -> None:
     rows = table(API, "Fields that are refused", "field")
 
     assert rows == {
-        name: (field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.ignored_values))
+        name: (field.reason, ", ".join(_dropped_if(field)))
         for name, field in txt2img_fields(Limits()).items()
         if field.kind is FieldClass.REFUSED
     }
+
+
+def _dropped_if(field: Field) -> Iterator[str]:
+    yield from (f"`{json.dumps(value)}`" for value in field.ignored_values)
+    if field.only_with:
+        yield f"or without `{field.only_with}`"
+
+
+def test_every_dropped_field_is_described_with_the_reason() -> None:
+    rows = table(API, "Fields that are dropped", "field")
+
+    described = {name: cells for names, cells in rows.items() for name in re.findall(r"\w+", names)}
+    assert described == {
+        name: (field.value.expected, field.reason)
+        for name, field in txt2img_fields(Limits()).items()
+        if field.kind is FieldClass.DROPPED
+    }
+
+
+def test_every_option_that_is_dropped_is_described() -> None:
+    text = section(API, "Settings a job may override")
+
+    assert [name for name in (*INERT_OPTIONS, CHECKPOINT_OPTION) if f"`{name}`" not in text] == []
 
 
 def test_every_setting_a_job_may_override_is_described() -> None:

@@ -6,7 +6,7 @@
     urn:air:sdxl:lora:civitai:122359@135867+99264.safetensors       civitai:122359@135867
     {"url": …} {"version_id": 135867} {"name": "detail_tweaker_xl"}, each with "name" and "hash" beside it
     hf:OWNER/REPO/path/file.safetensors@REVISION       and the URLs of Hugging Face that hub_files.py lists
-    detail_tweaker_xl
+    detail_tweaker_xl        135867 (digits alone are a version id)
 
 A CivitAI URL is never fetched as it was written: only its ids leave this module. The URL of another host is kept if its
 whole origin (scheme, host and port) is allowed. The message of a refusal never repeats the URL.
@@ -84,6 +84,8 @@ def _parse_text(text: str, kind: ModelKind, allowed_hosts: Collection[str]) -> M
         return ModelRef(kind=kind, hub=_hub_file(parse_hub_text, text))
     if ":" in text:
         return _parse_air(text, kind)
+    if re.fullmatch(r"[0-9]+", text):
+        return ModelRef(kind=kind, version_id=_parse_version_id(text))
     if "/" in text:
         raise BadReference("a URL starts with https://, and a name holds no / or \\")
     return ModelRef(kind=kind, name=parse_name(text))
@@ -313,6 +315,8 @@ def _text_id(text: str, label: str) -> int:
 def _parse_version_id(value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # to JSON, 135867 and 135867.0 are the same
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,16}(\.0)?", value):
+        value = int(value.removesuffix(".0"))  # some clients send numbers as text
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_ID:
         raise BadReference("must be a CivitAI version id: a whole number above 0")
     return value

@@ -8,6 +8,7 @@ The modules, the public one first:
     generating      the request of a task that generates pictures: its fields, read as a whole
     queries         the tables of the tasks that generate nothing
     fields          what a field is; fields, output options and WebUI settings that several tasks share
+    extensions      whether the units of ControlNet and ADetailer ask for anything
     unknown         the complaint about an unknown name, with the known one that was meant
     loras           the LoRAs of a job: those of its list, and those of the tags in its prompts
     scripts         what the arguments of A1111's own scripts ask for, and whether that is within the limits

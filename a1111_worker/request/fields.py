@@ -1,26 +1,29 @@
 """What a field of a job is, and the fields and limits that several tasks share.
 
-Every field of A1111's own bodies (1.9.3 and 1.10.1) is in one of four classes: the worker's own, passed on as it is,
-checked later against the WebUI's live lists, or refused with a reason. What A1111 answers with a 500 is out of range.
+Every field of A1111's own bodies (1.9.3 and 1.10.1) is in one of five classes: the worker's own, passed on as it is,
+checked later against the WebUI's live lists, taken and dropped because it cannot change the picture, or refused with a
+reason. What A1111 answers with a 500 is out of range.
 The table of a task is in the module of that task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 from typing import Any
 
 from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOptions, Task
-from a1111_worker.request.unknown import unknown_name, unknown_output_option
+from a1111_worker.request.unknown import SURE, unknown_name, unknown_output_option
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
     InvalidValue,
     ValueType,
+    always_true,
     any_list,
     any_object,
+    anything,
     boolean,
     describe_value,
     integer,
@@ -69,6 +72,7 @@ class FieldClass(str, Enum):
     OURS = "ours"
     PASSED = "passed"
     CHECKED = "checked"
+    DROPPED = "dropped"
     REFUSED = "refused"
 
 
@@ -76,9 +80,10 @@ class FieldClass(str, Enum):
 class Field:
     """A field of a job's input.
 
-    `reason` is why a refused field is refused. `ignored_values` are the values of a refused field that change nothing:
-    they are dropped without a complaint. `is_webui_field` is False for a field that only this worker knows.
-    `is_required`: it must be there, and null is no value for it.
+    `reason` is why a field is refused or dropped. `ignored_values` are the values of a refused field that say, in
+    A1111's own words, that it is not used. `is_webui_field` is False for a field that A1111 does not know.
+    `is_required`: it must be there, and null is no value for it. `only_with` is the field without which this one cannot
+    change the picture: then it is dropped, whatever it says.
     """
 
     kind: FieldClass
@@ -87,6 +92,7 @@ class Field:
     ignored_values: tuple[bool | str, ...] = ()
     is_webui_field: bool = True
     is_required: bool = False
+    only_with: str | None = None
 
     def ignores(self, value: object) -> bool:
         """Whether a value of this refused field changes nothing."""
@@ -132,7 +138,7 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "sampler_index": Field(checked, name),
         "batch_size": Field(passed, images),
         "n_iter": Field(passed, images),
-        "styles": Field(checked, list_of(text(MAX_NAME), MAX_STYLES, "names of styles")),
+        "styles": Field(checked, list_of(name, MAX_STYLES, "names of styles")),
         "subseed": Field(passed, seed),
         "subseed_strength": Field(passed, share),
         "seed_resize_from_h": Field(passed, noise_side),
@@ -163,27 +169,60 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
         "preview": Field(ours, boolean(), is_webui_field=False),
+        **_dropped_in_generations(),
         **_refused_in_generations(),
     }
 
 
-def _refused_in_generations() -> dict[str, Field]:
-    def boolean_field(ignored_value: bool, reason: str) -> Field:
-        return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
+def _dropped_in_generations() -> dict[str, Field]:
+    def dropped(value: ValueType, reason: str, *, is_webui_field: bool = True) -> Field:
+        return Field(FieldClass.DROPPED, value, reason, is_webui_field=is_webui_field)
 
+    return {
+        "save_images": dropped(boolean(), DISK_REASON),
+        "do_not_save_samples": dropped(boolean(), DISK_REASON),
+        "do_not_save_grid": dropped(boolean(), DISK_REASON),
+        "send_images": dropped(always_true("the pictures are the answer"), "the pictures are the answer"),
+        "override_settings_restore_afterwards": dropped(boolean(), "a job's settings end with the job"),
+        "samples_format": dropped(anything(), "the format is `output.format`", is_webui_field=False),
+        "return_grid": dropped(anything(), "the WebUI's API sends no grid of a job's pictures", is_webui_field=False),
+        **{
+            name: dropped(anything(), f"{client} sends it, and A1111 does not know it", is_webui_field=False)
+            for client, names in FIELDS_OF_CLIENTS.items()
+            for name in names
+        },
+    }
+
+
+FIELDS_OF_CLIENTS: Mapping[str, Sequence[str]] = {
+    "SillyTavern": ("url", "auth", "hr_additional_modules"),
+    "Auto-Photoshop-StableDiffusion-Plugin": (
+        "selection_info",
+        "original_prompt",
+        "original_negative_prompt",
+        "use_sharp_mask",
+        "use_prompt_shortcut",
+        "prompt_shortcut_ui_dict",
+        "uniqueDocumentId",
+        "mode",
+        "session_id",
+    ),
+    "AI Render for Blender": ("image_similarity", "sampler"),
+}
+"""Fields of their own that programs with A1111's API in view send to it. It drops them without a word."""
+
+
+def _refused_in_generations() -> dict[str, Field]:
     return {
         "refiner_checkpoint": refused_text(CHECKPOINT_REASON, "", "None", "none"),
         "checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
-        "override_settings_restore_afterwards": boolean_field(True, "a job's settings end with the job"),
         "infotext": refused_text("it sets other fields unseen; give each of them by its name", ""),
-        "disable_extra_networks": boolean_field(False, "the WebUI would go on with the LoRAs of the job before"),
-        "send_images": boolean_field(True, "the pictures are the answer"),
-        "save_images": boolean_field(False, DISK_REASON),
-        "do_not_save_samples": boolean_field(True, DISK_REASON),
-        "do_not_save_grid": boolean_field(True, DISK_REASON),
+        "disable_extra_networks": Field(
+            FieldClass.REFUSED, boolean(), "the WebUI would go on with the LoRAs of the job before", (False,)
+        ),
         # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
         "firstpass_image": refused_text("the WebUI's API does not decode it, and fails", ""),
         "force_task_id": refused_text("the worker names its own tasks", ""),
@@ -238,15 +277,36 @@ OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
 }
 
 
+INERT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "samples_format": (),
+    "return_grid": (),
+    "ddim_discretize": ("uniform",),
+    "img2img_fix_steps": (False,),
+    "img2img_color_correction": (False,),
+    "sd_hypernetwork": ("None",),
+    "inpainting_mask_weight": (1,),
+    "initial_noise_multiplier": (1,),
+}
+"""Options that clients send, and the values that change nothing: A1111's defaults. None are listed if no value does."""
+
+CHECKPOINT_OPTION = "sd_model_checkpoint"
+
+
 def override_settings() -> ValueType:
+    """The settings that a job overrides; those that change nothing, and the checkpoint's name, are still among them."""
+
     def check_option(name: str, value: object) -> object:
-        if name in ("sd_model_checkpoint", "sd_checkpoint_hash"):
-            raise InvalidValue(f"is refused: {CHECKPOINT_REASON}")
+        if value is None:
+            return None
+        if name == CHECKPOINT_OPTION:
+            return text(MAX_NAME, blank=True).check(value)
+        if name in INERT_OPTIONS and (not INERT_OPTIONS[name] or value in INERT_OPTIONS[name]):
+            return value
         if name not in OVERRIDABLE_OPTIONS:
-            near = nearest(name, OVERRIDABLE_OPTIONS, 1)
+            near = nearest(name, OVERRIDABLE_OPTIONS, 1, cutoff=SURE)
             hint = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(OVERRIDABLE_OPTIONS)}"
             raise InvalidValue(f"is not a setting that a job may override; {hint}")
-        return None if value is None else OVERRIDABLE_OPTIONS[name].value.check(value)
+        return OVERRIDABLE_OPTIONS[name].value.check(value)
 
     options = object_of(check_option, "an object of settings a job may override")
     # null means absent here too: A1111 would set the option to it, and fail.
@@ -288,7 +348,7 @@ def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
-_BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set fields and bypass the checks
+BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set fields and bypass the checks
     "refiner": CHECKPOINT_REASON,
     "sampler": "use steps, sampler_name and scheduler",
     "seed": "use seed, subseed and subseed_strength",
@@ -297,7 +357,7 @@ _BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set field
 
 
 def check_always_on_script(name: str, value: object) -> dict[str, Any]:
-    if reason := _BUILT_IN_SCRIPTS.get(name.strip().casefold()):
+    if reason := BUILT_IN_SCRIPTS.get(name.strip().casefold()):
         raise InvalidValue(f"is refused: {reason}")
     if not isinstance(value, dict):
         raise mismatch('an object like {"args": […]}', value)

@@ -5,14 +5,17 @@ The LoRAs of the list and of the prompts, fields that must agree with each other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, OnLoraError, OutputOptions
+from a1111_worker.request.extensions import is_idle
+from a1111_worker.request.fields import INERT_OPTIONS
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.scripts import check_script
 from a1111_worker.request.size import final_size, size_problem
+from a1111_worker.request.values import shown
 
 DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
 DEFAULT_SAMPLER = "DPM++ 2M Karras"
@@ -46,6 +49,7 @@ def read_txt2img(reader: InputReader) -> GenerationRequest:
         loras=loras,
         on_lora_error=OnLoraError(given.get("on_lora_error", OnLoraError.FAIL)),
         warnings=tuple(reader.warnings),
+        dropped=tuple(reader.dropped),
         output=output,
         allow_blank=given.get("allow_blank", False),
         preview=given.get("preview", False),
@@ -84,34 +88,71 @@ def _noted(reader: InputReader, parsed: ParsedLoras) -> tuple[LoraRequest, ...]:
 
 def _body(reader: InputReader) -> dict[str, Any]:
     """A1111's body, with our defaults."""
-    own = ("override_settings", "sampler_index", "sampler_name")  # below, each under A1111's own name
+    own = ("sampler_index", "sampler_name", *_PARTLY_DROPPED)
     body = {
         name: value for name, value in reader.given.items() if reader.table[name].is_webui_field and name not in own
     }
-    settings = _override_settings(reader)
-    if settings:
-        body["override_settings"] = settings
+    for name, read in _PARTLY_DROPPED.items():
+        if value := read(reader):
+            body[name] = value
     return {**DEFAULTS, **body, "sampler_name": _sampler_name(reader)}
 
 
 def _override_settings(reader: InputReader) -> dict[str, Any]:
     """The settings that a job overrides. clip_skip and vae are among them: A1111 ignores these two as fields."""
     given = reader.given
-    settings = dict(given.get("override_settings", {}))
+    settings = {}
+    for name, value in given.get("override_settings", {}).items():
+        if name in INERT_OPTIONS:
+            reader.dropped.append(f"override_settings.{name}")
+        else:
+            settings[name] = value
     for name, setting in (("clip_skip", "CLIP_stop_at_last_layers"), ("vae", "sd_vae")):
         if name in given and settings.setdefault(setting, given[name]) != given[name]:
             reader.complain(name, f"contradicts override_settings.{setting}: give one of them")
     return settings
 
 
+def _styles(reader: InputReader) -> list[str]:
+    """The styles without those that stand for none."""
+    styles = []
+    for index, style in enumerate(reader.given.get("styles", ())):
+        if style.strip() in ("", "None"):
+            reader.dropped.append(f"styles[{index}]")
+        else:
+            styles.append(style)
+    return styles
+
+
+def _always_on_scripts(reader: InputReader) -> dict[str, Any]:
+    """The always-on scripts that are asked for anything."""
+    scripts = {}
+    for name, script in reader.given.get("alwayson_scripts", {}).items():
+        if is_idle(name, script.get("args", ())):
+            reader.dropped.append(f"alwayson_scripts.{shown(name)}")
+        else:
+            scripts[name] = script
+    return scripts
+
+
+_PARTLY_DROPPED: Mapping[str, Callable[[InputReader], Any]] = {
+    "override_settings": _override_settings,
+    "styles": _styles,
+    "alwayson_scripts": _always_on_scripts,
+}
+"""Fields of which a part may be dropped, and what is left of each."""
+
+
 def _sampler_name(reader: InputReader) -> str:
-    """The sampler; `sampler_index` is the old name of `sampler_name`."""
+    """The sampler. `sampler_index` is the old name of `sampler_name`, and as in A1111 the new name wins."""
     old: str | None = reader.given.get("sampler_index")
     sampler: str | None = reader.given.get("sampler_name", old)
     if sampler is None:
+        if "sampler" in reader.dropped:
+            reader.complain("sampler", "is unknown; did you mean 'sampler_name'?")
         return DEFAULT_SAMPLER_WITH_SCHEDULER if "scheduler" in reader.given else DEFAULT_SAMPLER
     if old is not None and old.strip().casefold() != sampler.strip().casefold():
-        reader.complain("sampler_index", "contradicts sampler_name and is the old name of it: give one of them")
+        reader.dropped.append("sampler_index")
     return sampler
 
 

@@ -10,13 +10,13 @@ from itertools import islice
 from typing import Any
 
 from a1111_worker import catalog
-from a1111_worker.domain import LoraRequest, ModelKind, ModelRef
+from a1111_worker.domain import LoraRequest, Model, ModelKind, ModelRef
 from a1111_worker.errors import Complaint
 from a1111_worker.models.references import BadReference, parse_name, parse_reference
 from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
 from a1111_worker.request.fields import LORA_KEYS, LORA_SCALE, MAX_LORAS
 from a1111_worker.request.unknown import unknown_lora_key
-from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, describe_value, shown
+from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, as_integer, describe_value, shown
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,15 @@ class ParsedLoras:
     complaints: tuple[Complaint, ...] = ()
 
 
-def scale_of(lora: LoraRequest) -> float:
-    """How strongly a LoRA is applied: the job's scale, else the catalog's, else 1.0."""
+def scale_of(lora: LoraRequest, model: Model | None = None) -> float:
+    """How strongly a LoRA is applied: the job's scale, else the catalog's, else 1.0.
+
+    `model` is what the reference turned out to mean: of a page without a version, only that says which version it is.
+    """
     if lora.scale is not None:
         return lora.scale
-    known = catalog.lora_of_version(lora.ref.version_id) if lora.ref.version_id is not None else None
+    version_id = model.version_id if model else lora.ref.version_id
+    known = catalog.lora_of_version(version_id) if version_id is not None else None
     return known.scale if known else 1.0
 
 
@@ -92,6 +96,8 @@ def parse_list(items: Sequence[Any], bad_paths: Collection[str], model_hosts: Co
 
 def _parse_item(path: str, item: Any, model_hosts: Collection[str]) -> tuple[LoraRequest | None, list[Problem]]:
     """One entry of the list, None if it names no usable model, and everything that is wrong with it."""
+    if (version_id := as_integer(item)) is not None:
+        item = {"version_id": version_id}
     if not isinstance(item, (str, dict)):
         return None, [("", f"must be text or an object, not {describe_value(item)}")]
     scale: float | None = None

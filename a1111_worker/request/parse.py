@@ -26,6 +26,8 @@ def parse_request(raw: object, limits: Limits) -> Request:
         raise InvalidRequest([Complaint("input", 'is missing: a job is {"input": {"prompt": "…"}}')])
     if not isinstance(raw, dict):
         raise InvalidRequest([Complaint("input", f"must be an object, not {describe_value(raw)}")])
+    if (other := _format_of_another_worker(raw)) is not None:
+        raise InvalidRequest([Complaint("input", other)])
     form = FORMS[_task_of(raw)]
     reader = InputReader(raw, form.fields(limits), limits)
     request = form.read(reader)
@@ -45,6 +47,21 @@ FORMS: Mapping[Task, Form] = {
     Task.TXT2IMG: Form(txt2img_fields, read_txt2img),
     Task.HEALTH: Form(no_fields, lambda _reader: HealthRequest()),
 }
+
+
+def _format_of_another_worker(raw: Mapping[Any, Any]) -> str | None:
+    """The complaint about a job that was written for another worker of this kind, None if it was not."""
+    if "prompt" not in raw and isinstance(raw.get("payload"), dict) and {"api", "endpoint"} & raw.keys():
+        return (
+            "has the format of ashleykleynhans/runpod-worker-a1111 (api and payload): "
+            "here the fields of payload are the input itself, and task says what is done with them"
+        )
+    if "prompt" not in raw and isinstance(raw.get("workflow"), dict):
+        return (
+            "has the format of runpod-workers/worker-comfyui (workflow): this worker runs no ComfyUI; "
+            'it takes the body of A1111\'s txt2img: {"input": {"prompt": "…"}}'
+        )
+    return None
 
 
 def _task_of(raw: Mapping[Any, Any]) -> Task:

@@ -14,16 +14,20 @@ from a1111_worker.request.values import InvalidValue, ValueBudget, has_lone_surr
 MAX_VALUES = 100_000
 MAX_COMPLAINTS = 100
 
+_NEVER_SUGGESTED = (FieldClass.DROPPED, FieldClass.REFUSED)
+
 
 class InputReader:
-    """One raw input. Every step adds to `complaints` and `warnings`, and goes on with those values that are valid.
+    """One raw input. Every step adds to its lists, and goes on with those values that are valid.
 
-    `given` holds the valid fields, as checked values, without those that are unset.
+    `given` holds the valid fields, as checked values, without those that are unset. `dropped` are the paths of what was
+    taken and does nothing.
     """
 
     def __init__(self, raw: dict[Any, Any], table: Mapping[str, Field], limits: Limits) -> None:
         self.complaints: list[Complaint] = []
         self.warnings: list[str] = []
+        self.dropped: list[str] = []
         self.raw = raw
         self.table = table
         self.limits = limits
@@ -69,7 +73,7 @@ class InputReader:
     def _known_fields(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that fit the table, as checked values. null means absent: A1111's own clients send it."""
         checked: dict[str, Any] = {}
-        usable = [name for name, field in self.table.items() if field.kind is not FieldClass.REFUSED]
+        usable = [name for name, field in self.table.items() if field.kind not in _NEVER_SUGGESTED]
         for name, value in given.items():
             if self._is_full:
                 break
@@ -79,7 +83,11 @@ class InputReader:
             if field is None:
                 self.complain(shown(name), unknown_field(name, usable))
             elif field.kind is FieldClass.REFUSED:
-                if not field.ignores(value):
+                if field.ignores(value):
+                    continue
+                if self._is_idle(field):
+                    self.dropped.append(name)
+                else:
                     self.complain(name, f"is refused: {field.reason}")
             else:
                 try:
@@ -90,7 +98,16 @@ class InputReader:
         for name, field in self.table.items():
             if field.is_required and name not in self.raw:
                 self.complain(name, "is required")
-        return {name: value for name, value in checked.items() if not is_unset(name, value)}
+        used = {name: value for name, value in checked.items() if not is_unset(name, value)}
+        idle = [name for name in used if self._is_idle(self.table[name])]
+        self.dropped.extend(idle)
+        return {name: value for name, value in used.items() if name not in idle}
+
+    def _is_idle(self, field: Field) -> bool:
+        """Whether a field cannot change the picture."""
+        return field.kind is FieldClass.DROPPED or (
+            field.only_with is not None and self.raw.get(field.only_with) in (None, False)
+        )
 
 
 def _in_input_order(complaints: Iterable[Complaint], raw: dict[Any, Any]) -> list[Complaint]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from a1111_worker.request.fields import MAX_PROMPT
-from a1111_worker.request.values import InvalidValue, integer, text
+from a1111_worker.request.values import InvalidValue, as_integer, describe_value, text
 
 PROMPTS = ("prompt", "negative_prompt")
 _MAX_TEXT = 5 * MAX_PROMPT  # bytes of a text argument
@@ -58,10 +58,9 @@ def too_many(count: int | str, most: int) -> str:
 
 def check_margin(args: Sequence[Any], index: int) -> None:
     """The space between the pictures of a grid, in pixels: A1111's own slider ends at 500."""
-    try:
-        integer(0, 500).check(args[index])
-    except InvalidValue as error:
-        raise InvalidValue((f"[{index}]", error.problems[0][1])) from error
+    margin = as_integer(args[index])  # A1111 fails with "5"
+    if margin is None or not 0 <= margin <= 500:
+        raise InvalidValue((f"[{index}]", f"must be a whole number from 0 to 500, not {describe_value(args[index])}"))
 
 
 def text_argument(args: Sequence[Any], index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 from a1111_worker.request.fields import (
@@ -17,7 +18,7 @@ from a1111_worker.request.fields import (
     generation_fields,
     refused_text,
 )
-from a1111_worker.request.values import boolean, integer, multiple_of_8, number, text
+from a1111_worker.request.values import anything, boolean, integer, multiple_of_8, number, text
 
 
 @lru_cache(maxsize=8)
@@ -30,17 +31,20 @@ def txt2img_fields(limits: Limits) -> Mapping[str, Field]:
     name = text(MAX_NAME, blank=True)
     return {
         **generation_fields(limits),
+        "mask_blur": Field(FieldClass.DROPPED, anything(), "there is no mask in txt2img", is_webui_field=False),
         "enable_hr": Field(passed, boolean()),
         "firstphase_width": Field(passed, first_side),
         "firstphase_height": Field(passed, first_side),
         "hr_scale": Field(passed, number(1, 8)),
-        "hr_upscaler": Field(checked, name),
+        "hr_upscaler": Field(checked, name, only_with="enable_hr"),
         "hr_second_pass_steps": Field(passed, integer(0, limits.max_steps)),
         "hr_resize_x": Field(passed, hires_side),
         "hr_resize_y": Field(passed, hires_side),
-        "hr_sampler_name": Field(checked, name),
-        "hr_scheduler": Field(checked, name),
+        "hr_sampler_name": Field(checked, name, only_with="enable_hr"),
+        "hr_scheduler": Field(checked, name, only_with="enable_hr"),
         "hr_prompt": Field(passed, prompt),
         "hr_negative_prompt": Field(passed, prompt),
-        "hr_checkpoint_name": refused_text(CHECKPOINT_REASON, "", "Use same checkpoint"),
+        "hr_checkpoint_name": replace(
+            refused_text(CHECKPOINT_REASON, "", "Use same checkpoint"), only_with="enable_hr"
+        ),
     }

@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from a1111_worker.request.values import normalize_name
 from a1111_worker.similar import nearest
 
+SURE = 0.8
+"""How much a known name must resemble an unknown one to be suggested: no suggestion is better than a wrong one."""
+
 
 def unknown_field(name: str, usable: Collection[str]) -> str:
     """The complaint about a field that a task does not have. `usable` are the fields that it takes."""
@@ -28,7 +31,7 @@ def unknown_output_option(name: str, known: Collection[str]) -> str:
 def unknown_name(name: object, known: Collection[str], aliases: Mapping[str, str] | None = None) -> str:
     """The complaint about an unknown name. It suggests the known name that was probably meant."""
     written = str(name)[:60]
-    meant = _same_name(written, known, aliases or {}) or next(iter(nearest(written, known, 1)), None)
+    meant = _same_name(written, known, aliases or {}) or next(iter(nearest(written, known, 1, cutoff=SURE)), None)
     if meant is not None:
         return f"is unknown; did you mean {meant!r}?"
     return f"is unknown; known here: {', '.join(known)}" if len(known) < 8 else "is unknown"
@@ -65,6 +68,7 @@ _ALIASES = {  # names of other APIs, without case and separators
     "hiresscale": "hr_scale",
     "upscaleby": "hr_scale",
     "hiressteps": "hr_second_pass_steps",
+    "hrsteps": "hr_second_pass_steps",
     "strength": "denoising_strength",
     "denoise": "denoising_strength",
     "lora": "loras",
@@ -75,6 +79,7 @@ _ALIASES = {  # names of other APIs, without case and separators
     "stylepreset": "styles",
     "text": "prompt",
     "uc": "negative_prompt",
+    "negative": "negative_prompt",
     "imagewidth": "width",
     "imageheight": "height",
     "script": "script_name",

@@ -43,7 +43,7 @@ def integer(low: int, high: int) -> ValueType:
     expected = f"a whole number from {low} to {high}"
 
     def check(value: object) -> int:
-        whole = as_integer(value)
+        whole = as_integer(as_number(value))
         if whole is None or not low <= whole <= high:
             raise mismatch(expected, value)
         return whole
@@ -55,7 +55,7 @@ def multiple_of_8(low: int, high: int, *, or_else: tuple[int, ...] = ()) -> Valu
     expected = "".join(f"{other}, or " for other in or_else) + f"a multiple of 8 from {low} to {high}"
 
     def check(value: object) -> int:
-        whole = as_integer(value)
+        whole = as_integer(as_number(value))
         if whole is None or (whole not in or_else and (whole % 8 or not low <= whole <= high)):
             raise mismatch(expected, value)
         return whole
@@ -67,11 +67,10 @@ def number(low: float, high: float, *, or_else: tuple[float, ...] = ()) -> Value
     expected = "".join(f"{other:g}, or " for other in or_else) + f"a number from {low:g} to {high:g}"
 
     def check(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        found = as_number(value)
+        if found is None or not (low <= found <= high or found in or_else):
             raise mismatch(expected, value)
-        if not (low <= value <= high or value in or_else):
-            raise mismatch(expected, value)
-        return value
+        return found
 
     return ValueType("number", expected, check)
 
@@ -93,12 +92,30 @@ def text(longest: int, *, blank: bool = False) -> ValueType:
 
 
 def boolean() -> ValueType:
+    """true or false. Some of A1111's clients send 1 and 0 for them."""
+
     def check(value: object) -> bool:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
             raise mismatch("true or false", value)
-        return value
+        return bool(value)
 
     return ValueType("boolean", "true or false", check)
+
+
+def always_true(reason: str) -> ValueType:
+    """true alone. `reason` is why false is refused."""
+
+    def check(value: object) -> bool:
+        if not boolean().check(value):
+            raise InvalidValue(f"is refused: {reason}")
+        return True
+
+    return ValueType("boolean", "true", check)
+
+
+def anything() -> ValueType:
+    """Any JSON value, for what nobody reads."""
+    return ValueType("any", "anything", lambda value: value)
 
 
 def one_of(*choices: str) -> ValueType:
@@ -149,6 +166,17 @@ def object_of(check_member: Callable[[str, Any], Any], expected: str) -> ValueTy
     return ValueType("object", expected, check)
 
 
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
+"""A number as JSON writes it, and nothing around it."""
+
+
+def as_number(value: object) -> int | float | None:
+    """The number that a JSON value is: also one in a string, as some clients send it. None for all else, true too."""
+    if isinstance(value, str) and (match := NUMBER.fullmatch(value)):
+        return int(value) if match[2] is match[3] is None else float(value)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
 def as_integer(value: object) -> int | None:
     """The whole number that a JSON number is: 25 and 25.0 are the same. None for all else, also for true and "25"."""
     if isinstance(value, bool):
@@ -174,7 +202,7 @@ def describe_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.12g}"
     if isinstance(value, str):
-        return "text"
+        return value if NUMBER.fullmatch(value) else "text"
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     return "an object" if isinstance(value, dict) else "something that is not JSON"

@@ -36,6 +36,16 @@ def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint])
     return chosen.file if chosen else None
 
 
+def checkpoint_names(model: Model) -> tuple[str, ...]:
+    """The texts by which A1111's clients name a checkpoint, in lower case: its title first, with a hash as A1111 shows.
+
+    A client may keep any of them: the whole title, the title without its hash, the file, its stem, a hash.
+    """
+    short_hash = model.sha256[:10]
+    forms = (f"{model.file} [{short_hash}]", model.file, f"{model.stem} [{short_hash}]", model.stem, model.name)
+    return tuple(form.casefold() for form in (*forms, short_hash, model.sha256))
+
+
 class CheckpointSwitch:
     """Loads `checkpoint` into the WebUI. `timeout` is seconds for one load."""
 

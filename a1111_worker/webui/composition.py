@@ -9,9 +9,17 @@ from typing import Any
 from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
+from a1111_worker.request.fields import (
+    BUILT_IN_SCRIPTS,
+    CHECKPOINT_OPTION,
+    CHECKPOINT_REASON,
+    DEFAULT_LIMITS,
+    Limits,
+)
 from a1111_worker.request.loras import name_means, read_tags, scale_of
 from a1111_worker.request.scripts import check_script
+from a1111_worker.request.unknown import SURE
+from a1111_worker.similar import nearest
 from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
@@ -26,6 +34,7 @@ Body = Mapping[str, Any]  # of a txt2img request
 class WebUILists:
     """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name.
 
+    `checkpoint_names` are the texts that name the checkpoint that is there, in lower case, its title first.
     `script_axes` are the axes of "X/Y/Z plot": a job names them by their number.
     `missing_upscalers` are listed by the WebUI too, and their files are not there. `can_restore_faces` is None if it is
     unknown, because somebody else runs the WebUI.
@@ -37,6 +46,7 @@ class WebUILists:
     scripts: Sequence[str]
     styles: Mapping[str, Style]
     vaes: Sequence[str]
+    checkpoint_names: Sequence[str] = ()
     script_axes: Sequence[str] = ()
     missing_upscalers: Sequence[str] = ()
     can_restore_faces: bool | None = None
@@ -57,7 +67,14 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
             complaints.extend(error.complaints)
     if complaints:
         raise InvalidRequest(complaints)
+    if body.get("override_settings") == {}:
+        del body["override_settings"]  # it held the checkpoint's name alone
     warnings = request.warnings
+    dropped = list(request.dropped)
+    if CHECKPOINT_OPTION in request.body.get("override_settings", ()):
+        dropped.append(f"override_settings.{CHECKPOINT_OPTION}")
+    if dropped:
+        warnings = (*warnings, f"dropped, because it cannot change the pictures: {quoted_list(dropped, most=50)}")
     if body.get("restore_faces") and lists.can_restore_faces is None:
         warnings = (
             *warnings,
@@ -128,8 +145,8 @@ class _JobLora:
         return prompt.Placement(
             matches=self.has_name,
             name=self.model.stem if self.model else None,
-            scale=None if has_own_weights else scale_of(self.request),
-            default=scale_of(self.request),
+            scale=None if has_own_weights else scale_of(self.request, self.model),
+            default=scale_of(self.request, self.model),
             append=not self.request.in_prompt,
         )
 
@@ -137,7 +154,7 @@ class _JobLora:
         """The LoRA as the answer reports it; `loaded` is decided by the verification."""
         return AppliedLora(
             name=self.model.name if self.model else self.request.ref.name or self.request.ref.label,
-            scale=scale_of(self.request),
+            scale=scale_of(self.request, self.model),
             model=self.model,
             loaded=False,
         )
@@ -179,7 +196,7 @@ def _check_faces(body: Body, lists: WebUILists) -> Body:
 
 def _resolve_script(body: Body, lists: WebUILists) -> Body:
     name = body.get("script_name")
-    return {"script_name": resolve_name(name, lists.scripts, "script", path="script_name")} if name else {}
+    return {"script_name": _resolve_script_name(name, lists, path="script_name")} if name else {}
 
 
 def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
@@ -188,10 +205,31 @@ def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
         return {}
     return {
         "alwayson_scripts": {
-            resolve_name(name, lists.scripts, "script", path=f"alwayson_scripts.{printable(name, 60)}"): arguments
+            _resolve_script_name(name, lists, path=f"alwayson_scripts.{printable(name, 60)}"): arguments
             for name, arguments in scripts.items()
         }
     }
+
+
+def _resolve_script_name(name: str, lists: WebUILists, *, path: str) -> str:
+    """A script's name as the WebUI spells it. Scripts that no job may use are never suggested."""
+    try:
+        return resolve_name(name, lists.scripts, "script", path=path)
+    except InvalidRequest:
+        usable = [script for script in lists.scripts if script.casefold() not in BUILT_IN_SCRIPTS]
+        near = nearest(name, usable, cutoff=SURE)
+        hint = f"; the nearest: {quoted_list(near)}" if near else ""
+        raise InvalidRequest([Complaint(path, f"the script {quoted(name)} is not in this image{hint}")]) from None
+
+
+def _resolve_checkpoint(body: Body, lists: WebUILists) -> Body:
+    """A job may name the checkpoint that is there. The name is not sent: a switch to it is not needed."""
+    settings = dict(body.get("override_settings", {}))
+    name = settings.pop(CHECKPOINT_OPTION, "").strip()
+    if name and name.casefold() not in lists.checkpoint_names:
+        message = f"is refused: {CHECKPOINT_REASON}; it is {quoted(lists.checkpoint_names[0])}"
+        raise InvalidRequest([Complaint(f"override_settings.{CHECKPOINT_OPTION}", message)])
+    return {"override_settings": settings} if settings != body.get("override_settings", {}) else {}
 
 
 def _resolve_vae(body: Body, lists: WebUILists) -> Body:
@@ -218,6 +256,7 @@ _RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
     _check_faces,
     _resolve_script,
     _resolve_always_on_scripts,
+    _resolve_checkpoint,
     _resolve_vae,
     _resolve_styles,
 )

@@ -23,7 +23,7 @@ from a1111_worker.errors import (
     WebUISilent,
     WorkerError,
 )
-from a1111_worker.webui.checkpoint import CheckpointSwitch
+from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.composition import WebUILists
 from a1111_worker.webui.faces import can_restore_faces
@@ -316,6 +316,7 @@ class Readiness:
             script_axes=self._webui.script_axes(),
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
+            checkpoint_names=checkpoint_names(self.checkpoint),
             can_restore_faces=can_restore_faces(flags, restorer) if self._is_ours else None,
         )
 

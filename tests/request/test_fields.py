@@ -28,9 +28,9 @@ def test_every_field_of_a1111_is_in_the_table_with_its_type(version: str) -> Non
     assert table == {name: field["type"] for name, field in schema(version, "StableDiffusionProcessingTxt2Img").items()}
 
 
-def test_every_refused_field_has_a_reason_and_every_field_says_what_it_takes() -> None:
+def test_every_refused_or_dropped_field_has_a_reason_and_every_field_says_what_it_takes() -> None:
     for field in txt2img_fields(LIMITS).values():
-        assert bool(field.reason) == (field.kind is FieldClass.REFUSED)
+        assert bool(field.reason) == (field.kind in (FieldClass.REFUSED, FieldClass.DROPPED))
         assert field.value.expected
 
 
@@ -62,8 +62,8 @@ def test_a_field_is_unset_in_the_words_of_a1111(name: str, value: str, unset: bo
 @pytest.mark.parametrize(
     ("name", "value", "ignored"),
     [
-        ("save_images", False, True),
-        ("save_images", 0, False),  # 0 == False to Python, and not to JSON
+        ("disable_extra_networks", False, True),
+        ("disable_extra_networks", 0, False),  # 0 == False to Python, and not to JSON
         ("infotext", "", True),
         ("hr_checkpoint_name", "Use same checkpoint", True),
         ("hr_checkpoint_name", "other", False),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1111_worker import catalog
-from a1111_worker.domain import LoraRequest, OnLoraError
+from a1111_worker.domain import LoraRequest, Model, ModelKind, OnLoraError
 from a1111_worker.errors import Complaint
 from a1111_worker.prompt import Placement, place
 from a1111_worker.request.loras import name_means, parse_list, read_tags, scale_of
@@ -49,6 +51,15 @@ def test_a_scale_comes_from_the_job_else_from_the_catalog_else_it_is_one() -> No
     assert scale_of(LoraRequest(lora(version_id=known.version_id), 0.0, "loras[0]")) == 0.0
     assert scale_of(LoraRequest(lora(version_id=known.version_id), None, "loras[0]")) == known.scale
     assert scale_of(LoraRequest(lora(version_id=1), None, "loras[0]")) == 1.0
+
+
+def test_the_scale_of_a_page_without_a_version_is_that_of_the_version_that_it_shows() -> None:
+    known = catalog.LORAS[0]
+    page = LoraRequest(lora(model_id=122359), None, "loras[0]")
+    shown = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "ab" * 32, 1, version_id=known.version_id)
+
+    assert scale_of(page, shown) == known.scale
+    assert scale_of(page, replace(shown, version_id=1)) == 1.0
 
 
 @pytest.mark.parametrize(

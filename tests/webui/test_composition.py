@@ -80,7 +80,7 @@ def test_all_unknown_names_are_reported_at_once() -> None:
         script_name="prompt matrx",
         styles=["cinematic"],
         vae="sdxl_va",
-        alwayson_scripts={"ControlNet": {"args": []}},
+        alwayson_scripts={"ControlNet": {"args": [{"enabled": True}]}},
         hr_sampler_name="Eulr",
         **hires,
     )
