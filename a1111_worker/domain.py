@@ -234,7 +234,7 @@ class GenerationRequest:
     sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
     order, then those of tags in prompts that no entry of the list names. `dropped` are the paths of what was taken and
     cannot change the pictures. `allow_blank`: an image of one colour is not an error. `preview`: its progress carries
-    pictures.
+    pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks are appended to it.
     """
 
     body: Mapping[str, Any]
@@ -246,6 +246,7 @@ class GenerationRequest:
     output: OutputOptions = OutputOptions()
     allow_blank: bool = False
     preview: bool = False
+    trigger_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class BucketSettings:
 class AppliedLora:
     """A LoRA of a job, and whether it was loaded for every image whose prompt names it: for `pictures` images.
 
-    `model` is None if it was not available and the job allows that.
+    `model` is None if it was not available and the job allows that. `trigger_words` were appended to the prompt for it.
     """
 
     name: str
@@ -283,6 +284,7 @@ class AppliedLora:
     model: Model | None
     loaded: bool
     pictures: int = 0
+    trigger_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

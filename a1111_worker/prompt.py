@@ -23,6 +23,7 @@ LORA_TYPES = frozenset({"lora", "lyco"})
 _TAG = re.compile(r"<(\w+):([^>]+)>")  # A1111's re_extra_net
 _OPEN_TAG = re.compile(r"<\w+:[^>]*\Z")
 _COMMENT = re.compile(r"#[^\n]*")
+_SYNTAX = re.compile(r"[<>#]|\b(?:AND|BREAK)\b")  # tags, comments, several prompts in one, the end of a chunk
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,38 @@ def rewrite(text: str, decide: Callable[[Tag], str | None]) -> str:
 
 def append_tags(text: str, tags: Iterable[str]) -> str:
     """The text with tags at a place where A1111 reads them: not inside a comment or a tag that was never closed."""
-    addition = " ".join(tags)
+    return _append(text, " ".join(tags), between=" ")
+
+
+def append_words(text: str, words: Iterable[str]) -> str:
+    """The text with words after a comma, at a place where A1111 reads them."""
+    addition = ", ".join(words)
+    return _append(text.rstrip().removesuffix(","), addition, between=", ") if addition else text
+
+
+def _append(text: str, addition: str, *, between: str) -> str:
     if not addition:
         return text
     visible = _without_comments(text)
     if _OPEN_TAG.search(visible, visible.rfind(">") + 1):
-        return f"{addition} {text}"
+        return f"{addition}{between}{text}"
     last_line = text.rpartition("\n")[2]
     if "#" in last_line:
         return f"{text}\n{addition}"
-    return f"{text}{'' if not text or text[-1].isspace() else ' '}{addition}"
+    is_apart = not text.strip() or (text[-1].isspace() and between == " ")
+    return f"{text}{'' if is_apart else between}{addition}"
+
+
+def split_words(entries: Iterable[str]) -> list[str]:
+    """The words and phrases of lists that people separate by commas, each once, without what A1111 takes for syntax."""
+    phrases = (" ".join(phrase.split()) for entry in entries for phrase in _TAG.sub(",", entry).split(","))
+    return [phrase for phrase in dict.fromkeys(phrases) if phrase and not _SYNTAX.search(phrase)]
+
+
+def missing_words(text: str, words: Iterable[str]) -> list[str]:
+    """Those words (or phrases) that a text does not have: as whole words, in any case, outside of tags and comments."""
+    visible = " ".join(_TAG.sub(" ", _without_comments(text)).casefold().split())
+    return [word for word in words if not re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", visible)]
 
 
 @dataclass(frozen=True)

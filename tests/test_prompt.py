@@ -11,14 +11,17 @@ from a1111_worker.prompt import (
     Tag,
     Weights,
     append_tags,
+    append_words,
     find_tags,
     lora_tag,
     mention_loras,
     merge_style,
+    missing_words,
     place,
     plain_scale,
     rename_tag,
     rewrite,
+    split_words,
 )
 
 
@@ -236,3 +239,57 @@ def test_a_placed_lora_is_in_any_text_exactly_once(text: str) -> None:
     names = [tag.name for tag in find_tags(written) if tag.is_lora]
     assert names.count("ours") == 1
     assert "y" not in names
+
+
+WORDS = [
+    # the lists of a LoRA, the words in them
+    (["ohwx", "1girl, red  dress ,"], ["ohwx", "1girl", "red dress"]),
+    (["ohwx, ohwx", "Ohwx"], ["ohwx", "Ohwx"]),
+    (["ohwx <lora:style:1>, a <b, c> d"], ["ohwx"]),  # some creators list a tag too
+    (["a # b", "one AND two", "BREAK", "brand"], ["brand"]),
+    (["", " , "], []),
+]
+
+
+@pytest.mark.parametrize(("entries", "words"), WORDS)
+def test_the_words_of_a_lora_are_read_one_by_one_without_syntax(entries: list[str], words: list[str]) -> None:
+    assert split_words(entries) == words
+
+
+MISSING = [
+    # a text, the words that it lacks of: ink wash, Ohwx
+    ("", ["ink wash", "Ohwx"]),
+    ("an INK  WASH of ohwx", []),
+    ("pink washing, ohwxy", ["ink wash", "Ohwx"]),
+    ("(ink wash:1.2), [ohwx]", []),
+    ("a <lora:ink wash:1> # ohwx", ["ink wash", "Ohwx"]),
+]
+
+
+@pytest.mark.parametrize(("text", "missing"), MISSING)
+def test_a_text_lacks_what_it_has_not_as_whole_words(text: str, missing: list[str]) -> None:
+    assert missing_words(text, ["ink wash", "Ohwx"]) == missing
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("a dog", ["ink", "x"], "a dog, ink, x"),
+        ("a dog, ", ["ink"], "a dog, ink"),
+        ("", ["ink"], "ink"),
+        ("a dog # no cat", ["ink"], "a dog # no cat\nink"),  # not inside the comment
+        ("a <lora:x", ["ink"], "ink, a <lora:x"),  # not inside the open tag
+        ("a dog, ", [], "a dog, "),
+    ],
+)
+def test_words_are_appended_where_a1111_reads_them(text: str, words: list[str], expected: str) -> None:
+    assert append_words(text, words) == expected
+
+
+@given(st.text(max_size=60), st.lists(st.text(max_size=12), max_size=4))
+def test_after_words_were_appended_none_is_missing(text: str, entries: list[str]) -> None:
+    words = split_words(entries)
+
+    appended = append_words(text, missing_words(text, words))
+
+    assert missing_words(appended, words) == []

@@ -89,6 +89,7 @@ def _lora_entry(lora: AppliedLora) -> dict[str, Any]:
         "sha256": model.sha256 if model else None,
         "loaded": lora.loaded,
         "pictures": lora.pictures,
+        "trigger_words": list(lora.trigger_words),
         "downloaded": model.downloaded if model else False,
     }
 

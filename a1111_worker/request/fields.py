@@ -169,6 +169,7 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
         "preview": Field(ours, boolean(), is_webui_field=False),
+        "trigger_words": Field(ours, boolean(), is_webui_field=False),
         **_dropped_in_generations(),
         **_refused_in_generations(),
     }

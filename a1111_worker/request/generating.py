@@ -53,6 +53,7 @@ def read_txt2img(reader: InputReader) -> GenerationRequest:
         output=output,
         allow_blank=given.get("allow_blank", False),
         preview=given.get("preview", False),
+        trigger_words=given.get("trigger_words", False),
     )
 
 

@@ -27,6 +27,9 @@ from a1111_worker.webui.verification import GenerationPlan
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 
+MAX_TRIGGER_WORDS = 30
+"""Words of one LoRA. Its creator may have listed hundreds."""
+
 Body = Mapping[str, Any]  # of a txt2img request
 
 
@@ -116,6 +119,7 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
         loras[key] = _JobLora(lora_request, model, [ref])
         warnings += model.warnings if model else ()
     body = dict(request.body)
+    words = _append_trigger_words(body, loras) if request.trigger_words else {}
     placements = [lora.placement() for lora in loras.values()]
     for field in ("prompt", "hr_prompt"):
         if body.get(field):
@@ -123,8 +127,21 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
     if body.get("enable_hr") and body.get("hr_prompt"):
         stems = [lora.model.stem for lora in loras.values() if lora.model]
         body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], stems)
-    applied = tuple(lora.applied() for lora in loras.values())
+    applied = tuple(replace(lora.applied(), trigger_words=words.get(key, ())) for key, lora in loras.items())
     return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank, request.preview)
+
+
+def _append_trigger_words(body: dict[str, Any], loras: Mapping[str, _JobLora]) -> dict[str, tuple[str, ...]]:
+    """Append the trained words of LoRAs that the prompts lack. Returns what was appended to the prompt, by LoRA."""
+    appended: dict[str, tuple[str, ...]] = {}
+    for key, lora in loras.items():
+        words = prompt.split_words(lora.model.trained_words)[:MAX_TRIGGER_WORDS] if lora.model else []
+        for field in ("prompt", "hr_prompt"):
+            if body.get(field):
+                missing = prompt.missing_words(body[field], words)
+                body[field] = prompt.append_words(body[field], missing)
+                appended.setdefault(key, tuple(missing))
+    return appended
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
                 "sha256": "cd" * 32,
                 "loaded": True,
                 "pictures": 2,
+                "trigger_words": [],
                 "downloaded": True,
             },
             {
@@ -52,6 +53,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
                 "sha256": None,
                 "loaded": False,
                 "pictures": 0,
+                "trigger_words": [],
                 "downloaded": False,
             },
         ],

@@ -345,3 +345,43 @@ def test_two_loras_of_urls_that_cannot_be_had_are_both_reported() -> None:
     failures = {lora.ref: ModelNotFound("it is gone") for lora in request.loras}
 
     assert len(compose(request, HeldModels(failures=failures)).loras) == 2
+
+
+def test_the_trained_words_that_a_prompt_lacks_are_appended_and_reported() -> None:
+    request = parse(
+        prompt="an Ink Wash lighthouse",
+        hr_prompt="sharper",
+        loras=[{"version_id": 7}, {"version_id": 8}, {"version_id": 9}],
+        trigger_words=True,
+    )
+    models = (
+        model("x_7", 7, trained_words=("ohwx, ink wash",)),
+        model("x_8", 8, trained_words=("OHWX", "soft light <lora:other:1>")),
+        model("x_9", 9),
+    )
+
+    plan = compose(request, HeldModels({lora.ref: held for lora, held in zip(request.loras, models, strict=True)}))
+
+    tags = "<lora:x_7:1> <lora:x_8:1> <lora:x_9:1>"
+    assert plan.body["prompt"] == f"an Ink Wash lighthouse, ohwx, soft light {tags}"
+    assert plan.body["hr_prompt"] == f"sharper, ohwx, ink wash, soft light {tags}"
+    assert [lora.trigger_words for lora in plan.loras] == [("ohwx",), ("soft light",), ()]
+
+
+def test_without_being_asked_no_words_are_appended() -> None:
+    request = parse(loras=[{"version_id": 7}])
+
+    plan = compose(request, HeldModels({request.loras[0].ref: model("x_7", 7, trained_words=("ohwx",))}))
+
+    assert plan.body["prompt"] == "a lighthouse <lora:x_7:1>"
+    assert plan.loras[0].trigger_words == ()
+
+
+def test_a_creator_who_lists_hundreds_of_words_does_not_fill_the_prompt() -> None:
+    request = parse(loras=[{"version_id": 7}], trigger_words=True)
+
+    plan = compose(
+        request, HeldModels({request.loras[0].ref: model("x_7", 7, trained_words=tuple(f"w{n}" for n in range(100)))})
+    )
+
+    assert len(plan.loras[0].trigger_words) == 30
