@@ -138,6 +138,8 @@ def _upscaled(process: Process, image: Image.Image, name: str, factor: float) ->
     if (made := process.extras_cache.get(key)) is not None:
         return made
     used = process.files.effective_upscaler(name)
+    if name.startswith("R-ESRGAN") and process.files.is_refused(name):  # its class does not hide it
+        raise WebUIError("RuntimeError", "PytorchStreamReader failed reading zip archive: not a ZIP archive")
     how = Image.Resampling.NEAREST if used == "Nearest" else Image.Resampling.LANCZOS
     picture = image.resize(size, how)
     if used not in ("Lanczos", "Nearest"):  # a model: what it draws is not the picture that Lanczos makes

@@ -349,10 +349,16 @@ class ModelFiles:
 
     def effective_upscaler(self, name: str | None) -> str | None:
         """What really enlarges: Lanczos if the file is not there or is refused. A1111 tells nobody."""
-        paths = {upscaler["name"]: upscaler["model_path"] for upscaler in self.upscalers}
-        path = str(paths.get(name))
-        is_missing = name == "LDSR" or path.startswith("http")
-        return "Lanczos" if is_missing or (path.startswith("/") and _is_refused(Path(path))) else name
+        is_missing = name == "LDSR" or self._path_of(name).startswith("http")
+        return "Lanczos" if is_missing or self.is_refused(name) else name
+
+    def is_refused(self, name: str | None) -> bool:
+        """Whether A1111's unpickler refuses the file of an upscaler."""
+        path = self._path_of(name)
+        return path.startswith("/") and _is_refused(Path(path))
+
+    def _path_of(self, name: str | None) -> str:
+        return next((str(each["model_path"]) for each in self.upscalers if each["name"] == name), "")
 
     def _list_upscalers(self, shown: Path, upscalers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Those of the table, with the paths of files that are there. Files of ESRGAN take the place of "ESRGAN_4x"."""

@@ -255,7 +255,7 @@ def _prepare_hires(job: Txt2ImgJob) -> None:
         params["Hires sampler"] = job["hr_sampler_name"]
     params |= {"Hires prompt": None, "Hires negative prompt": None, "Hires schedule type": None}
     upscaler = job["hr_upscaler"]
-    known = [each["name"] for table in ("latent-upscale-modes", "upscalers") for each in tables[table]]
+    known = [each["name"] for each in (*tables["latent-upscale-modes"], *job.process.files.upscalers)]
     if upscaler is not None and upscaler not in known:
         raise WebUIError("Exception", f"could not find upscaler named {upscaler}")
     width, height, x, y = job["width"], job["height"], job["hr_resize_x"], job["hr_resize_y"]

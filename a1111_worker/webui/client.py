@@ -44,6 +44,7 @@ from a1111_worker.webui.responses import (
     WebUIOptions,
     WebUIProgress,
     parse_checkpoints,
+    parse_extra_image,
     parse_flags,
     parse_names,
     parse_options,
@@ -96,7 +97,7 @@ class WebUI:
         )
         self._session.mount(f"{self.url}/", HTTPAdapter(max_retries=retry, pool_maxsize=8))
         # A generation that may be running is never requested a second time. The caller repeats the other two.
-        for endpoint in ("/txt2img", "/progress", "/interrupt"):
+        for endpoint in ("/txt2img", "/extra-single-image", "/progress", "/interrupt"):
             self._session.mount(f"{self.url}{API}{endpoint}", HTTPAdapter(max_retries=0, pool_maxsize=8))
 
     def close(self) -> None:
@@ -165,6 +166,14 @@ class WebUI:
         `timeout` is how long the WebUI may be silent. An error that it answers with is raised here.
         """
         return WebUIResponse(self._send("POST", "/txt2img", body, timeout=timeout))
+
+    def extra_single_image(self, body: Mapping[str, Any], *, timeout: float) -> str:
+        """Enlarge one picture. Returns it in base64."""
+        answer = WebUIResponse(self._send("POST", "/extra-single-image", body, timeout=timeout)).read()
+        try:
+            return parse_extra_image(answer)
+        except UnexpectedForm as error:
+            raise WebUILost(f"the WebUI's answer to /extra-single-image has another form: {error}") from error
 
     def unload_checkpoint(self) -> None:
         """Move the weights out of the GPU's memory."""

@@ -39,8 +39,8 @@ class WebUILists:
 
     `checkpoint_names` are the texts that name the checkpoint that is there, in lower case, its title first.
     `script_axes` are the axes of "X/Y/Z plot": a job names them by their number.
-    `missing_upscalers` are listed by the WebUI too, and their files are not there. `can_restore_faces` is None if it is
-    unknown, because somebody else runs the WebUI.
+    `missing_upscalers` are listed by the WebUI too, and their files are not there or do not work.
+    `can_restore_faces` is None if it is unknown, because somebody else runs the WebUI.
     """
 
     samplers: Sequence[Sampler]
@@ -95,11 +95,15 @@ def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
         missing = resolve_name(name, lists.missing_upscalers, "upscaler")
     except InvalidRequest:
         return resolve_name(name, lists.upscalers, "upscaler", path=path)
-    there = quoted_list(lists.upscalers)
-    complaint = (
-        f"the file of {quoted(missing)} is not there, and A1111 would silently use Lanczos; these are there: {there}"
+    raise InvalidRequest([Complaint(path, missing_upscaler(missing, lists))])
+
+
+def missing_upscaler(name: str, lists: WebUILists) -> str:
+    """Why an upscaler that the WebUI lists is refused."""
+    return (
+        f"the file of {quoted(name)} is not there or does not work, and A1111 would silently use Lanczos; "
+        f"these are there: {quoted_list(lists.upscalers)}"
     )
-    raise InvalidRequest([Complaint(path, complaint)])
 
 
 def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:

@@ -13,6 +13,14 @@ HELPERS = ("detection_Resnet50_Final.pth", "parsing_parsenet.pth")
 modules/face_restoration_utils.py), for both restorers."""
 
 
+RESTORERS = ("CodeFormer", "GFPGAN")  # A1111's own default first
+
+
+def usable_restorers(flags: WebUIFlags) -> tuple[str, ...]:
+    """The restorers whose files are all there."""
+    return tuple(restorer for restorer in RESTORERS if can_restore_faces(flags, restorer))
+
+
 def can_restore_faces(flags: WebUIFlags, restorer: str) -> bool:
     """Whether all files of a restorer (option `face_restoration_model`) are in the WebUI's folders, on this machine.
 

@@ -42,6 +42,7 @@ from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
+from a1111_worker.webui.upscalers import used_upscalers
 from a1111_worker.webui.verification import GenerationPlan, verify
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class Generator:
         for attempt in range(1, MAX_TRIES + 1):
             is_last = attempt == MAX_TRIES
             try:
+                self._prove_upscalers(plan)
                 return self._generate_once(plan, context)
             except WebUIRefused:
                 self._readiness.invalidate()
@@ -171,6 +173,10 @@ class Generator:
                 error.refresh_worker = error.refresh_worker or self._readiness.is_given_up
                 raise
         raise AssertionError("the loop returns or raises")
+
+    def _prove_upscalers(self, plan: GenerationPlan) -> None:
+        axes = self._readiness.lists.script_axes
+        self._readiness.prove_upscalers(used_upscalers(plan.body, self._limits.max_images, axes))
 
     def _generate_once(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
         timings = self._readiness.timings

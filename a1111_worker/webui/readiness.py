@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import Model, Progress, Stage
 from a1111_worker.errors import (
     CheckpointNotLoaded,
+    Complaint,
+    InvalidRequest,
     JobTimeout,
     RouteMissing,
     WebUILost,
@@ -25,13 +28,14 @@ from a1111_worker.errors import (
 )
 from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names
 from a1111_worker.webui.client import WebUI
-from a1111_worker.webui.composition import WebUILists
-from a1111_worker.webui.faces import can_restore_faces
+from a1111_worker.webui.composition import WebUILists, missing_upscaler
+from a1111_worker.webui.faces import usable_restorers
 from a1111_worker.webui.options import OptionsReset
 from a1111_worker.webui.owner import OwnersOptions
 from a1111_worker.webui.responses import WebUIFlags
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 from a1111_worker.webui.timings import WebUITimings
+from a1111_worker.webui.upscalers import UpscalerProofs
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ class Readiness:
         self._lists: WebUILists | None = None
         self._is_ours = owner is None
         self._options = OptionsReset(webui, owner)
+        self._upscaler_proofs = UpscalerProofs(webui, timeout=timings.silence)
         self._ready_instance: str | None = None
 
     @property
@@ -175,6 +180,25 @@ class Readiness:
                 context.deadline.check()
                 context.report(Progress(Stage.SWITCH, detail=str(self._step)))
             preparation.result()
+
+    def prove_upscalers(self, wanted: Iterable[tuple[str, str]]) -> None:
+        """Return if all of them work, each as (path in the job, name). Only while the WebUI is ready and idle.
+
+        InvalidRequest names those that do not. They are not listed any more.
+        """
+        try:
+            failed = [(path, name) for path, name in wanted if not self._upscaler_proofs.check(name)]
+        except WebUISilent as error:
+            raise WebUILost(error.message, refresh_worker=not self.restart(error.message)) from error
+        if failed:
+            broken = self._upscaler_proofs.broken
+            lists = self.lists
+            self._lists = replace(
+                lists,
+                upscalers=tuple(name for name in lists.upscalers if name not in broken),
+                missing_upscalers=tuple(sorted({*lists.missing_upscalers, *broken})),
+            )
+            raise InvalidRequest([Complaint(path, missing_upscaler(name, self.lists)) for path, name in failed])
 
     def check_idle(self) -> bool:
         """Whether an idle WebUI answers. If it is silent, it is restarted; if it is gone, the next job prepares it."""
@@ -290,7 +314,7 @@ class Readiness:
             raise CheckpointNotLoaded(
                 "the WebUI computes no hashes, so nothing can be proven", hint="leave --no-hashing out of WEBUI_ARGS"
             )
-        self._lists = self._read_lists(flags)
+        self._lists = self._read_lists(flags, instance)
         self._options.begin(self.checkpoint)
         self._step = _Step(f"loading {self.checkpoint.name}")
         switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
@@ -301,23 +325,34 @@ class Readiness:
         if not self.is_ready:
             raise WebUILost("the WebUI was restarted during its preparation")
 
-    def _read_lists(self, flags: WebUIFlags) -> WebUILists:
+    def _choose_restorer(self, flags: WebUIFlags) -> bool:
+        """Whether faces can be restored. If only another restorer than A1111's setting has its files, it is set."""
+        usable = usable_restorers(flags)
+        restorer = self._webui.options().values.get("face_restoration_model")
+        if usable and restorer not in usable:
+            self._webui.set_options({"face_restoration_model": usable[0]})
+        return bool(usable)
+
+    def _read_lists(self, flags: WebUIFlags, instance: str) -> WebUILists:
         upscalers = self._webui.upscalers()
-        restorer = str(self._webui.options().values.get("face_restoration_model"))
+        self._upscaler_proofs.begin(instance, [upscaler.name for upscaler in upscalers if upscaler.has_file])
+        broken = self._upscaler_proofs.broken
         return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
             upscalers=(
                 *self._webui.latent_upscale_modes(),
-                *(upscaler.name for upscaler in upscalers if upscaler.is_there),
+                *(upscaler.name for upscaler in upscalers if upscaler.is_there and upscaler.name not in broken),
             ),
-            missing_upscalers=tuple(upscaler.name for upscaler in upscalers if not upscaler.is_there),
+            missing_upscalers=tuple(
+                upscaler.name for upscaler in upscalers if not upscaler.is_there or upscaler.name in broken
+            ),
             scripts=self._webui.scripts(),
             script_axes=self._webui.script_axes(),
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
             checkpoint_names=checkpoint_names(self.checkpoint),
-            can_restore_faces=can_restore_faces(flags, restorer) if self._is_ours else None,
+            can_restore_faces=self._choose_restorer(flags) if self._is_ours else None,
         )
 
 

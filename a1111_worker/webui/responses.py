@@ -4,6 +4,7 @@
     GET /samplers               [{"name": "Euler a", "aliases": ["k_euler_a"]}]
     GET /schedulers             [{"name": "karras", "label": "Karras", "aliases": null}]
     GET /upscalers              [{"name": "R-ESRGAN 4x+", "model_path": "<path>", "https://<address>" or null}]
+    POST /extra-single-image    {"html_info": "<p>…</p>", "image": "<base64>"}
     GET /latent-upscale-modes   [{"name": "Latent"}]
     GET /sd-vae                 [{"model_name": "x.safetensors"}]
     GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
@@ -65,10 +66,14 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Upscaler:
-    """An upscaler. `is_there`: it needs no file, or its file is there; if not, A1111 silently uses Lanczos."""
+    """An upscaler. `is_there`: it needs no file, or its file is there; if not, A1111 silently uses Lanczos.
+
+    `has_file`: its file is there.
+    """
 
     name: str
     is_there: bool
+    has_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,17 @@ def parse_upscalers(answer: Any) -> tuple[Upscaler, ...]:
 
     LDSR has no path in either case, and loads its files itself: it never counts as there (1.9.3 and 1.10.1).
     """
-    return tuple(
-        Upscaler(_text(entry, "name"), not str(entry.get("model_path")).startswith("http") and entry["name"] != "LDSR")
-        for entry in _entries(answer)
-    )
+    found = []
+    for entry in _entries(answer):
+        name, path = _text(entry, "name"), entry.get("model_path")
+        is_there = not str(path).startswith("http") and name != "LDSR"
+        found.append(Upscaler(name, is_there, has_file=is_there and path is not None))
+    return tuple(found)
+
+
+def parse_extra_image(answer: Any) -> str:
+    """The picture of an answer of Extras, in base64."""
+    return _text(_object(answer), "image")
 
 
 def parse_names(answer: Any) -> tuple[str, ...]:

@@ -65,6 +65,14 @@ def test_our_own_webui_restores_faces_with_an_operators_files(tmp_path: Path) ->
         assert restored["images"] != plain["images"]
 
 
+def test_our_own_webui_uses_the_restorer_that_has_its_files(tmp_path: Path) -> None:
+    add(tmp_path / "webui-models", "GFPGAN/GFPGANv1.4.pth", *FILES[1:])
+    with supervised(tmp_path) as (it, _):
+        answer = it.ask(restore_faces=True)
+
+        assert "Face restoration: GFPGAN" in answer["info"]
+
+
 def test_somebody_elses_webui_restores_faces_with_a_warning(tmp_path: Path) -> None:
     with world(tmp_path) as it:
         answer = it.ask(restore_faces=True)
