@@ -10,7 +10,7 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r
 # The command `a1111`, which runs the code of this checkout.
 LINK_CLIENT = $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 
-.PHONY: help demo serve test test-slow check format lint types shell bench soak image-test gpu-check pins lock clean
+.PHONY: help demo serve gateway test test-slow check format lint types shell bench soak image-test gpu-check pins lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +42,9 @@ demo: $(VENV)/worker ## one job through the real SDK and worker, against the san
 
 serve: $(VENV)/worker ## a local endpoint (RunPod's routes) in front of the sandbox, on 127.0.0.1:8000
 	@$(BIN)/python -m sandbox -- $(BIN)/python -m local_queue --port 8000 -- $(BIN)/python handler.py
+
+gateway: $(VENV)/worker $(VENV)/client ## A1111's API in front of the sandbox's queue and a real worker, on 127.0.0.1:7860
+	@$(BIN)/python -m sandbox --worker -- $(BIN)/a1111 serve $(GATEWAY_ARGS)
 
 # Four processes on two cores: most tests wait for sockets and processes, not for the processor.
 test: $(VENV)/dev ## the tests that need no long waits

@@ -3,7 +3,12 @@
 It knows the worker only by the worker's jobs and answers: it imports nothing of it.
 
     cli             the command `a1111`
+    credentials     which endpoint is meant, and its key
+    endpoint        one endpoint: jobs, their states and answers, retries, cancellation
+    errors          what can go wrong, with codes
+    snapshot        what an endpoint has, kept on disk
     infotext        the text that A1111 writes into its pictures
+    gateway         A1111's API and OpenAI's Images API in front of an endpoint
 """
 
 __version__ = "0.1.0"

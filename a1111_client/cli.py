@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,6 +12,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from a1111_client import __version__
+from a1111_client.credentials import data_folder, key_file, open_endpoint, save_key
+from a1111_client.endpoint import Endpoint
+from a1111_client.errors import EndpointError
 from a1111_client.infotext import NotAPicture, parse_infotext, read_infotext
 
 app = typer.Typer(
@@ -19,6 +24,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and one of them may be the key
 )
+
+EndpointId = Annotated[
+    str, typer.Option("--endpoint", envvar="RUNPOD_ENDPOINT_ID", help="The endpoint's id on RunPod.", metavar="ID")
+]
+Url = Annotated[
+    str, typer.Option("--url", envvar="A1111_URL", help="An endpoint elsewhere, such as http://127.0.0.1:8000.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def _show_version(shown: bool) -> None:
@@ -45,14 +58,92 @@ def info(
     try:
         text, _ = read_infotext(file.read_bytes())
     except OSError as error:
-        _fail(f"{file}: {error.strerror}")
+        fail(f"{file}: {error.strerror}")
     except NotAPicture as error:
-        _fail(f"{file}: {error}")
+        fail(f"{file}: {error}")
     if not text:
-        _fail(f"{file}: carries no settings of A1111")
+        fail(f"{file}: carries no settings of A1111")
     print(json.dumps(parse_infotext(text), ensure_ascii=False, indent=2) if as_json else text)
 
 
-def _fail(message: str) -> NoReturn:
+@app.command()
+def login() -> None:
+    """Keep RunPod's API key in a file that only you can read. RUNPOD_API_KEY, if it is set, wins over it."""
+    key = typer.prompt("RunPod's API key", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline()
+    try:
+        save_key(key, key_file())
+    except EndpointError as error:
+        fail_with(error)
+    except OSError as error:
+        fail(f"{key_file()}: {error.strerror}")
+    print(f"kept in {key_file()}")
+
+
+@app.command()
+def serve(
+    endpoint: EndpointId = "",
+    url: Url = "",
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at.")] = 7860,
+    api_auth: Annotated[
+        str,
+        typer.Option(
+            envvar="A1111_API_AUTH", help="user:password[,…] that A1111's API asks for.", metavar="USER:PASSWORD"
+        ),
+    ] = "",
+    api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="A1111_API_KEY", help="The key that OpenAI's API asks for; default: the password.", metavar="KEY"
+        ),
+    ] = "",
+    cors_allow_origins: Annotated[
+        str, typer.Option(help="Pages that may use it, such as https://lite.koboldai.net[,…].", metavar="ORIGINS")
+    ] = "",
+    allowed_hosts: Annotated[
+        str, typer.Option(help="Further names under which it may be called.", metavar="NAMES")
+    ] = "",
+) -> None:
+    """Answer A1111's API and OpenAI's Images API on this machine, with the endpoint's pictures."""
+    from a1111_client.gateway import guard, runner, server  # FastAPI takes half a second, which others need not wait
+    from a1111_client.snapshot import SnapshotStore
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "httpcore", "uvicorn", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        access = guard.parse_access(
+            host=host,
+            api_auth=api_auth,
+            api_key=api_key,
+            allowed_hosts=allowed_hosts,
+            origins=cors_allow_origins,
+        )
+        chosen = the_endpoint(endpoint, url)
+        listening = server.listen(host, port)
+    except guard.BadAccess as error:
+        fail(str(error), status=2)
+    except OSError as error:
+        fail(f"{host} port {port}: {error.strerror}")
+    print(f"A1111's API is at {server.address(listening)}, in front of {chosen.url}", flush=True)
+    server.serve(runner.Runner(chosen, SnapshotStore(data_folder() / "snapshots")), access, listening)
+
+
+def the_endpoint(endpoint_id: str, url: str) -> Endpoint:
+    """The endpoint that the options name. Ends the command if there is none."""
+    try:
+        return open_endpoint(endpoint_id, url, os.environ, key_file())
+    except EndpointError as error:
+        fail_with(error)
+
+
+def fail_with(error: EndpointError, *, as_json: bool = False) -> NoReturn:
+    """End with the code, the sentence and the hint."""
+    if as_json:
+        print(json.dumps(error.as_json(), ensure_ascii=False))
+    fail(f"{error.code}: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
+
+
+def fail(message: str, *, status: int = 1) -> NoReturn:
     print(f"a1111: {message}", file=sys.stderr)
-    raise typer.Exit(1)
+    raise typer.Exit(status)

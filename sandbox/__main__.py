@@ -2,6 +2,7 @@
 
     python -m sandbox                   starts them and prints their URLs and what to export; ends at Ctrl-C
     python -m sandbox -- COMMAND …      starts them, runs COMMAND against them, ends with COMMAND's status
+    … --worker -- COMMAND …             besides starts a worker on the queue; COMMAND finds the queue's URL in A1111_URL
 
 Files are made once, under `.sandbox/civitai`, and reused. `.sandbox/models` is the worker's cache.
 """
@@ -101,6 +102,11 @@ class Sandbox:
             "MODEL_SOURCES": "",
         }
 
+    @property
+    def endpoint_url(self) -> str:
+        """Where callers send jobs: /run, /status and the others are below it."""
+        return f"{self.runpod.url}/v2/{self.runpod.endpoint}"
+
     def queue_environment(self) -> dict[str, str]:
         """The settings with which the SDK takes jobs from this queue."""
         return {name: value for name, value in self.runpod.worker_env().items() if name.startswith("RUNPOD_")}
@@ -142,6 +148,27 @@ def _make_once(path: Path, make: Callable[[Path, int, int], Path], seed: int, me
     return path
 
 
+@contextlib.contextmanager
+def worker(sandbox: Sandbox) -> Iterator[None]:
+    """A worker that takes the queue's jobs until the block ends. Its log goes to standard error."""
+    environment = _without_runpod(os.environ) | sandbox.environment() | sandbox.queue_environment()
+    process = subprocess.Popen(  # noqa: S603 — ours; in its own session: Ctrl-C ends the command first, then this
+        [sys.executable, str(Path(__file__).parent.parent / "handler.py")],
+        env={"RUNPOD_DEBUG_LEVEL": "WARN", **environment},
+        stdout=sys.stderr,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def run(sandbox: Sandbox, command: Sequence[str]) -> int:
     """Run a command against the sandbox and forward signals to it. Its status; 128 + n if signal n ended it."""
     child: subprocess.Popen[bytes] | None = None
@@ -157,7 +184,9 @@ def run(sandbox: Sandbox, command: Sequence[str]) -> int:
         signal.signal(number, forward)
     try:  # in its own session: so Ctrl-C on a terminal reaches it only once, forwarded from here
         child = subprocess.Popen(  # noqa: S603 — the developer's own command
-            command, env=_without_runpod(os.environ) | sandbox.environment(), start_new_session=True
+            command,
+            env=_without_runpod(os.environ) | sandbox.environment() | {"A1111_URL": sandbox.endpoint_url},
+            start_new_session=True,
         )
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
@@ -207,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(".sandbox"), help="where to keep files (.sandbox)")
     parser.add_argument("--port", type=int, help="the first of six ports (default: 3100; with a command: free ports)")
     parser.add_argument("--webui-version", choices=("1.9.3", "1.10.1"), default="1.10.1")
+    parser.add_argument("--worker", action="store_true", help="start a worker on the queue, for the command")
     parser.add_argument("--step-seconds", type=float, default=0.05, help="duration of a sampling step (0.05)")
     options = parser.parse_args(ours)
     default_port = 0 if command else 3100
@@ -220,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command:
             if "local_queue" in command:
                 print(f"Try, from another terminal:\n  {_curl(command)}\n", flush=True)
-            return run(sandbox, command)
+            with worker(sandbox) if options.worker else contextlib.nullcontext():
+                return run(sandbox, command)
         with contextlib.suppress(KeyboardInterrupt):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             _print_urls(sandbox)
