@@ -9,6 +9,7 @@ Modules that several packages need, in reading order:
     arguments       the arguments of handler.py, checked before the boot
     context         what travels with a job: deadline and cancellation, progress, priority, timings
     catalog         the models that the worker knows by name
+    webui_names     what the WebUI calls a model: a name for each content
     prompt          `<lora:name:0.8>` in a prompt, as A1111 reads it
     text            other people's text, made fit to be shown
     images          A1111's base64 PNGs in other formats, and whether an image shows anything

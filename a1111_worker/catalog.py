@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from a1111_worker.domain import ModelKind, ModelRef
+from a1111_worker.webui_names import split_hash
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ def lora_of_version(version_id: int) -> KnownLora | None:
 
 
 def lora_named(name: str) -> KnownLora | None:
-    """The catalog's LoRA that a bare name means: its title or its file's stem, in any case."""
-    return _BY_NAME.get(name.strip().removesuffix(".safetensors").casefold())
+    """The catalog's LoRA that a bare name means: its title or its file's stem, in any case, also with a hash behind."""
+    name = name.strip().removesuffix(".safetensors")
+    stem, _ = split_hash(name) or (name, "")
+    return _BY_NAME.get(name.casefold()) or _BY_NAME.get(stem.casefold())
 
 
 def resolve(ref: ModelRef) -> ModelRef:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from a1111_worker.errors import ModelError
 from a1111_worker.text import quoted
+from a1111_worker.webui_names import stem_with_hash
 
 
 class ModelKind(str, Enum):
@@ -128,9 +129,9 @@ class RemoteFile:
 class Model:
     """A verified file on disk.
 
-    `file` is its name in the cache and, without `.safetensors`, what the WebUI calls it. `lora_hash` is what A1111
-    prints for a LoRA in "Lora hashes" (12 hex digits, by A1111's network.py), None for a checkpoint. `family` is the
-    architecture that it belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it.
+    `file` is its name in the cache; what the WebUI calls it is `shown`. `lora_hash` is what A1111 prints for a LoRA in
+    "Lora hashes" (12 hex digits, by A1111's network.py), None for a checkpoint. `family` is the architecture that it
+    belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it.
     """
 
     kind: ModelKind
@@ -149,8 +150,21 @@ class Model:
     warnings: tuple[str, ...] = ()
 
     @property
-    def stem(self) -> str:
-        return self.file.removesuffix(".safetensors")
+    def shown(self) -> str:
+        """The name under which the WebUI knows the model: in tags, in "Lora hashes", in `info`.
+
+        The same name never means other content (webui_names.py). A version of CivitAI never changes, so the name of a
+        checkpoint that is verified to be one stays as it is.
+        """
+        stem = self.file.removesuffix(".safetensors")
+        if self.kind is not ModelKind.LORA and self.version_id is not None:
+            return stem
+        return stem_with_hash(stem, self.sha256)
+
+    @property
+    def shown_file(self) -> str:
+        """The file name under which the WebUI sees the model."""
+        return f"{self.shown}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -174,40 +174,85 @@ class Placement:
     default: float
     append: bool
 
+    @property
+    def tag(self) -> str:
+        """Its tag where no text has one. The LoRA must be available."""
+        assert self.name is not None
+        return lora_tag(self.name, self.default if self.scale is None else self.scale)
 
-def place(text: str, placements: Sequence[Placement]) -> str:
+
+def place(text: str, placements: Sequence[Placement], *, separator: str | None = None) -> str:
     """The text with every LoRA in it exactly once, under the WebUI's name for it.
 
-    A tag stays at its place. A second tag of the same LoRA is removed, because A1111 would apply the LoRA twice. Tags
-    are appended in the order of `placements`.
+    Tags are appended in the order of `placements`. `separator`: see `weigh`; then they are appended to the first part.
     """
-    placed: set[int] = set()  # indexes of `placements`
+    weighed = weigh(text, placements, separator=separator)
+    find = _finder(placements)
+    present = {find(tag.name) for part in _parts(weighed, separator) for tag in find_tags(part) if tag.is_lora}
+    missing = [
+        placement.tag
+        for index, placement in enumerate(placements)
+        if placement.append and placement.name is not None and index not in present
+    ]
+    first, *others = (rename(part, placements) for part in _parts(weighed, separator))
+    return (separator or "").join([append_tags(first, missing), *others])
 
-    @cache
-    def find(name: str) -> int | None:
-        """The index of the placement that a tag's name means. Asked once for each name: a text may have 2,500 tags."""
-        return next((index for index, placement in enumerate(placements) if placement.matches(name)), None)
+
+def weigh(text: str, placements: Sequence[Placement], *, separator: str | None = None) -> str:
+    """The text with the weights that count, and every LoRA in it at most once. Names stay as the caller wrote them.
+
+    A tag stays at its place. A second tag of the same LoRA is removed, because A1111 would apply the LoRA twice. With a
+    `separator` the text has parts: the first one is in every picture, the others in some. A LoRA may be in several of
+    the others, but not in the first one too.
+    """
+    find = _finder(placements)
+    weighed = []
+    of_first: frozenset[int] = frozenset()
+    for part in _parts(text, separator):
+        placed = set(of_first)  # indexes of `placements`
+
+        def decide(tag: Tag, placed: set[int] = placed) -> str | None:
+            index = find(tag.name)
+            if index is None:
+                return None
+            placement = placements[index]
+            if placement.name is None or index in placed:
+                return ""
+            placed.add(index)
+            scale = placement.scale
+            return rename_tag(tag, tag.name, placement.default if scale is None and not tag.is_weighted else scale)
+
+        weighed.append(rewrite(part, decide))
+        of_first = of_first if len(weighed) > 1 else frozenset(placed)
+    return (separator or "").join(weighed)
+
+
+def rename(text: str, placements: Sequence[Placement]) -> str:
+    """The text with every LoRA under the WebUI's name for it. Weights stay. A LoRA that is not available is removed."""
+    find = _finder(placements)
 
     def decide(tag: Tag) -> str | None:
         index = find(tag.name)
         if index is None:
             return None
-        placement = placements[index]
-        if placement.name is None or index in placed:
-            return ""
-        placed.add(index)
-        scale = placement.scale
-        return rename_tag(tag, placement.name, placement.default if scale is None and not tag.is_weighted else scale)
+        name = placements[index].name
+        return "" if name is None else rename_tag(tag, name)
 
-    rewritten = rewrite(text, decide)
-    return append_tags(
-        rewritten,
-        [
-            lora_tag(placement.name, placement.default if placement.scale is None else placement.scale)
-            for index, placement in enumerate(placements)
-            if placement.append and placement.name is not None and index not in placed
-        ],
-    )
+    return rewrite(text, decide)
+
+
+def _parts(text: str, separator: str | None) -> list[str]:
+    return [text] if separator is None else text.split(separator)
+
+
+def _finder(placements: Sequence[Placement]) -> Callable[[str], int | None]:
+    """A function that returns the index of the placement that a tag's name means."""
+
+    @cache  # a text may have 2,500 tags
+    def find(name: str) -> int | None:
+        return next((index for index, placement in enumerate(placements) if placement.matches(name)), None)
+
+    return find
 
 
 def mention_loras(second_pass: str, names: Sequence[str]) -> str:
@@ -220,6 +265,11 @@ def mention_loras(second_pass: str, names: Sequence[str]) -> str:
     if not present:
         return second_pass
     return append_tags(second_pass, [lora_tag(name, 0) for name in names if name not in present])
+
+
+def without_loras(text: str) -> str:
+    """What a text says beside its LoRAs and comments. White space does not count."""
+    return "".join(_COMMENT.sub("", rewrite(text, lambda tag: "")).split())
 
 
 def merge_style(prompt: str, style: str) -> str:

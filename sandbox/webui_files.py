@@ -26,11 +26,12 @@ _SHAPES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """The header of a safetensors file."""
+    """The header of a safetensors file. `content` stands for its tensors' bytes: it is a digest of the first ones."""
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
     data_start: int
+    content: str
 
     @property
     def architecture(self) -> str:
@@ -74,6 +75,7 @@ def open_safetensors(path: Path) -> SafetensorsHeader:
         if 8 + length > size:
             raise _unreadable("InvalidHeaderLength")
         text = file.read(length)
+        content = hashlib.sha256(file.read(1 << 16)).hexdigest()
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
@@ -83,7 +85,7 @@ def open_safetensors(path: Path) -> SafetensorsHeader:
         raise _unreadable("InvalidHeaderDeserialization") from None
     if 8 + length + end != size:
         raise _unreadable("MetadataIncompleteBuffer")
-    return SafetensorsHeader(shapes, metadata, 8 + length)
+    return SafetensorsHeader(shapes, metadata, 8 + length, content)
 
 
 def open_model(path: Path) -> SafetensorsHeader:
@@ -239,7 +241,10 @@ class ActiveLora:
 
 
 class LoraList:
-    """The LoRA folder, as extensions-builtin/Lora/networks.py lists it."""
+    """The LoRA folder, as extensions-builtin/Lora/networks.py lists it.
+
+    What is loaded stays as it is while the names and weights of prompts stay the same, whatever the files are by then.
+    """
 
     def __init__(self, folder: Path, hashes: HashCache) -> None:
         self._folder = folder
@@ -247,6 +252,8 @@ class LoraList:
         self.files: dict[str, LoraFile] = {}
         self._aliases: dict[str, LoraFile] = {}
         self._forbidden: set[str] = set()
+        self._loaded: list[ActiveLora] = []
+        self._loaded_tags: list[tuple[str, float, float]] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -267,7 +274,11 @@ class LoraList:
         """Load the LoRAs of these tags (name, te weight, unet weight).
 
         An unknown name triggers a refresh. A LoRA that is not found or cannot be opened is left out without an error.
+        A hash that was computed once is believed until the next refresh.
         """
+        files = [self._find(name) for name, _, _ in tags]
+        if tags == self._loaded_tags and all(file is not None and file.path.exists() for file in files):
+            return self._loaded
         if any(self._find(name) is None for name, _, _ in tags):
             self.refresh()
         active = []
@@ -277,10 +288,11 @@ class LoraList:
                 continue
             try:
                 header = open_model(file.path)
-                file.digest = self._hash(file, compute=True)
+                file.digest = file.digest or self._hash(file, compute=True)
             except (WebUIError, OSError):
                 continue
             active.append(ActiveLora(name, file.digest[:12], te, unet, header))
+        self._loaded, self._loaded_tags = active, tags
         return active
 
     def _find(self, name: str) -> LoraFile | None:

@@ -181,7 +181,7 @@ class ModelSlot:
             problem = f"Error(s) in loading state_dict for {model}:\n\tsize mismatch for {misfit}"
             raise WebUIError("RuntimeError", problem)
         if header.has_unet:
-            weights = "nan" if target.model_name in self._knobs.nan_models else target.sha256 or target.name
+            weights = "nan" if target.model_name in self._knobs.nan_models else header.content
         else:  # `load_state_dict(strict=False)`: missing weights keep their old values, or were never set
             weights = previous.weights if previous else "nan"
         self._options.data["sd_checkpoint_hash"] = target.sha256

@@ -409,7 +409,7 @@ def _second_pass(job: Txt2ImgJob, model: LoadedModel) -> tuple[Any, ...]:
 def _effective(loras: Sequence[ActiveLora], model: LoadedModel) -> tuple[tuple[str, float, float], ...]:
     """The LoRAs that change the picture. One of another architecture is loaded and named, and has no effect."""
     return tuple(
-        (lora.digest or lora.name_in_tag, lora.te, lora.unet)
+        (lora.header.content, lora.te, lora.unet)
         for lora in loras
         if lora.header.lora_architecture in (None, model.architecture)
     )

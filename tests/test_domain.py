@@ -27,8 +27,23 @@ def test_each_kind_of_model_has_its_folder() -> None:
     assert [kind.folder for kind in ModelKind] == ["checkpoints", "loras"]
 
 
-def test_the_webui_calls_a_model_by_its_file_without_the_ending() -> None:
-    assert Model(ModelKind.LORA, "A title", "a_file.safetensors", Path("x"), "0" * 64, 1).stem == "a_file"
+@pytest.mark.parametrize(
+    ("kind", "version_id", "file", "shown"),
+    [
+        (ModelKind.LORA, None, "a_file.safetensors", "a_file_01234567"),
+        (ModelKind.LORA, 7, "a_file_7.safetensors", "a_file_7_01234567"),
+        (ModelKind.LORA, None, "é #<=>:,(1).v2 -.safetensors", "_ _______1_.v2 -_01234567"),
+        (ModelKind.LORA, None, f"{'x' * 243}.safetensors", f"{'x' * 200}_01234567"),
+        (ModelKind.CHECKPOINT, 7, "a_file_7.safetensors", "a_file_7"),  # a version never changes
+        (ModelKind.CHECKPOINT, None, "a file.safetensors", "a file_01234567"),  # put there by hand
+    ],
+)
+def test_the_webui_calls_a_model_by_a_name_of_its_content(
+    kind: ModelKind, version_id: int | None, file: str, shown: str
+) -> None:
+    model = Model(kind, "A title", file, Path("x"), "0123456789abcdef" * 4, 1, version_id=version_id)
+
+    assert (model.shown, model.shown_file) == (shown, f"{shown}.safetensors")
 
 
 def test_the_keys_of_a_bucket_are_never_printed() -> None:

@@ -61,7 +61,8 @@ def test_a_job_returns_its_image_and_what_made_it(shared: World) -> None:
 
     image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
     assert image.size == (64, 64)
-    assert "<lora:detail_tweaker_xl:0.7>" in str(image.info["parameters"])
+    tag = answer["worker"]["loras"][0]["tag"]
+    assert f"<lora:{tag}:0.7>" in str(image.info["parameters"])
     assert json.loads(answer["info"])["all_seeds"] == answer["worker"]["seeds"] == [42]
     (lora,) = answer["worker"]["loras"]
     assert (lora["version_id"], lora["scale"], lora["loaded"]) == (DETAIL, 0.7, True)
@@ -572,8 +573,8 @@ def test_a_bare_404_that_stays_ends_the_job_after_three_tries(shared: World) -> 
 
 
 def test_a_lora_that_was_not_applied_ends_the_job(fresh: World) -> None:
-    fresh.ask(loras=[{"version_id": DETAIL}])
-    link = fresh.webui_models / "Lora" / "detail_tweaker_xl.safetensors"
+    (lora,) = fresh.ask(loras=[{"version_id": DETAIL}])["worker"]["loras"]
+    link = fresh.webui_models / "Lora" / f"{lora['tag']}.safetensors"
     link.resolve().write_bytes(link.resolve().read_bytes()[:-1] + b"?")  # other bytes behind the name
 
     fresh.webui.restart(forget_hashes=True)

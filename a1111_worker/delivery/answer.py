@@ -84,6 +84,7 @@ def _lora_entry(lora: AppliedLora) -> dict[str, Any]:
     return {
         "name": lora.name,
         "file": model.file if model else None,
+        "tag": model.shown if model else None,
         "version_id": model.version_id if model else None,
         "scale": lora.scale,
         "sha256": model.sha256 if model else None,

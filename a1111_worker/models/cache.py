@@ -18,12 +18,13 @@ from a1111_worker.models.hub_cache import CachedHubFile, find_in_hub_cache
 from a1111_worker.models.hub_files import HubAccess, hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import state_of
-from a1111_worker.models.names import SUFFIX, digest_file, short_name
+from a1111_worker.models.names import SUFFIX, digest_file, is_named, short_name
 from a1111_worker.models.safetensors import read_header
 from a1111_worker.models.sidecars import ModelRecord, Sidecars
 from a1111_worker.models.volume import CacheDirectories, CacheDirectory
 from a1111_worker.models.webui_folder import WebUIFolder, make_link
 from a1111_worker.similar import nearest
+from a1111_worker.webui_names import split_hash
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,8 @@ class ModelCache:
         """
         if self._webui is None:
             return
-        vae_folders = self.directories.vae_folders()
-        self._webui.prepare([*self.directories.folders(), *vae_folders])
-        for path in _vaes(vae_folders):
+        self._webui.prepare()
+        for path in _vaes(self.directories.vae_folders()):
             try:
                 if not path.is_file():  # to read a FIFO or a device would take for ever
                     raise ModelRejected("it is not a regular file")
@@ -119,7 +119,7 @@ class ModelCache:
         """
         for directory, file in self.list_candidates(ref, fresh=fresh):
             record = self.sidecars.find(directory, file)
-            if record is not None and _is_meant(record, ref) and (is_shown or self.is_open(directory, record)):
+            if record is not None and is_meant(record, ref) and (is_shown or self.is_open(directory, record)):
                 return CacheHit(directory, record)
         return None
 
@@ -149,6 +149,17 @@ class ModelCache:
                 if files:  # the first directory that has the name counts: one name never means two models
                     yield directory, files[0]
                     return
+        if ref.is_bare_name:
+            yield from self._files_shown_as(ref)
+
+    def _files_shown_as(self, ref: ModelRef) -> Iterator[tuple[CacheDirectory, str]]:
+        """The files that the WebUI may know by a name with a hash, if no file itself has that name."""
+        parts = split_hash(ref.name or "")
+        if parts is None:
+            return
+        for directory in self.directories.of(ref.kind):
+            for file in directory.index().files_shown_as(parts[0]):
+                yield directory, file
 
     def _file_of_url(self, directory: CacheDirectory, ref: ModelRef) -> str | None:
         """The file that was fetched from a reference's URL. A branch of Hugging Face may mean another file by now."""
@@ -295,7 +306,7 @@ class ModelCache:
             is_there = directory.size(model.file) == model.size
             if is_there and self._webui is not None:
                 with translated("showing a model to the WebUI"):
-                    self._webui.show(model.kind, model.path)
+                    self._webui.show(model)
         except BaseException:
             self._release(directory, model.file)
             raise
@@ -492,7 +503,11 @@ def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
     return next(iter(index.by_stem.get(file.removesuffix(SUFFIX).casefold(), (file,))))
 
 
-def _is_meant(record: ModelRecord, ref: ModelRef) -> bool:
+def is_meant(record: ModelRecord, ref: ModelRef) -> bool:
+    """Whether a reference means the file with this record, which is one of `ModelCache.list_candidates`."""
     if ref.version_id is not None:
         return record.is_file_of(ref)
+    if ref.is_bare_name and not is_named(record.file, ref.name or ""):
+        parts = split_hash(ref.name or "")
+        return parts is not None and record.sha256.startswith(parts[1])
     return ref.sha256 is None or (ref.url is None and ref.hub is None) or record.sha256 == ref.sha256

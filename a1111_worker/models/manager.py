@@ -35,7 +35,7 @@ from a1111_worker.errors import (
 )
 from a1111_worker.files import error_name, look
 from a1111_worker.heartbeat import Heartbeat
-from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache
+from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache, is_meant
 from a1111_worker.models.eviction import Entry
 from a1111_worker.models.fetcher import Fetcher
 from a1111_worker.models.holds import Holds
@@ -389,7 +389,7 @@ class ModelManager:
         self.cache.refresh(ref.kind)
         for directory, file in self.cache.list_candidates(ref, fresh=True):
             record = self.cache.identify(directory, file, deadline, report_bytes(report, ref.label))
-            if self.cache.is_open(directory, record):
+            if is_meant(record, ref) and self.cache.is_open(directory, record):
                 return CacheHit(directory, record)
         similar = self.cache.similar_names(ref)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "give its CivitAI URL or version id"

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from a1111_worker.webui_names import plain_stem
+
 SUFFIX = ".safetensors"
 
 SLUG_LENGTH = 80
@@ -57,6 +59,12 @@ def digest_file(name: str, sha256: str) -> str:
     return f"{slug(name)}_{sha256[:16]}{SUFFIX}"
 
 
+def is_named(file: str, name: str) -> bool:
+    """Whether a bare name may mean a model file: by its stem, in any case, or as the WebUI sees it."""
+    stem, wanted = file.removesuffix(SUFFIX), name.removesuffix(SUFFIX).casefold()
+    return wanted in (stem.casefold(), plain_stem(stem).casefold())
+
+
 @dataclass(frozen=True)
 class FileIndex:
     """The model files of a folder, by everything that their names say.
@@ -66,6 +74,7 @@ class FileIndex:
 
     files: frozenset[str] = frozenset()
     by_stem: dict[str, tuple[str, ...]] = field(default_factory=dict)  # casefolded
+    by_plain_stem: dict[str, tuple[str, ...]] = field(default_factory=dict)  # as the WebUI sees it, casefolded
     by_version: dict[int, tuple[str, ...]] = field(default_factory=dict)
     by_digest: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -73,23 +82,32 @@ class FileIndex:
     def of(cls, listing: Iterable[str]) -> FileIndex:
         """The index of a folder's listing. Files that are no models, and names with a leading dot, are left out."""
         by_stem: dict[str, tuple[str, ...]] = {}
+        by_plain_stem: dict[str, tuple[str, ...]] = {}
         by_version: dict[int, tuple[str, ...]] = {}
         by_digest: dict[str, tuple[str, ...]] = {}
         files = sorted(name for name in listing if name.endswith(SUFFIX) and not name.startswith("."))
         for file in files:
-            stem = file[: -len(SUFFIX)].casefold()
-            by_stem[stem] = (*by_stem.get(stem, ()), file)
+            stem = file[: -len(SUFFIX)]
+            for index, key in ((by_stem, stem.casefold()), (by_plain_stem, plain_stem(stem).casefold())):
+                index[key] = (*index.get(key, ()), file)
             if version := _VERSION.search(file):
                 # `a_12_345` is file 345 of version 12, or version 345 of a model that somebody called `a_12`.
                 for claimed in {int(digits) for digits in version.groups() if digits}:
                     by_version[claimed] = (*by_version.get(claimed, ()), file)
             if digest := _DIGEST.search(file):
                 by_digest[digest[1]] = (*by_digest.get(digest[1], ()), file)
-        return cls(frozenset(files), by_stem, by_version, by_digest)
+        return cls(frozenset(files), by_stem, by_plain_stem, by_version, by_digest)
 
     def files_named(self, name: str) -> tuple[str, ...]:
-        """The files that a bare name means: the exact one, else those in any case. Several files: it is ambiguous."""
+        """The files that a bare name means: the exact one, else those in any case, else those that the WebUI shows so.
+
+        Several files: it is ambiguous.
+        """
         stem = name.removesuffix(SUFFIX)
         if stem + SUFFIX in self.files:
             return (stem + SUFFIX,)
-        return self.by_stem.get(stem.casefold(), ())
+        return self.by_stem.get(stem.casefold(), ()) or self.files_shown_as(stem)
+
+    def files_shown_as(self, stem: str) -> tuple[str, ...]:
+        """The files that the WebUI sees under a name that begins with this stem."""
+        return self.by_plain_stem.get(stem.casefold(), ())

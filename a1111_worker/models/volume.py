@@ -391,10 +391,6 @@ class CacheDirectories:
     def writable(self) -> list[CacheDirectory]:
         return [directory for directory in self._writable.values() if directory is not None]
 
-    def folders(self) -> list[Path]:
-        """Every folder that a model may lie in."""
-        return [directory.folder for directories in self._all.values() for directory in directories]
-
     def vae_folders(self) -> list[Path]:
         """The folders with VAEs that somebody put into the cache or a source."""
         return [root / name for root in (self.models_dir, *self.sources) for name in ("vae", "VAE")]

@@ -1,66 +1,68 @@
 """The folder of models that the WebUI is started on: links to verified files.
 
-/tmp/webui-models/                              WEBUI_MODELS_DIR: of this container alone
-├── Stable-diffusion/jib_mix….safetensors  →    links to models, nothing else
-├── Lora/…
-└── VAE/…
+    /tmp/webui-models/                                   WEBUI_MODELS_DIR: of this container alone
+    ├── Stable-diffusion/jib_mix….safetensors       →    links to models, nothing else
+    ├── Lora/detail_tweaker_xl_0d9bd1b8.safetensors →    models/loras/detail_tweaker_xl.safetensors
+    └── VAE/…
+
+A link's name is `Model.shown_file`: the same name never leads to other content.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from a1111_worker.domain import ModelKind
+from a1111_worker.domain import Model, ModelKind
 from a1111_worker.errors import VolumeFailed
 from a1111_worker.files import look
 from a1111_worker.models.names import short_name
-
-log = logging.getLogger(__name__)
 
 _FOLDERS = {ModelKind.CHECKPOINT: "Stable-diffusion", ModelKind.LORA: "Lora"}
 _VAE = "VAE"
 
 
 class WebUIFolder:
-    """Links to models, one under each file name. Other files in the folder are left alone."""
+    """Links to models, one for each. Other files in the folder are left alone."""
 
     def __init__(self, root: Path, owner: str) -> None:
         self._root = root
         self._owner = owner
 
-    def prepare(self, model_folders: Iterable[Path]) -> None:
-        """Make the folders. Remove every link that leads nowhere, or to anything outside `model_folders`."""
-        allowed = {os.path.realpath(folder) for folder in model_folders}
+    def prepare(self) -> None:
+        """Make the folders, without any link: what an earlier one leads to may have been replaced."""
         for name in (*_FOLDERS.values(), _VAE):
             folder = self._root / name
             folder.mkdir(parents=True, exist_ok=True)
             for link in folder.iterdir():
-                if link.is_symlink() and (_is_dangling(link) or str(link.readlink().parent) not in allowed):
-                    log.info("removing %s/%s from what the WebUI sees", name, link.name)
+                if link.is_symlink():
                     link.unlink(missing_ok=True)
 
     def folder(self, kind: ModelKind) -> Path:
         return self._root / _FOLDERS[kind]
 
-    def show(self, kind: ModelKind, path: Path) -> Path:
-        """Let the WebUI see a model under its file name. Returns the link."""
-        link = self.folder(kind) / path.name
-        self._link(link, path)
+    def show(self, model: Model) -> Path:
+        """Let the WebUI see a model. Returns the link.
+
+        A link under another name is removed: it was made for what the file held before.
+        """
+        link = self.folder(model.kind) / model.shown_file
+        for earlier in self._links_to(model.kind, model.path):
+            if earlier != link:
+                earlier.unlink(missing_ok=True)
+        self._link(link, model.path)
         return link
 
     def show_vae(self, path: Path) -> None:
         self._link(self._root / _VAE / path.name, path)
 
     def hide(self, kind: ModelKind, path: Path) -> None:
-        """Remove the link to this model, if there is one."""
-        link = self.folder(kind) / path.name
-        with contextlib.suppress(OSError):
-            if link.readlink() == _target(path):
+        """Remove the links to this model."""
+        for link in self._links_to(kind, path):
+            with contextlib.suppress(OSError):
                 link.unlink()
 
     def prune(self) -> None:
@@ -70,6 +72,13 @@ class WebUIFolder:
                 with contextlib.suppress(OSError):
                     if link.is_symlink() and _is_dangling(link):
                         link.unlink()
+
+    def _links_to(self, kind: ModelKind, path: Path) -> Iterator[Path]:
+        target = _target(path)
+        for link in _children(self.folder(kind)):
+            with contextlib.suppress(OSError):
+                if link.readlink() == target and not link.name.startswith("."):  # a draft of another thread
+                    yield link
 
     def _link(self, link: Path, path: Path) -> None:
         make_link(link, _target(path), self._owner)

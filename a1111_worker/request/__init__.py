@@ -14,6 +14,7 @@ The modules, the public one first:
     scripts         what the arguments of A1111's own scripts ask for, and whether that is within the limits
     prompt_scripts  the arguments of "Prompts from file or textbox" and "Prompt matrix"
     plot            the arguments of "X/Y/Z plot"
+    script_tags     LoRA tags in the arguments of scripts, under the WebUI's names
     script_plan     what a script will do: its pictures with their fields, and its texts
     size            the size of a job's final image
     values          the types and ranges of JSON values, and their complaints

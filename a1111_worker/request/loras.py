@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from a1111_worker.prompt import LORA_TYPES, Tag, find_tags, plain_scale
 from a1111_worker.request.fields import LORA_KEYS, LORA_SCALE, MAX_LORAS
 from a1111_worker.request.unknown import unknown_lora_key
 from a1111_worker.request.values import MAX_PROBLEMS, InvalidValue, Problem, as_integer, describe_value, shown
+from a1111_worker.webui_names import split_hash
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def _keys_of_name(name: str) -> set[_Key]:
     if known is not None:
         return {("version", known.version_id)}  # whatever else a job calls by that name
     # A file from CivitAI is called <slug>_<version id>, and that name never belongs to another version.
-    match = _FILE_OF_VERSION.fullmatch(name)
-    return {("name", name), ("version", int(match[1]))} if match else {("name", name)}
+    stem, _ = split_hash(name) or (name, "")
+    versions = {match[1] for match in map(_FILE_OF_VERSION.fullmatch, (name, stem)) if match}
+    return {("name", name), *(("version", int(version)) for version in versions)}
 
 
 def _keys_of_ref(ref: ModelRef) -> set[_Key]:
@@ -154,53 +156,97 @@ def read_tags(text: str, path: str, loras: Sequence[LoraRequest]) -> ParsedLoras
     list's scale counts, with a warning. Every other LoRA becomes a request of its own, once. A text has at most
     MAX_LORAS warnings. A text may have 2,500 tags: the work for a tag does not grow with the number of LoRAs.
     """
-    requests = list(loras)
-    index_of: dict[_Key, int] = {}
-    for index, request in enumerate(requests):
-        _add_keys(index_of, request.ref, index)
-    warnings: dict[str, None] = {}  # an ordered set
-    complaints: dict[Complaint, None] = {}
-
-    def warn(warning: str | None) -> None:
-        if warning and len(warnings) < MAX_LORAS:
-            warnings[warning] = None
-
+    reader = _TagReader(loras)
     times: Counter[tuple[str, ...]] = Counter()
     for tag in find_tags(text):
+        if reader.is_full:
+            break
         spelling = (tag.type, *tag.arguments)
         times[spelling] += 1
         if times[spelling] > 2:
             continue  # the first one asks for the LoRA, the second one is a warning, the third one says nothing new
-        if _is_dropped_by_webui(tag):
-            warn(f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag")
+        request = reader.read(tag, path)
+        if request is None:
             continue
-        try:
-            request = _request_of(tag, path)
-        except InvalidValue as error:
-            complaints[Complaint(path, f"holds {_label(tag)}: {error.problems[0][1]}")] = None
-            if len(complaints) > MAX_PROBLEMS:
-                break
+        index = reader.find(tag.name)
+        if index is None:
+            reader.add(request)
             continue
-        found = [index_of[key] for key in _keys_of_name(tag.name) if key in index_of]
-        if not found:
-            if len(requests) == MAX_LORAS:
-                complaints[Complaint(path, f"asks for more than {MAX_LORAS} LoRAs, the list's included")] = None
-                break
-            requests.append(request)
-            _add_keys(index_of, request.ref, len(requests) - 1)
-            continue
-        earlier = requests[min(found)]
+        earlier = reader.requests[index]
         if not earlier.in_prompt and earlier.scale is None:
-            requests[min(found)] = replace(earlier, scale=request.scale, weighted_in_prompt=tag.is_weighted)
+            reader.requests[index] = replace(earlier, scale=request.scale, weighted_in_prompt=tag.is_weighted)
         else:
-            warn(_ignored_scale(tag, path, earlier))
-    return ParsedLoras(tuple(requests), tuple(warnings), tuple(complaints))
+            reader.warn(_ignored_scale(tag, path, earlier))
+    return reader.parsed()
 
 
-def _add_keys(index_of: dict[_Key, int], ref: ModelRef, index: int) -> None:
-    """Note which request has a reference's keys: the first one that has them."""
-    for key in _keys_of_ref(ref):
-        index_of.setdefault(key, index)
+def read_tags_of_script(prompts: Mapping[str, str], loras: Sequence[LoraRequest]) -> ParsedLoras:
+    """Add the LoRA tags of the prompts that a script makes: prompt → the place in the job that it comes from.
+
+    Every tag keeps its own weights, also one that names a LoRA of the list.
+    """
+    reader = _TagReader(loras)
+    seen: set[tuple[str, ...]] = set()
+    for prompt, path in prompts.items():
+        for tag in find_tags(prompt):
+            spelling = (tag.type, *tag.arguments)
+            if reader.is_full or spelling in seen:
+                continue
+            seen.add(spelling)
+            request = reader.read(tag, path)
+            if request is not None and reader.find(tag.name) is None:
+                reader.add(replace(request, scale=tag.weights().unet))
+    return reader.parsed()
+
+
+class _TagReader:
+    """The LoRAs that a job asks for, while tags are added to them."""
+
+    def __init__(self, loras: Sequence[LoraRequest]) -> None:
+        self.requests = list(loras)
+        self._index_of: dict[_Key, int] = {}
+        for index, request in enumerate(loras):
+            self._add_keys(request.ref, index)
+        self._warnings: dict[str, None] = {}  # an ordered set
+        self._complaints: dict[Complaint, None] = {}
+        self.is_full = False
+
+    def read(self, tag: Tag, path: str) -> LoraRequest | None:
+        """What a tag asks for. None if that is nothing, which is a warning, or nothing that can be had: a complaint."""
+        if _is_dropped_by_webui(tag):
+            self.warn(f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag")
+            return None
+        try:
+            return _request_of(tag, path)
+        except InvalidValue as error:
+            self._complaints[Complaint(path, f"holds {_label(tag)}: {error.problems[0][1]}")] = None
+            self.is_full = len(self._complaints) > MAX_PROBLEMS
+            return None
+
+    def find(self, name: str) -> int | None:
+        """The index of the request that a tag's name means."""
+        return min((self._index_of[key] for key in _keys_of_name(name) if key in self._index_of), default=None)
+
+    def add(self, request: LoraRequest) -> None:
+        if len(self.requests) == MAX_LORAS:
+            message = f"asks for more than {MAX_LORAS} LoRAs, the list's included"
+            self._complaints[Complaint(request.path, message)] = None
+            self.is_full = True
+            return
+        self.requests.append(request)
+        self._add_keys(request.ref, len(self.requests) - 1)
+
+    def warn(self, warning: str | None) -> None:
+        if warning and len(self._warnings) < MAX_LORAS:
+            self._warnings[warning] = None
+
+    def parsed(self) -> ParsedLoras:
+        return ParsedLoras(tuple(self.requests), tuple(self._warnings), tuple(self._complaints))
+
+    def _add_keys(self, ref: ModelRef, index: int) -> None:
+        """Note which request has a reference's keys: the first one that has them."""
+        for key in _keys_of_ref(ref):
+            self._index_of.setdefault(key, index)
 
 
 def _is_dropped_by_webui(tag: Tag) -> bool:

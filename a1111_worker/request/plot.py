@@ -190,7 +190,10 @@ def read_plot(args: Sequence[Any], body: Mapping[str, Any], most: int, axes: Seq
         for cell in product(*(axis.values for axis in reversed(plot)))  # x changes first
     ]
     texts = [
-        ScriptText(f"[{axis.index}]", value) for axis in plot if axis.name in _WITH_TEXTS for value in axis.written
+        ScriptText(f"[{axis.index}]", value, is_value=True)
+        for axis in plot
+        if axis.name in _WITH_TEXTS
+        for value in axis.written
     ]
 
     def write(new_texts: Sequence[str]) -> list[Any]:

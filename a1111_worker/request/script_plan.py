@@ -28,11 +28,15 @@ class ScriptRun:
 
 @dataclass(frozen=True)
 class ScriptText:
-    """A text of the arguments that becomes a prompt, or a part of one. `path` is its place, below script_args."""
+    """A text of the arguments that becomes a prompt, or a part of one. `path` is its place, below script_args.
+
+    `is_value`: it takes the place of another text in a prompt, so it may be the name of a LoRA inside a tag.
+    """
 
     path: str
     text: str
     is_negative: bool = False
+    is_value: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,10 @@ def checkpoint_names(model: Model) -> tuple[str, ...]:
     A client may keep any of them: the whole title, the title without its hash, the file, its stem, a hash.
     """
     short_hash = model.sha256[:10]
-    forms = (f"{model.file} [{short_hash}]", model.file, f"{model.stem} [{short_hash}]", model.stem, model.name)
-    return tuple(form.casefold() for form in (*forms, short_hash, model.sha256))
+    files = dict.fromkeys((model.shown_file, model.file))
+    stems = [file.removesuffix(".safetensors") for file in files]
+    titles = [f"{name} [{short_hash}]" for name in (*files, *stems)]
+    return tuple(form.casefold() for form in (*titles, *files, *stems, model.name, short_hash, model.sha256))
 
 
 class CheckpointSwitch:
@@ -68,7 +70,7 @@ class CheckpointSwitch:
         ours = self._find(listed)
         if ours is None:
             raise CheckpointNotLoaded(
-                f"the WebUI does not list {self._checkpoint.file}",
+                f"the WebUI does not list {self._checkpoint.shown_file}",
                 hint="the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does",
             )
         steps: tuple[Callable[[Deadline], None], ...] = (self._reload, self._switch)
@@ -89,7 +91,7 @@ class CheckpointSwitch:
 
     def _switch(self, deadline: Deadline) -> None:
         # By its name that is not there now: if the option does not change, nothing happens.
-        names = (self._checkpoint.file, self._checkpoint.stem)
+        names = (self._checkpoint.shown_file, self._checkpoint.shown)
         name = names[self._webui.options().checkpoint == names[0]]
         self._run(lambda: self._webui.set_options({"sd_model_checkpoint": name}, timeout=self._timeout), deadline)
 
@@ -112,4 +114,4 @@ class CheckpointSwitch:
         return self._webui.options().checkpoint_sha256 == self._checkpoint.sha256
 
     def _find(self, listed: Sequence[ListedCheckpoint]) -> ListedCheckpoint | None:
-        return next((entry for entry in listed if entry.file == self._checkpoint.file), None)
+        return next((entry for entry in listed if entry.file == self._checkpoint.shown_file), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from a1111_worker.request.fields import (
     DEFAULT_LIMITS,
     Limits,
 )
-from a1111_worker.request.loras import name_means, read_tags, scale_of
-from a1111_worker.request.scripts import check_script
+from a1111_worker.request.loras import has_lora_tag, name_means, read_tags, read_tags_of_script, scale_of
+from a1111_worker.request.script_plan import ScriptPlan, ScriptRun
+from a1111_worker.request.script_tags import rename_in_script, separator_of
+from a1111_worker.request.scripts import check_script, read_script
 from a1111_worker.request.unknown import SURE
 from a1111_worker.similar import nearest
 from a1111_worker.text import printable, quoted, quoted_list
@@ -86,7 +88,8 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
     resolved = _merge_styles_with_loras(replace(request, body=body, warnings=warnings), lists)
     if complaints := check_script(resolved.body, limits, lists.script_axes):
         raise InvalidRequest(complaints)
-    return resolved
+    plan = read_script(resolved.body, limits.max_images, lists.script_axes)
+    return resolved if plan is None else _resolve_runs(resolved, plan, lists)
 
 
 def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
@@ -106,8 +109,39 @@ def missing_upscaler(name: str, lists: WebUILists) -> str:
     )
 
 
-def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
-    """The body, and what its answer must show. A LoRA among `failures` is left out, with a warning."""
+def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[str] = ()) -> GenerationPlan:
+    """The body, and what its answer must show. A LoRA among `failures` is left out, with a warning.
+
+    `script_axes` are those of WebUILists. Raises InvalidRequest for a script that would change a LoRA's name.
+    """
+    loras, warnings = _job_loras(request, held)
+    body = dict(request.body)
+    placements = [lora.placement() for lora in loras]
+    separator = separator_of(body)
+    words = _append_trigger_words(body, loras, separator) if request.trigger_words else {}
+    given = str(body.get("prompt", ""))
+    if given:
+        body["prompt"] = prompt.place(given, placements, separator=separator)
+    if body.get("hr_prompt"):
+        body["hr_prompt"] = prompt.place(body["hr_prompt"], placements)
+        if body.get("enable_hr"):
+            names = [lora.model.shown for lora in loras if lora.model]
+            body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], names)
+    if body.get("script_args"):
+        weighed = prompt.weigh(given, placements, separator=separator)
+        script = rename_in_script(body, weighed, placements, script_axes)
+        body["script_args"] = script.args
+        warnings += [
+            f"the prompt of a picture names the LoRA {quoted(lora.model.name)} twice, so it acts twice there"
+            for lora in loras
+            if lora.model and lora.model.shown in script.doubled
+        ]
+    applied = tuple(replace(lora.applied(), trigger_words=words.get(index, ())) for index, lora in enumerate(loras))
+    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank, request.preview)
+
+
+def _job_loras(request: GenerationRequest, held: HeldModels) -> tuple[list[_JobLora], list[str]]:
+    """The LoRAs of a job, each file once, and the warnings about them after those of the request."""
     warnings = list(request.warnings)
     loras: dict[str, _JobLora] = {}
     for lora_request in request.loras:
@@ -116,35 +150,31 @@ def compose(request: GenerationRequest, held: HeldModels) -> GenerationPlan:
         if model is None:
             failure = held.failures[ref]
             warnings.append(f"the LoRA {ref.label} was left out: {failure.code}: {failure.message}")
-        key = model.file if model else f"{lora_request.path} {ref.label}"
+        key = model.shown if model else f"{lora_request.path} {ref.label}"
         if key in loras:
-            loras[key].refs.append(ref)  # two names for one file
+            loras[key] = loras[key].also(lora_request)
             continue
-        loras[key] = _JobLora(lora_request, model, [ref])
+        loras[key] = _JobLora(lora_request, model, (ref,))
         warnings += model.warnings if model else ()
-    body = dict(request.body)
-    words = _append_trigger_words(body, loras) if request.trigger_words else {}
-    placements = [lora.placement() for lora in loras.values()]
-    for field in ("prompt", "hr_prompt"):
-        if body.get(field):
-            body[field] = prompt.place(body[field], placements)
-    if body.get("enable_hr") and body.get("hr_prompt"):
-        stems = [lora.model.stem for lora in loras.values() if lora.model]
-        body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], stems)
-    applied = tuple(replace(lora.applied(), trigger_words=words.get(key, ())) for key, lora in loras.items())
-    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank, request.preview)
+    return list(loras.values()), warnings
 
 
-def _append_trigger_words(body: dict[str, Any], loras: Mapping[str, _JobLora]) -> dict[str, tuple[str, ...]]:
-    """Append the trained words of LoRAs that the prompts lack. Returns what was appended to the prompt, by LoRA."""
-    appended: dict[str, tuple[str, ...]] = {}
-    for key, lora in loras.items():
+def _append_trigger_words(
+    body: dict[str, Any], loras: Sequence[_JobLora], separator: str | None
+) -> dict[int, tuple[str, ...]]:
+    """Append the trained words of LoRAs that the prompts lack. Returns what was appended to the prompt, by LoRA.
+
+    Of a prompt with parts (`separator_of`), the first one gets them: it is in every picture.
+    """
+    appended: dict[int, tuple[str, ...]] = {}
+    for index, lora in enumerate(loras):
         words = prompt.split_words(lora.model.trained_words)[:MAX_TRIGGER_WORDS] if lora.model else []
         for field in ("prompt", "hr_prompt"):
             if body.get(field):
                 missing = prompt.missing_words(body[field], words)
-                body[field] = prompt.append_words(body[field], missing)
-                appended.setdefault(key, tuple(missing))
+                first, *others = body[field].split(separator) if field == "prompt" and separator else [body[field]]
+                body[field] = (separator or "").join([prompt.append_words(first, missing), *others])
+                appended.setdefault(index, tuple(missing))
     return appended
 
 
@@ -154,18 +184,24 @@ class _JobLora:
 
     request: LoraRequest
     model: Model | None
-    refs: list[ModelRef]
+    refs: tuple[ModelRef, ...]
+
+    def also(self, request: LoraRequest) -> _JobLora:
+        """The LoRA with a second request for it, under another name. If only a tag has a scale, that one counts."""
+        first = self.request
+        if not first.in_prompt and first.scale is None and request.in_prompt:
+            first = replace(first, scale=request.scale, weighted_in_prompt=request.scale is not None)
+        return _JobLora(first, self.model, (*self.refs, request.ref))
 
     def has_name(self, name: str) -> bool:
-        """Whether a tag with this name means this LoRA."""
-        stem = self.model.stem if self.model else None
-        return name == stem or any(name_means(name, ref) for ref in self.refs)
+        """Whether a tag with this name means this LoRA: each tag of the caller has a request, so one of its names."""
+        return any(name_means(name, ref) for ref in self.refs)
 
     def placement(self) -> prompt.Placement:
         has_own_weights = self.request.in_prompt or self.request.weighted_in_prompt
         return prompt.Placement(
             matches=self.has_name,
-            name=self.model.stem if self.model else None,
+            name=self.model.shown if self.model else None,
             scale=None if has_own_weights else scale_of(self.request, self.model),
             default=scale_of(self.request, self.model),
             append=not self.request.in_prompt,
@@ -281,6 +317,63 @@ _RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
     _resolve_vae,
     _resolve_styles,
 )
+
+
+def _resolve_runs(request: GenerationRequest, plan: ScriptPlan, lists: WebUILists) -> GenerationRequest:
+    """The request with the LoRAs that its script's pictures name. Other names of the script are checked here."""
+    prompts: dict[str, str] = {}
+    complaints: dict[Complaint, None] = {}  # an ordered set
+    for run in plan.runs:
+        if "prompt" in run.fields:
+            prompts.setdefault(str(run.fields["prompt"]), _place_of(run, "prompt"))
+        complaints |= dict.fromkeys(_complaints_of_run(run, request.body, lists))
+    read = read_tags_of_script(prompts, request.loras)
+    if complaints or read.complaints:
+        raise InvalidRequest([*complaints, *read.complaints])
+    return replace(request, loras=read.loras, warnings=tuple(dict.fromkeys((*request.warnings, *read.warnings))))
+
+
+def _complaints_of_run(run: ScriptRun, body: Body, lists: WebUILists) -> Iterator[Complaint]:
+    """What is wrong with a script's own values for upscaler, styles and faces. A1111 would silently go without them."""
+    for field, check in _CHECKS_OF_RUN.items():
+        if run.fields.get(field, body.get(field)) != body.get(field):
+            try:
+                check(run.fields, body, lists)
+            except InvalidRequest as error:
+                for complaint in error.complaints:
+                    yield Complaint(_place_of(run, field), complaint.message)
+
+
+def _place_of(run: ScriptRun, field: str) -> str:
+    return f"script_args{run.origins.get(field, ('', ''))[0]}"
+
+
+def _check_upscaler_of_run(changed: Body, body: Body, lists: WebUILists) -> None:
+    _check_spelling(changed["hr_upscaler"], resolve_upscaler(changed["hr_upscaler"], lists, path=""))
+
+
+def _check_styles_of_run(changed: Body, body: Body, lists: WebUILists) -> None:
+    for name in changed["styles"][len(body.get("styles") or ()) :]:
+        _check_spelling(name, resolve_name(name, tuple(lists.styles), "style", path=""))
+        if has_lora_tag(lists.styles[name].prompt):
+            message = f"the style {quoted(name)} has LoRA tags: give it in the field styles"
+            raise InvalidRequest([Complaint("", message)])
+
+
+def _check_faces_of_run(changed: Body, body: Body, lists: WebUILists) -> None:
+    _check_faces(changed, lists)
+
+
+def _check_spelling(name: str, known: str) -> None:
+    if name != known:
+        raise InvalidRequest([Complaint("", f"must be written {quoted(known)}, not {quoted(name)}")])
+
+
+_CHECKS_OF_RUN: Mapping[str, Callable[[Body, Body, WebUILists], None]] = {
+    "hr_upscaler": _check_upscaler_of_run,
+    "styles": _check_styles_of_run,
+    "restore_faces": _check_faces_of_run,
+}
 
 
 def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:

@@ -105,7 +105,7 @@ class Generator:
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate, and return when the answer begins. From then on the next job may start."""
-        plan = compose(request, held)
+        plan = compose(request, held, self._readiness.lists.script_axes)
         self._jobs_since_out_of_memory += 1
         self._wait_for_interruption(context)
         self._readiness.ensure_ready(context)

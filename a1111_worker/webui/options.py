@@ -76,7 +76,7 @@ class OptionsReset:
             )
         self._checkpoint = checkpoint
         if self._owner:
-            self._owner.remember(options.values, {**RESET_OPTIONS, "sd_model_checkpoint": checkpoint.file})
+            self._owner.remember(options.values, {**RESET_OPTIONS, "sd_model_checkpoint": checkpoint.shown_file})
 
     def expect_changes(self) -> None:
         """A script runs now. The next reset sets back what it leaves behind."""
@@ -103,7 +103,7 @@ class OptionsReset:
         self._note_others(options)  # what the owner changes there stays
         if self._checkpoint is None or options.checkpoint_sha256 != self._checkpoint.sha256:
             return False
-        ours = {**RESET_OPTIONS, "sd_model_checkpoint": self._checkpoint.file}
+        ours = {**RESET_OPTIONS, "sd_model_checkpoint": self._checkpoint.shown_file}
         return _sends_png(options) and all(
             is_same(key, options.values.get(key, value), value) for key, value in ours.items()
         )

@@ -126,7 +126,7 @@ def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoi
     if body.get("script_name") and name is None and digits is None:
         is_ours = bool(by_image) and all(found == expected for found in by_image)
     else:
-        is_ours = name == checkpoint.stem and digits == expected
+        is_ours = name == checkpoint.shown and digits == expected
     if not is_ours:
         raise CheckpointNotLoaded(
             f"the WebUI used another checkpoint than {checkpoint.name}",
@@ -155,7 +155,7 @@ def _verify_loras(
         hashes = lora_hashes(info)
         applied = [_count(lora, [hashes] * len(texts)) for lora in plan.loras]
         total = len(texts)
-        unasked = sorted(hashes.keys() - {_hash_name(lora) for lora in plan.loras})
+        unasked = sorted(hashes.keys() - {_tag_name(lora) for lora in plan.loras})
     else:
         prompts = _prompts_of_script(info, texts)
         total = len(prompts)
@@ -192,13 +192,8 @@ def _count(lora: AppliedLora, by_image: Sequence[Mapping[str, str]]) -> AppliedL
 
 
 def _tag_name(lora: AppliedLora) -> str | None:
-    return lora.model.stem if lora.model else None
-
-
-def _hash_name(lora: AppliedLora) -> str | None:
-    """Its name in "Lora hashes", where A1111 leaves out commas."""
-    return lora.model.stem.replace(",", "") if lora.model else None
+    return lora.model.shown if lora.model else None
 
 
 def _is_applied(lora: AppliedLora, hashes: Mapping[str, str]) -> bool:
-    return lora.model is not None and hashes.get(_hash_name(lora) or "") == lora.model.lora_hash
+    return lora.model is not None and hashes.get(_tag_name(lora) or "") == lora.model.lora_hash

@@ -37,6 +37,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
             {
                 "name": "Detail",
                 "file": "d.safetensors",
+                "tag": "d_cdcdcdcd",
                 "version_id": 135867,
                 "scale": 1.5,
                 "sha256": "cd" * 32,
@@ -48,6 +49,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
             {
                 "name": "Gone",
                 "file": None,
+                "tag": None,
                 "version_id": None,
                 "scale": 1.0,
                 "sha256": None,

@@ -53,7 +53,7 @@ def test_a_bare_name_is_clear_or_not_found(
     worker = fleet.start()
 
     if isinstance(outcome, str):
-        assert fetch(worker, named(name)).stem == outcome
+        assert fetch(worker, named(name)).file == f"{outcome}.safetensors"
     else:
         with pytest.raises(outcome):
             fetch(worker, named(name))
@@ -255,7 +255,7 @@ def test_a_name_of_any_length_is_a_name(fleet: Fleet, length: int, letter: str) 
 
     with one.hold([named(stem)], JobContext(soon())) as held:
         (model,) = held.models.values()
-        link = fleet.folder / "container1/webui/Lora" / path.name
+        link = fleet.folder / "container1/webui/Lora" / model.shown_file
         linked = link.read_bytes() == path.read_bytes()
         (entry,) = other.cache.list_entries()
         was_evicted = other.cache.evict(entry, "a test")
@@ -282,7 +282,7 @@ def test_a_cache_that_cannot_be_written_is_used_for_what_it_has(fleet: Fleet) ->
 
         with worker.hold([lora(1), lora(2)], JobContext(soon())) as held:
             there, fetched = held.models[lora(1)], held.models[lora(2)]
-            link = fleet.folder / "container2/webui/Lora" / fetched.file
+            link = fleet.folder / "container2/webui/Lora" / fetched.shown_file
             linked = link.read_bytes() == fetched.path.read_bytes()
         again = fetch(worker, lora(2))
 

@@ -379,7 +379,7 @@ def test_links_to_models_stay_while_the_volume_does_not_answer(fleet: Fleet, vol
     (ref,) = serve(fleet, 1)
     worker = fleet.start(checkpoint=None, timings=timings(heartbeat=3600))
     model = fetch(worker, ref)
-    link = fleet.folder / "container1/webui/Lora" / model.file
+    link = fleet.folder / "container1/webui/Lora" / model.shown_file
     volume.fail("stat", errno.EIO, on=f"loras/{model.file}")
 
     worker.cache.look_after()

@@ -162,7 +162,7 @@ with manager(Path(folder), api, storage, **how) as worker:
         try:
             with worker.hold(refs, JobContext(Deadline(100))) as held:
                 for ref, model in held.models.items():
-                    link = Path(folder) / f"container{name}/webui/Lora" / model.file
+                    link = Path(folder) / f"container{name}/webui/Lora" / model.shown_file
                     for path in (model.path, link):
                         bytes_ = path.read_bytes()
                         assert hashlib.sha256(bytes_).hexdigest() == served[str(ref.version_id)] == model.sha256

@@ -60,7 +60,7 @@ def test_a_file_of_the_hub_is_fetched_verified_and_shown_to_the_webui(fleet: Fle
 
     model = fetch(fleet.start(), hub())
 
-    assert (fleet.folder / "container1/webui/Lora" / model.file).read_bytes() == path.read_bytes()
+    assert (fleet.folder / "container1/webui/Lora" / model.shown_file).read_bytes() == path.read_bytes()
     assert model.file == f"Ink_style_{sha256_of(path)[:16]}.safetensors"
     assert (model.name, model.family, model.downloaded) == ("Ink style", "sdxl", True)
     assert fleet.debris() == []
@@ -120,7 +120,7 @@ WAYS: list[tuple[str, Callable[[Model, HubFile], ModelRef], type[WorkerError]]] 
     ("by its branch", lambda model, exact: hub(), ModelAccessDenied),
     ("by its commit", lambda model, exact: hub(exact), ModelAccessDenied),
     ("by its commit and hash", lambda model, exact: hub(exact, sha256=model.sha256), ModelAccessDenied),
-    ("by its name", lambda model, exact: named(model.stem), ModelNotFound),
+    ("by its name", lambda model, exact: named(model.shown), ModelNotFound),
     # a caller who knows the hash and nothing else
     ("by its hash", lambda model, exact: _elsewhere(sha256=model.sha256), InvalidRequest),
 ]
@@ -142,7 +142,7 @@ def test_a_file_that_was_fetched_with_the_token_is_for_the_callers_of_its_endpoi
     with pytest.raises(error):
         fetch(other, how(model, exact))
 
-    for ref in (hub(), hub(exact), named(model.stem)):
+    for ref in (hub(), hub(exact), named(model.shown)):
         assert not fetch(fleet.start(hub_access=OPEN), ref).downloaded
 
 
@@ -189,7 +189,7 @@ def test_runpods_copy_is_linked_and_not_copied_and_the_hub_is_not_asked(fleet: F
     models = [fetch(worker, ref) for ref in (hub(), hub(exact), hub(sha256=sha256_of(path)))]
 
     assert all(is_same_file(model, there) and not model.downloaded for model in models)
-    assert (fleet.folder / "container1/webui/Lora" / models[0].file).samefile(there)
+    assert (fleet.folder / "container1/webui/Lora" / models[0].shown_file).samefile(there)
     assert (models[0].name, models[0].sha256, models[0].family) == ("Ink style", sha256_of(path), "sdxl")
     assert fleet.asked() == []
     assert fleet.models_there() == []
@@ -284,7 +284,7 @@ def test_the_fixed_checkpoint_may_be_runpods_copy(fleet: Fleet, tmp_path: Path) 
     assert is_same_file(first, there)
     assert (first.file, first.name, first.family) == ("my.safetensors", "Mine", "sdxl")
     assert again == first
-    assert (fleet.folder / "container1/webui/Stable-diffusion/my.safetensors").samefile(there)
+    assert (fleet.folder / "container1/webui/Stable-diffusion" / first.shown_file).samefile(there)
     assert fleet.asked() == []
 
 

@@ -31,7 +31,7 @@ def test_a_lora_is_fetched_verified_and_shown_to_the_webui(fleet: Fleet) -> None
     with worker.hold([lora(77)], JobContext(soon())) as held:
         model = held.models[lora(77)]
 
-        assert (fleet.folder / "container1/webui/Lora" / model.file).read_bytes() == served.read_bytes()
+        assert (fleet.folder / "container1/webui/Lora" / model.shown_file).read_bytes() == served.read_bytes()
     assert model.file == "Snow_Ice_77.safetensors"
     assert (model.name, model.base_model, model.family) == ("Snow & Ice", "SDXL 1.0", "sdxl")
     assert (model.sha256, model.size) == (sha256_of(served), served.stat().st_size)
@@ -130,7 +130,7 @@ def test_a_model_that_was_evicted_while_its_worker_was_paused_is_held_again(flee
 
     assert files == [f"{name}_77.safetensors", "Model-78_78.safetensors"]
     assert fleet.civitai.resolves == {77: 2, 78: 2}
-    assert sorted(links) == sorted(files)
+    assert sorted(links) == sorted(model.shown_file for model in again.models.values())
     assert answers == [False, False]
     assert list((fleet.loras / ".holds").iterdir()) == []  # what was held again is released too
     assert fleet.models_there() == sorted(files)

@@ -35,16 +35,15 @@ def last_used(fleet: Fleet, number: int, seconds: float) -> None:
 def test_the_least_recently_used_model_is_evicted_when_the_cache_is_full(fleet: Fleet) -> None:
     refs = sizes(fleet, 1, 2, 3, 4)
     worker = fleet.start(limit=3 * MB)
-    for ref in refs[:3]:
-        fetch(worker, ref)
+    first, _, third = (fetch(worker, ref) for ref in refs[:3])
     for when, number in enumerate([2, 3, 1]):
         last_used(fleet, number, 1000 + when)
 
-    fetch(worker, refs[3])
+    fourth = fetch(worker, refs[3])
 
     assert fleet.models_there() == ["Model-1_1.safetensors", "Model-3_3.safetensors", "Model-4_4.safetensors"]
     links = sorted(path.name for path in (fleet.folder / "container1/webui/Lora").iterdir())
-    assert links == fleet.models_there()
+    assert links == [model.shown_file for model in (first, third, fourth)]
     assert fleet.debris() == []
 
 
@@ -313,7 +312,7 @@ def test_a_cache_whose_own_folders_were_deleted_goes_on(fleet: Fleet) -> None:
 
     model = fetch(worker, second)
     shutil.rmtree(fleet.loras / ".trash")
-    removed = worker.remove(model.stem)
+    removed = worker.remove(model.file)
 
     assert model.downloaded
     assert [entry.file for entry in removed] == [model.file]

@@ -51,7 +51,7 @@ def checkpoint(webui: SandboxWebUI, file: str = OURS, *, sha256: str = "") -> Mo
     path = webui.models_dir / "Stable-diffusion" / file
     if not sha256:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Model(ModelKind.CHECKPOINT, path.stem.title(), file, path, sha256=sha256, size=1)
+    return Model(ModelKind.CHECKPOINT, path.stem.title(), file, path, sha256=sha256, size=1, version_id=1)
 
 
 def load(webui: SandboxWebUI, model: Model) -> None:

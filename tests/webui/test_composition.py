@@ -177,7 +177,7 @@ def test_loras_become_tags_in_the_callers_order_with_their_scale() -> None:
 
     body = composed(request, model("detail_tweaker_xl", 135867), model("x_7", 7))
 
-    assert body["prompt"] == "a lighthouse <lora:detail_tweaker_xl:1.5> <lora:x_7:-0.5>"
+    assert body["prompt"] == "a lighthouse <lora:detail_tweaker_xl_abababab:1.5> <lora:x_7_abababab:-0.5>"
 
 
 def test_a_tag_of_the_caller_is_not_doubled_and_the_scale_of_the_list_wins() -> None:
@@ -185,7 +185,7 @@ def test_a_tag_of_the_caller_is_not_doubled_and_the_scale_of_the_list_wins() -> 
 
     body = composed(request, model("detail_tweaker_xl", 135867, "Detail Tweaker XL"))
 
-    assert body["prompt"] == "a <lora:detail_tweaker_xl:0.8> lighthouse"
+    assert body["prompt"] == "a <lora:detail_tweaker_xl_abababab:0.8> lighthouse"
     assert any("0.8 counts" in warning for warning in request.warnings)
 
 
@@ -194,14 +194,14 @@ def test_a_tag_alone_is_a_lora_of_the_job() -> None:
 
     plan = compose(request, HeldModels({request.loras[0].ref: model("detail_tweaker_xl", 135867)}))
 
-    assert plan.body["prompt"] == "a <lora:detail_tweaker_xl:0.3> lighthouse"
+    assert plan.body["prompt"] == "a <lora:detail_tweaker_xl_abababab:0.3> lighthouse"
     assert [(lora.name, lora.scale) for lora in plan.loras] == [("detail_tweaker_xl", 0.3)]
 
 
 def test_the_second_pass_has_the_loras_too() -> None:
     request = parse(hr_prompt="the same, sharper", loras=[{"version_id": 7}])
 
-    assert composed(request, model("x_7", 7))["hr_prompt"] == "the same, sharper <lora:x_7:1>"
+    assert composed(request, model("x_7", 7))["hr_prompt"] == "the same, sharper <lora:x_7_abababab:1>"
 
 
 def test_a_list_entry_without_a_scale_keeps_the_weights_of_its_tag() -> None:
@@ -209,7 +209,7 @@ def test_a_list_entry_without_a_scale_keeps_the_weights_of_its_tag() -> None:
 
     plan = compose(request, HeldModels({request.loras[0].ref: model("x_7")}))
 
-    assert plan.body["prompt"] == "a <lora:x_7:0.5:1> lighthouse"
+    assert plan.body["prompt"] == "a <lora:x_7_abababab:0.5:1> lighthouse"
     assert [lora.scale for lora in plan.loras] == [1.0]  # the U-Net's
 
 
@@ -219,7 +219,7 @@ def test_a_second_pass_with_its_own_loras_names_those_of_the_first_without_effec
 
     body = composed(request, model("first"), model("second"))
 
-    assert body["hr_prompt"] == "sharper <lora:second:1> <lora:first:0>"
+    assert body["hr_prompt"] == "sharper <lora:second_abababab:1> <lora:first_abababab:0>"
 
 
 def test_a_lora_that_could_not_be_had_is_left_out_with_a_warning() -> None:
@@ -239,7 +239,7 @@ def test_two_names_for_one_file_are_one_lora() -> None:
 
     plan = compose(request, HeldModels({lora.ref: same for lora in request.loras}))
 
-    assert plan.body["prompt"] == "a <lora:by_hand:0.8> lighthouse"
+    assert plan.body["prompt"] == "a <lora:by_hand_abababab:0.8> lighthouse"
     assert len(plan.loras) == 1
 
 
@@ -327,7 +327,7 @@ def test_a_tag_of_a_style_that_cannot_be_used_is_a_complaint() -> None:
 def test_the_weights_of_a_tag_stay_as_the_caller_wrote_them() -> None:
     request = parse(prompt="a <lora:some_style_7:0.3:0.8> lighthouse")
 
-    assert composed(request, model("some_style_7", 7))["prompt"] == "a <lora:some_style_7:0.3:0.8> lighthouse"
+    assert composed(request, model("some_style_7", 7))["prompt"] == "a <lora:some_style_7_abababab:0.3:0.8> lighthouse"
 
 
 def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
@@ -335,7 +335,7 @@ def test_a_tag_in_another_case_of_a_listed_file_is_not_doubled() -> None:
 
     body = composed(request, *(model("my style") for _ in request.loras))
 
-    assert body["prompt"] == "a <lora:my style:0.8> lighthouse"
+    assert body["prompt"] == "a <lora:my style_abababab:0.8> lighthouse"
 
 
 def test_two_loras_of_urls_that_cannot_be_had_are_both_reported() -> None:
@@ -362,7 +362,7 @@ def test_the_trained_words_that_a_prompt_lacks_are_appended_and_reported() -> No
 
     plan = compose(request, HeldModels({lora.ref: held for lora, held in zip(request.loras, models, strict=True)}))
 
-    tags = "<lora:x_7:1> <lora:x_8:1> <lora:x_9:1>"
+    tags = "<lora:x_7_abababab:1> <lora:x_8_abababab:1> <lora:x_9_abababab:1>"
     assert plan.body["prompt"] == f"an Ink Wash lighthouse, ohwx, soft light {tags}"
     assert plan.body["hr_prompt"] == f"sharper, ohwx, ink wash, soft light {tags}"
     assert [lora.trigger_words for lora in plan.loras] == [("ohwx",), ("soft light",), ()]
@@ -373,7 +373,7 @@ def test_without_being_asked_no_words_are_appended() -> None:
 
     plan = compose(request, HeldModels({request.loras[0].ref: model("x_7", 7, trained_words=("ohwx",))}))
 
-    assert plan.body["prompt"] == "a lighthouse <lora:x_7:1>"
+    assert plan.body["prompt"] == "a lighthouse <lora:x_7_abababab:1>"
     assert plan.loras[0].trigger_words == ()
 
 
