@@ -28,7 +28,7 @@ from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_envi
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
-from a1111_worker.domain import GenerationRequest, HealthRequest, OnLoraError, Request, Stage
+from a1111_worker.domain import GenerationRequest, HealthRequest, ModelsRequest, OnLoraError, Request, Stage
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
@@ -37,6 +37,7 @@ from a1111_worker.job.run import JobRunner
 from a1111_worker.job.shutdown import Shutdown, job_seconds
 from a1111_worker.job.status import StatusPage
 from a1111_worker.queries.health import HealthQuery
+from a1111_worker.queries.models import ModelsQuery
 from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
 from a1111_worker.webui.client import WebUI
@@ -65,7 +66,13 @@ async def generate(worker: Worker, request: GenerationRequest, context: JobConte
             started = await jobs.run(context, worker.start, request, held, undo=StartedGeneration.discard)
         with context.timings.measure(Stage.DELIVER):
             generation = await jobs.run(context, worker.generator.finish, started)
+            generation = await jobs.run(context, worker.models_query.add_menus, generation, request)
     return await jobs.run(context, worker.delivery.deliver, generation, request.output)
+
+
+async def models(worker: Worker, _request: ModelsRequest, context: JobContext) -> dict[str, Any]:
+    """What a client's menus show."""
+    return await worker.jobs.run(context, worker.models_query.answer)
 
 
 async def health(worker: Worker, _request: HealthRequest, context: JobContext) -> dict[str, Any]:
@@ -75,6 +82,7 @@ async def health(worker: Worker, _request: HealthRequest, context: JobContext) -
 
 _TASKS: Mapping[type, Callable[[Worker, Any, JobContext], Awaitable[dict[str, Any]]]] = {
     GenerationRequest: generate,
+    ModelsRequest: models,
     HealthRequest: health,
 }
 
@@ -115,6 +123,7 @@ class Worker:
         self._preparation = PreparationOrder()
         self.shutdown = Shutdown(config.shutdown_grace)
         self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
+        self.models_query = ModelsQuery(self._webui, self.readiness, self.generator, self.models, self.limits)
         self.health_query = HealthQuery(self.health, self.generator, self.models)
         self.broken: WorkerError | None = None
 
@@ -143,6 +152,7 @@ class Worker:
             _wait_for_all([bucket, up, checkpoint], context.deadline)
         model = checkpoint.result()
         log.info("the checkpoint is %s, %s", model.file, "downloaded" if model.downloaded else "nothing to download")
+        self.models_query.list_cache()
         self.readiness.prepare(model, context)
         if self._config.warmup:
             self.generator.warm_up(context)

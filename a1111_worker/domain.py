@@ -237,6 +237,7 @@ class Task(str, Enum):
     """What a job wants done. Each task has its table of fields, and its request."""
 
     TXT2IMG = "txt2img"
+    MODELS = "models"
     HEALTH = "health"
 
 
@@ -247,8 +248,9 @@ class GenerationRequest:
     `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
     sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
     order, then those of tags in prompts that no entry of the list names. `dropped` are the paths of what was taken and
-    cannot change the pictures. `allow_blank`: an image of one colour is not an error. `preview`: its progress carries
-    pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks are appended to it.
+    cannot change the pictures. `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is
+    not an error. `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a
+    prompt lacks are appended to it.
     """
 
     body: Mapping[str, Any]
@@ -258,9 +260,15 @@ class GenerationRequest:
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     output: OutputOptions = OutputOptions()
+    include_models: bool = False
     allow_blank: bool = False
     preview: bool = False
     trigger_words: bool = False
+
+
+@dataclass(frozen=True)
+class ModelsRequest:
+    """What a client's menus show. It has no fields."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +276,7 @@ class HealthRequest:
     """How the worker is. It has no fields."""
 
 
-Request = GenerationRequest | HealthRequest
+Request = GenerationRequest | ModelsRequest | HealthRequest
 """What a job's input becomes: the request of its task."""
 
 
@@ -315,6 +323,14 @@ class PictureFacts:
 
 
 @dataclass(frozen=True)
+class Menus:
+    """What a client's menus show: the fingerprint of it, and all of it if the job asks for that."""
+
+    fingerprint: str = ""
+    models: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Generation:
     """A verified generation: the WebUI's answer as it came, and the facts that were checked.
 
@@ -327,6 +343,7 @@ class Generation:
     seeds: tuple[int | None, ...]
     webui_version: str
     warnings: tuple[str, ...] = ()
+    menus: Menus = Menus()
     pictures: tuple[PictureFacts, ...] = ()
 
 

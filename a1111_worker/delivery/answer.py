@@ -40,7 +40,9 @@ class Delivered:
 def build_answer(generation: Generation, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:
     """The successful job's answer: the WebUI's own, and the `worker` block."""
     worker = _worker_block(generation, delivered, timings)
-    return {**generation.answer, "images": list(delivered.images), "worker": worker}
+    answer = {**generation.answer, "images": list(delivered.images), "worker": worker}
+    models = generation.menus.models
+    return answer if models is None else {**answer, "models": models}
 
 
 def format_summary(worker: Mapping[str, Any]) -> str:
@@ -76,6 +78,7 @@ def _worker_block(generation: Generation, delivered: Delivered, timings: Mapping
         },
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
         "versions": {"worker": __version__, "webui": generation.webui_version},
+        "lists": generation.menus.fingerprint,
     }
 
 

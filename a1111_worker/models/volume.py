@@ -153,6 +153,12 @@ class CacheDirectory:
                 self._index, self._listed_at = FileIndex.of(self._names_in(self.folder)), found.st_mtime_ns
             return self._index
 
+    @property
+    def known_files(self) -> frozenset[str]:
+        """The files that were there when the folder was listed last. The folder is not looked at."""
+        index = self._index
+        return index.files if index is not None else frozenset()
+
     def refresh(self) -> FileIndex:
         """List the folder without trusting its time, which some volumes keep in whole seconds."""
         with self._listing_lock:

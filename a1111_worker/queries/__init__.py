@@ -2,6 +2,7 @@
 
 The modules in reading order:
 
+    models          what a client's menus show, and its fingerprint
     health          how the worker is: its GPU, its disk, its cache, its jobs so far
     gpu             what nvidia-smi says of the GPU
     answer          the `worker` block of these answers

@@ -166,6 +166,7 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
         "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
         "vae": Field(ours, name, is_webui_field=False),
+        "include": Field(ours, list_of(one_of("models"), 1, "keys of the answer: models"), is_webui_field=False),
         "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
         "preview": Field(ours, boolean(), is_webui_field=False),

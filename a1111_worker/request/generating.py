@@ -51,6 +51,7 @@ def read_txt2img(reader: InputReader) -> GenerationRequest:
         warnings=tuple(reader.warnings),
         dropped=tuple(reader.dropped),
         output=output,
+        include_models="models" in given.get("include", ()),
         allow_blank=given.get("allow_blank", False),
         preview=given.get("preview", False),
         trigger_words=given.get("trigger_words", False),

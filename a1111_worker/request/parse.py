@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from a1111_worker.domain import HealthRequest, Request, Task
+from a1111_worker.domain import HealthRequest, ModelsRequest, Request, Task
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import TASK, Field, Limits
 from a1111_worker.request.generating import read_txt2img
@@ -45,6 +45,7 @@ class Form:
 
 FORMS: Mapping[Task, Form] = {
     Task.TXT2IMG: Form(txt2img_fields, read_txt2img),
+    Task.MODELS: Form(no_fields, lambda _reader: ModelsRequest()),
     Task.HEALTH: Form(no_fields, lambda _reader: HealthRequest()),
 }
 

@@ -36,6 +36,11 @@ def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint])
     return chosen.file if chosen else None
 
 
+def title_of(model: Model) -> str:
+    """The title under which A1111 lists a checkpoint whose hash it knows."""
+    return f"{model.shown_file} [{model.sha256[:10]}]"
+
+
 def checkpoint_names(model: Model) -> tuple[str, ...]:
     """The texts by which A1111's clients name a checkpoint, in lower case: its title first, with a hash as A1111 shows.
 

@@ -34,6 +34,7 @@ from a1111_worker.errors import (
 )
 from a1111_worker.text import printable
 from a1111_worker.webui.responses import (
+    MENUS,
     ListedCheckpoint,
     Sampler,
     Scheduler,
@@ -46,6 +47,7 @@ from a1111_worker.webui.responses import (
     parse_checkpoints,
     parse_extra_image,
     parse_flags,
+    parse_menu,
     parse_names,
     parse_options,
     parse_progress,
@@ -83,6 +85,7 @@ class WebUI:
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         self._short_timeout = short_timeout
+        self._menus: dict[str, Any] = {}
         self._session = requests.Session()
         self._session.trust_env = False
         # gzip costs the WebUI 80 ms for an image of 2 MB and saves nothing on loopback.
@@ -120,6 +123,14 @@ class WebUI:
     def flags(self) -> WebUIFlags:
         """How the WebUI was started."""
         return self._get("/cmd-flags", parse_flags)
+
+    def menu(self, name: str, *, timeout: float | None = None) -> Any:
+        """What A1111 answers to one of MENUS, as JSON."""
+        return self._get(f"/{name}", parse_menu, timeout=timeout)
+
+    def last_menu(self, name: str) -> Any:
+        """What A1111 has answered last to one of MENUS, whoever asked; None if nobody has asked yet."""
+        return self._menus.get(f"/{name}")
 
     def samplers(self) -> tuple[Sampler, ...]:
         return self._get("/samplers", parse_samplers)
@@ -187,7 +198,10 @@ class WebUI:
         path = f"{endpoint}?{query}" if query else endpoint
         answer = WebUIResponse(self._send("GET", path, None, timeout=timeout)).read()
         try:
-            return parse(answer)
+            found = parse(answer)
+            if endpoint.removeprefix("/") in MENUS:
+                self._menus[endpoint] = answer
+            return found
         except UnexpectedForm as error:
             # This WebUI will not change its form: another worker may have another WebUI.
             raise WebUILost(

@@ -27,6 +27,22 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+MENUS = (
+    "samplers",
+    "schedulers",
+    "upscalers",
+    "latent-upscale-modes",
+    "face-restorers",
+    "prompt-styles",
+    "sd-models",
+    "loras",
+    "embeddings",
+    "sd-vae",
+    "scripts",
+    "script-info",
+)
+"""The endpoints with which A1111's clients fill their menus."""
+
 
 class UnexpectedForm(ValueError):
     """An answer whose JSON has another form than A1111's. The message says what is wrong with it."""
@@ -204,6 +220,11 @@ def parse_options(answer: Any) -> WebUIOptions:
         checkpoint_sha256=_text_or_none(options, "sd_checkpoint_hash"),
         values=options,
     )
+
+
+def parse_menu(answer: Any) -> Any:
+    """One of MENUS as it is, if it has the form that its readers expect."""
+    return _entries(answer) if isinstance(answer, list) else _object(answer)
 
 
 def parse_flags(answer: Any) -> WebUIFlags:

@@ -15,6 +15,7 @@ from a1111_worker.domain import (
     BucketSettings,
     DeliveryMode,
     Generation,
+    Menus,
     Model,
     ModelKind,
     OutputOptions,
@@ -49,6 +50,7 @@ def generation(**answer: Any) -> Generation:
         pictures=(PictureFacts(96, 64, 42, 25), PictureFacts(96, 64, 43, 25)),
         webui_version="v1.10.1",
         warnings=("a word",),
+        menus=Menus("0123456789abcdef"),
     )
 
 

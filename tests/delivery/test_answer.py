@@ -68,6 +68,7 @@ def test_the_worker_block_reports_what_was_verified() -> None:
         "delivery": {"mode": "inline", "format": "png", "urls": [], "expires_at": None},
         "timings": {"generate": 1.235, "total": 2.0},
         "versions": {"worker": __version__, "webui": "v1.10.1"},
+        "lists": "0123456789abcdef",
     }
 
 
