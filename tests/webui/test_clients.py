@@ -62,6 +62,18 @@ def test_what_cannot_be_done_is_refused() -> None:
             ]
 
 
+NAMES_OF_CHECKPOINT = (
+    "tiny.safetensors [0123456789]",
+    "tiny_01234567.safetensors [0123456789]",
+    "tiny.safetensors",
+    "tiny",
+    "tiny_01234567",
+    "0123456789",
+    SHA256,
+    "Tiny",
+    "TINY ",
+)
+
 # what is dropped: the field, and the path that the warning names
 DROPPED = [
     ({"save_images": True}, "save_images"),
@@ -87,7 +99,7 @@ DROPPED = [
     # the checkpoint that is there, in each of its forms
     *(
         ({"override_settings": {"sd_model_checkpoint": name}}, "override_settings.sd_model_checkpoint")
-        for name in ("tiny.safetensors [0123456789]", "tiny.safetensors", "tiny", "tiny_01234567", "0123456789", SHA256, "Tiny", "TINY ")
+        for name in NAMES_OF_CHECKPOINT
     ),
     # extensions with nothing enabled
     ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False}, {}]}}}, "alwayson_scripts.ControlNet"),
