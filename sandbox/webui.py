@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sandbox import webui_extras
+from sandbox import webui_extensions, webui_extras
 from sandbox.server import Exchange, Server
 from sandbox.webui_errors import ErrorAnswer, MethodNotAllowed, RouteNotFound, WebUIError
 from sandbox.webui_fields import json_object, read_fields, read_query_bool
@@ -174,7 +174,8 @@ class SandboxWebUI(ProcessOwner, Server):
         if path.startswith("/sdapi/") and self.not_mounted_for > 0:
             self.not_mounted_for -= 1
             raise RouteNotFound
-        methods = _ROUTES.get(path)
+        extension = path.split("/")[1]
+        methods = _ROUTES.get(path) if extension == "sdapi" or extension in self.extensions else None
         if methods is None and path.rstrip("/") in _ROUTES:
             return _redirect_without_slash
         if methods is None:
@@ -305,10 +306,23 @@ class SandboxWebUI(ProcessOwner, Server):
     def _cmd_flags(self, process: Process, exchange: Exchange) -> _Response:
         folders = {"ckpt_dir": str(process.files.checkpoint_folder), "lora_dir": str(self.models_dir / "Lora")}
         folders |= process.files.face_folders
-        flags = {**process.tables["cmd-flags"], **folders, "no_hashing": not self.hashes.enabled}
+        extensions = process.extension_files.flags(self.extensions)
+        flags = {**process.tables["cmd-flags"], **folders, **extensions, "no_hashing": not self.hashes.enabled}
         return _json(
             {**flags, "skip_load_model_at_start": self.initial_checkpoint is None, "port": self.url.rpartition(":")[2]}
         )
+
+    def _controlnet_models(self, process: Process, exchange: Exchange) -> _Response:
+        return _json({"model_list": process.extension_files.controlnet_models()})
+
+    def _controlnet_modules(self, process: Process, exchange: Exchange) -> _Response:
+        return _json(webui_extensions.controlnet_modules())
+
+    def _adetailer_models(self, process: Process, exchange: Exchange) -> _Response:
+        return _json({"ad_model": process.extension_files.detectors()})
+
+    def _adetailer_schema(self, process: Process, exchange: Exchange) -> _Response:
+        return _json(webui_extensions.adetailer_schema())
 
     def _server_stop(self, process: Process, exchange: Exchange) -> _Response:
         """Without its own web page, 1.9.3 does not stop."""
@@ -422,7 +436,16 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
     "train/hypernetwork": {"POST": _not_imitated},
 }
 
-_ROUTES = {f"/sdapi/v1/{name}": methods for name, methods in _ENDPOINTS.items()}
+_ROUTES = {f"/sdapi/v1/{name}": methods for name, methods in _ENDPOINTS.items()} | {
+    "/controlnet/version": {"GET": _constant({"version": 3})},
+    "/controlnet/settings": {"GET": _constant({"control_net_unit_count": webui_extensions.UNIT_COUNT})},
+    "/controlnet/model_list": {"GET": SandboxWebUI._controlnet_models},
+    "/controlnet/module_list": {"GET": SandboxWebUI._controlnet_modules},
+    "/controlnet/detect": {"POST": _not_imitated},
+    "/adetailer/v1/version": {"GET": _constant({"version": "25.3.0"})},
+    "/adetailer/v1/ad_model": {"GET": SandboxWebUI._adetailer_models},
+    "/adetailer/v1/schema": {"GET": SandboxWebUI._adetailer_schema},
+}
 
 
 def _json(value: Any) -> _Response:

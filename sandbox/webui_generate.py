@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sandbox.webui_errors import HTTPException, WebUIError
+from sandbox.webui_extensions import run_units
 from sandbox.webui_img2img import decode_fields
 from sandbox.webui_img2img_scripts import IMG2IMG_SCRIPTS
 from sandbox.webui_process import Process
-from sandbox.webui_processing import PictureSettings, Processed, Txt2ImgJob, encode, process_images
+from sandbox.webui_processing import Picture, PictureSettings, Processed, Txt2ImgJob, encode, process_images
 from sandbox.webui_samplers import resolve
 from sandbox.webui_scripts import SCRIPTS
 
@@ -58,11 +59,22 @@ def run(
     if "init_images" in fields:
         fields = decode_fields(fields)
     job = Txt2ImgJob(process, fields, *sampler, settings, overrides=overrides)
-    if fields["script_name"]:
-        script = {**SCRIPTS, **IMG2IMG_SCRIPTS}[fields["script_name"].lower()]
-        _missing_arguments(script.arguments, fields["script_args"])
-        return script.run(job, *fields["script_args"][: len(script.arguments)])
-    return process_images(job)
+    init = (fields.get("init_images") or [None])[0]
+    units = run_units(fields["alwayson_scripts"], process.extension_files, process.knobs.extensions, init)
+    job.extra_params |= units.params
+    job.conditions = tuple(units.conditions)
+    processed = _run_script(job)
+    processed.pictures += [Picture(picture) for picture in units.pictures]
+    return processed
+
+
+def _run_script(job: Txt2ImgJob) -> Processed:
+    fields = job.fields
+    if not fields["script_name"]:
+        return process_images(job)
+    script = {**SCRIPTS, **IMG2IMG_SCRIPTS}[fields["script_name"].lower()]
+    _missing_arguments(script.arguments, fields["script_args"])
+    return script.run(job, *fields["script_args"][: len(script.arguments)])
 
 
 def answer(

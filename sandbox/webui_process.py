@@ -18,7 +18,7 @@ from PIL import Image
 
 from sandbox import draw
 from sandbox.webui_errors import WebUIError
-from sandbox.webui_extensions import add_to_tables
+from sandbox.webui_extensions import ExtensionFiles, add_to_tables
 from sandbox.webui_files import ActiveLora, Checkpoint, HashCache, ModelFiles
 from sandbox.webui_knobs import WebUIKnobs
 from sandbox.webui_model import ModelSlot, OptionStore
@@ -184,6 +184,7 @@ class Process:
         self._server = server
         self.tables = add_to_tables(_tables(version), server.extensions)
         self.files = ModelFiles(models_dir, server.hashes, self.tables["upscalers"], server.own_models_dir)
+        self.extension_files = ExtensionFiles(models_dir, self.files.own_models_dir)
         self.options = OptionStore(self.tables["options"], server.config_json or {})
         if initial and (checkpoint := self.files.checkpoints.find(initial)):
             self.options.data["sd_model_checkpoint"] = checkpoint.title  # `--ckpt`

@@ -98,6 +98,7 @@ class Txt2ImgJob:
     hr_negative_prompt: str = ""
     lora_hashes: dict[str, str] = field(default_factory=dict)
     hr_size: tuple[int, int] | None = None
+    conditions: tuple[str, ...] = ()  # of extensions
     init: InitPictures | None = None
 
     def __getitem__(self, name: str) -> Any:
@@ -422,7 +423,7 @@ def _further(job: Txt2ImgJob, prompts: str) -> tuple[Any, ...]:
     restorer = job.process.option("face_restoration_model")
     faces = bool(job["restore_faces"]) and job.process.files.has_face_restorer(restorer) and restorer
     plain = not re.search(r"[(\[]", prompts) and len(re.findall(r"\w+|,", prompts)) <= 75
-    more = (*given, faces, job["subseed_strength"])
+    more = (*given, faces, job["subseed_strength"], *job.conditions)
     return more if plain or job.process.model.is_hijacked else (*more, "misread")
 
 

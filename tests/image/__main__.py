@@ -34,10 +34,8 @@ from tests.image import make_mirror
 from tests.support import wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
-BUILD_FILES = (
-    *("Dockerfile", ".dockerignore", "a1111_worker", "handler.py", "image", "model_manager.py"),
-    *("locks", "start.sh"),
-)
+SENT = re.findall(r"(?m)^!(.+)$", (CHECKOUT / ".dockerignore").read_text(encoding="utf-8"))
+BUILD_FILES = ("Dockerfile", ".dockerignore", *SENT)
 TAG = "a1111-worker:image-test"
 TIMEOUT = 120.0  # seconds for anything that a container has to do
 REPOSITORIES = {
