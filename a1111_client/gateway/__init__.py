@@ -3,7 +3,9 @@
 From the port inwards:
 
     server          the process: port, signals
-    app             the routes
+    app             A1111's routes
+    openai          the routes of OpenAI's Images API
+    requests        what is done with a request
     guard           who may ask: Host, Origin, users and keys
     bodies          A1111's bodies, read as its pydantic reads them
     translate       a body becomes a job's input

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MakeInput = Callable[[Snapshot], Input]
 
+_QUOTED = re.compile(r"['\"]([^'\"]+)['\"]")
 _ABOUT_NAMES = ("INVALID_REQUEST", "MODEL_NOT_FOUND")
 
 
@@ -140,9 +142,12 @@ class Runner:
         """Whether what the worker refused is a name of this snapshot. Then the snapshot is old."""
         if error.code not in _ABOUT_NAMES or self._snapshot.is_default:
             return False
-        fields = {str(complaint.get("path", "")).partition(".")[0].partition("[")[0] for complaint in error.complaints}
-        values = [given.get(name) for name in fields] if error.complaints else [given]
-        named = {text for value in values for text in named_in(value)}
+        if error.complaints:
+            paths = (str(complaint.get("path", "")) for complaint in error.complaints)
+            fields = {path.partition(".")[0].partition("[")[0] for path in paths}
+            named = {text for name in fields for text in named_in(given.get(name))}
+        else:
+            named = {name.casefold() for name in _QUOTED.findall(error.message)}
         return bool(named & self._snapshot.names)
 
     async def _with_pictures(self, answer: dict[str, Any]) -> dict[str, Any]:

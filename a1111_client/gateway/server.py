@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from types import FrameType
 from typing import Any
@@ -34,7 +35,8 @@ def serve(runner: Runner, access: Access, listening: socket.socket) -> None:
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_GRACE,
     )
-    _Server(config, app.state.gateway.jobs).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is ended
+        _Server(config, app.state.gateway.jobs).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import httpx
 import uvicorn
@@ -64,6 +64,13 @@ def picture_answer(given: dict[str, Any], **worker: Any) -> dict[str, Any]:
     if "models" in given.get("include", ()):
         answer["models"] = models_answer()
     return answer
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closable)
 
 
 class Taken:
@@ -135,6 +142,7 @@ class Desk:
         self.endpoint_url = f"{queue.url}/v2/{queue.endpoint}"
         self._access = access or parse_access(host="127.0.0.1")
         self._key = key
+        self._opened: list[Closable] = []
         self._server: uvicorn.Server
         self._thread: threading.Thread
 
@@ -157,9 +165,15 @@ class Desk:
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
 
     def stop(self) -> None:
-        self.http.close()
+        for opened in (self.http, *self._opened):
+            opened.close()
         self._server.should_exit = True
         self._thread.join(20)
+
+    def closed_with_it(self, opened: T) -> T:
+        """The same object. Its `close` is called when the desk stops."""
+        self._opened.append(opened)
+        return opened
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return self.http.get(f"/sdapi/v1/{path}", **more)

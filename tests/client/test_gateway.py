@@ -313,6 +313,16 @@ def test_a_dropped_line_cancels_that_lines_job_only(asleep: Desk) -> None:
     assert first.status == COMPLETED
 
 
+def test_the_jobs_of_a_client_that_watches_make_previews(fresh: Desk) -> None:
+    fresh.get("progress", params={"skip_current_image": "true"})
+    fresh.post("txt2img", SMALL)
+    fresh.get("progress")
+    fresh.post("txt2img", SMALL)
+    fresh.post("txt2img", SMALL, headers={"User-Agent": "another"})
+
+    assert [given.get("preview") for given in fresh.worker.inputs] == [None, True, None]
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
