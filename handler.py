@@ -28,7 +28,7 @@ from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_envi
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
-from a1111_worker.domain import GenerationRequest, HealthRequest, ModelsRequest, OnLoraError, Request, Stage
+from a1111_worker.domain import GenerationRequest, HealthRequest, ModelsRequest, OnLoraError, Request, Stage, Task
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
@@ -36,10 +36,14 @@ from a1111_worker.job.memory import release_free_memory
 from a1111_worker.job.run import JobRunner
 from a1111_worker.job.shutdown import Shutdown, job_seconds
 from a1111_worker.job.status import StatusPage
+from a1111_worker.pictures.fetch import PictureFetcher
+from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.queries.health import HealthQuery
 from a1111_worker.queries.models import ModelsQuery
 from a1111_worker.request.fields import Limits
+from a1111_worker.request.img2img import fit_pictures
 from a1111_worker.request.parse import parse_request
+from a1111_worker.request.picture_fields import image_policy
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
 from a1111_worker.webui.owner import OwnersOptions, owner_file
@@ -100,6 +104,8 @@ class Worker:
             config.max_images,
             config.model_hosts,
             has_bucket=config.bucket is not None,
+            image_hosts=config.image_hosts,
+            max_input_images=config.max_input_images,
         )
         status = StatusPage(config.runpod.output_url, config.runpod.api_key) if config.runpod else StatusPage(None)
         self.jobs = JobRunner(2 * config.jobs_in_flight + 2, status)
@@ -118,6 +124,8 @@ class Worker:
         self.generator = Generator(
             self._webui, self.readiness, generation_timeout=config.generation_timeout, limits=self.limits
         )
+        policy = image_policy(config.image_hosts)
+        self.pictures = PicturePreparer(PictureFetcher(policy) if policy else None)
         self.delivery = Delivery(Bucket(config.bucket) if config.bucket else None)
         self.gpu = GpuQueue()
         self._preparation = PreparationOrder()
@@ -191,13 +199,17 @@ class Worker:
             async with self.jobs.open(str(job["id"]), deadline) as context:
                 yield context
 
-    def read_request(self, raw: object, _context: JobContext) -> Request:
+    def read_request(self, raw: object, context: JobContext) -> Request:
         """The request that a job's raw input means, every name in the WebUI's own spelling. InvalidRequest otherwise.
 
-        It runs in a thread: 20 kB of LoRA tags take a second of the processor.
+        Its pictures are fetched and decoded. It runs in a thread: 20 kB of LoRA tags take a second of the processor.
         """
         request = parse_request(raw, self.limits)
-        return self.generator.resolve(request) if isinstance(request, GenerationRequest) else request
+        if not isinstance(request, GenerationRequest):
+            return request
+        if request.task is Task.IMG2IMG:
+            request = fit_pictures(request, self.pictures.prepare(request.pictures, context), self.limits)
+        return self.generator.resolve(request)
 
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:

@@ -26,6 +26,7 @@ Packages, each for one subject:
 
     transfer        one URL becomes bytes on disk
     models          a reference to a model becomes a verified file in the cache
+    pictures        the pictures that a job brings become plain PNGs
     request         a job's raw input becomes a request, or every complaint about it
     webui           a request becomes a verified generation
     delivery        a generation becomes the job's answer
@@ -33,7 +34,7 @@ Packages, each for one subject:
     queries         the answers to the tasks that generate nothing
 
 Imports go one way:
-root modules ← transfer ← models ← request ← webui ← delivery ← job ← queries ← model_manager ← handler
+root modules ← transfer ← models ← pictures ← request ← webui ← delivery ← job ← queries ← model_manager ← handler
 """
 
 import sys

@@ -23,6 +23,7 @@ from a1111_worker.environment import (
     flag,
     gigabytes,
     hosts,
+    hosts_or_any,
     key_prefix,
     model_file,
     one_of,
@@ -133,6 +134,10 @@ class Config:
     )
     max_images: int = setting("MAX_IMAGES", whole(1, 1000), 16, "images of one job")
     warmup: bool = setting("WARMUP", flag, True, "a tiny generation before the first job")
+    image_hosts: tuple[str, ...] = setting(
+        "IMAGE_HOSTS", hosts_or_any, (), "https hosts from which pictures of a job are fetched; `*`: any public one"
+    )
+    max_input_images: int = setting("MAX_INPUT_IMAGES", whole(1, 64), 8, "pictures that one job may bring")
     output_dir: Path | None = setting("OUTPUT_DIR", Path, None, "a local run saves its pictures there")
     log_level: str = setting(
         "LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR"

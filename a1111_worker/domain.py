@@ -237,24 +237,56 @@ class Task(str, Enum):
     """What a job wants done. Each task has its table of fields, and its request."""
 
     TXT2IMG = "txt2img"
+    IMG2IMG = "img2img"
     MODELS = "models"
     HEALTH = "health"
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """A picture as a job gives it: in base64, or behind an https URL that may be fetched. Its repr shows neither.
+
+    `mask_of` is the path of the picture that this one is a mask of; None: it is no mask. `is_rounded`: see
+    pictures.decode.
+    """
+
+    base64: str | None = field(default=None, repr=False)
+    url: str | None = field(default=None, repr=False)
+    mask_of: str | None = None
+    is_rounded: bool = True
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """Width and height in pixels, as the picture is looked at (turned by its EXIF)."""
+
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    def __str__(self) -> str:
+        return f"{self.width}×{self.height}"
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """The input of a job that generates pictures, checked as far as that is possible without a WebUI.
 
-    `body` is A1111's txt2img body as far as the caller (and our defaults) decide it: prompts are the caller's, and
-    sampler names are still in the caller's spelling. `loras` holds the requests of the list first, in the caller's
-    order, then those of tags in prompts that no entry of the list names. `dropped` are the paths of what was taken and
-    cannot change the pictures. `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is
-    not an error. `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a
-    prompt lacks are appended to it.
+    `body` is A1111's body of the task as far as the caller (and our defaults) decide it: prompts are the caller's, and
+    sampler names are still in the caller's spelling. `pictures` are those of the job, each under its path, until they
+    are prepared and in `body`. `loras` holds the requests of the list first, in the caller's order, then those of tags
+    in prompts that no entry of the list names. `dropped` are the paths of what was taken and cannot change the
+    pictures. `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is not an error.
+    `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks are
+    appended to it.
     """
 
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
     task: Task = Task.TXT2IMG
+    pictures: Mapping[str, PictureSource] = field(default_factory=dict)
     loras: tuple[LoraRequest, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()

@@ -234,6 +234,13 @@ def hosts(text: str) -> tuple[str, ...]:
     return tuple(_reachable(host.rstrip("/")) for host in found)
 
 
+def hosts_or_any(text: str) -> tuple[str, ...]:
+    """The same; `*` among them stands for every public host."""
+    names = re.split(r"[,\s]+", text)
+    others = hosts(" ".join(name for name in names if name != "*"))
+    return ("*", *others) if "*" in names else others
+
+
 def _reachable(text: str) -> str:
     """An origin as it is, if the egress policy could let it through."""
     try:

@@ -15,7 +15,7 @@ from tests.support import ROOT
 WORKER = ROOT / "a1111_worker"
 
 # The order of packages: each imports only from itself and from those before it. "" stands for the root modules.
-PACKAGES = ["", "transfer", "models", "request", "webui", "delivery", "job", "queries"]
+PACKAGES = ["", "transfer", "models", "pictures", "request", "webui", "delivery", "job", "queries"]
 PROGRAMS = ["model_manager", "handler"]
 
 # The only modules that may use HTTP.

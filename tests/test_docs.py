@@ -31,6 +31,7 @@ from a1111_worker.request.fields import (
     FieldClass,
     Limits,
 )
+from a1111_worker.request.img2img import img2img_fields
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.webui.timings import WebUITimings
@@ -178,6 +179,19 @@ def test_every_field_of_a_job_is_described_with_its_type_and_range(kind: FieldCl
     table_of_task = txt2img_fields(Limits()).items()
     fields = {name: field.value for name, field in table_of_task if field.kind is kind and name != "task"}
     assert rows == {name: (value.type, value.expected) for name, value in fields.items()}
+
+
+def test_every_field_of_img2img_that_txt2img_does_not_have_is_described() -> None:
+    rows = {name: cells[:2] for name, cells in table(API, "img2img", "field").items()}
+
+    shared = txt2img_fields(Limits())
+    more = {name: field for name, field in img2img_fields(Limits()).items() if name not in shared or name in rows}
+    assert rows == {
+        name: ("refused", field.reason)
+        if field.kind is FieldClass.REFUSED
+        else (field.value.type, field.value.expected)
+        for name, field in more.items()
+    }
 
 
 def test_every_task_is_described() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from sandbox.runpod import SandboxRunPod
 from sandbox.webui import WebUIFault
+from tests.images import gradient, open_base64, png_bytes, to_base64
 from tests.support import DETAIL, ROOT, SMALL, World, wait_until, world
 
 
@@ -165,6 +166,22 @@ def test_progress_is_shown_in_order_and_never_after_the_answer(live: Endpoint) -
     percents = [progress["percent"] for progress in reported if progress["stage"] == "generate"]
     assert percents and percents == sorted(percents)
     assert live.queue.late_progress == []
+
+
+def test_an_img2img_is_cancelled_in_the_middle_and_the_one_in_flight_beside_it_is_whole(live: Endpoint) -> None:
+    body = {"task": "img2img", "init_images": [to_base64(png_bytes(gradient()))], "denoising_strength": 1, **SMALL}
+    live.world.webui.step_seconds = 0.02
+    cancelled = live.queue.submit({"prompt": "slow", **body, "steps": 150})
+    live.queue.wait(cancelled, timeout=30, until=lambda job: bool(job.progress))
+    following = live.queue.submit({"prompt": "a lighthouse", **body})
+
+    live.queue.cancel(cancelled)
+
+    output = live.queue.wait(following, timeout=30)["output"]
+    live.world.webui.step_seconds = 0.0
+    assert open_base64(output["images"][0]).size == (64, 64)
+    assert output["parameters"]["init_images"] is None
+    assert live.queue.status(cancelled)["status"] == "CANCELLED"
 
 
 def test_a_cancelled_job_is_interrupted_and_the_next_one_is_whole(live: Endpoint) -> None:

@@ -2,20 +2,23 @@
 
 The modules, the public one first:
 
-    parse           the way in: `parse_request`, and the tasks
-    reader          a raw input, read against the table of its task
-    txt2img         the table of txt2img
-    generating      the request of a task that generates pictures: its fields, read as a whole
-    queries         the tables of the tasks that generate nothing
-    fields          what a field is; fields, output options and WebUI settings that several tasks share
-    extensions      whether the units of ControlNet and ADetailer ask for anything
-    unknown         the complaint about an unknown name, with the known one that was meant
-    loras           the LoRAs of a job: those of its list, and those of the tags in its prompts
-    scripts         what the arguments of A1111's own scripts ask for, and whether that is within the limits
-    prompt_scripts  the arguments of "Prompts from file or textbox" and "Prompt matrix"
-    plot            the arguments of "X/Y/Z plot"
-    script_tags     LoRA tags in the arguments of scripts, under the WebUI's names
-    script_plan     what a script will do: its pictures with their fields, and its texts
-    size            the size of a job's final image
-    values          the types and ranges of JSON values, and their complaints
+    parse            the way in: `parse_request`, and the tasks
+    reader           a raw input, read against the table of its task
+    txt2img          the table of txt2img
+    img2img          the table of img2img, and what follows from the sizes of its pictures
+    generating       the request of a task that generates pictures: its fields, read as a whole
+    queries          the tables of the tasks that generate nothing
+    picture_fields   the types of fields that hold pictures
+    fields           what a field is; fields, output options and WebUI settings that several tasks share
+    extensions       whether the units of ControlNet and ADetailer ask for anything
+    unknown          the complaint about an unknown name, with the known one that was meant
+    loras            the LoRAs of a job: those of its list, and those of the tags in its prompts
+    scripts          what the arguments of A1111's own scripts ask for, and whether that is within the limits
+    prompt_scripts   the arguments of "Prompts from file or textbox" and "Prompt matrix"
+    plot             the arguments of "X/Y/Z plot"
+    picture_scripts  the arguments of "Loopback" and "SD upscale"
+    script_tags      LoRA tags in the arguments of scripts, under the WebUI's names
+    script_plan      what a script will do: its pictures with their fields, and its texts
+    size             the size of a job's final image
+    values           the types and ranges of JSON values, and their complaints
 """

@@ -54,13 +54,18 @@ LORA_KEYS = ("url", "version_id", "name", "hash", "scale")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the operator allows. `model_hosts` are the origins of MODEL_HOSTS. `has_bucket`: a bucket is set up."""
+    """What the operator allows. `has_bucket`: a bucket is set up.
+
+    `model_hosts` and `image_hosts` are the origins of MODEL_HOSTS and IMAGE_HOSTS; the latter may be `*`.
+    """
 
     max_steps: int = 150
     max_pixels: int = 4_194_304
     max_images: int = 16
     model_hosts: tuple[str, ...] = ()
     has_bucket: bool = False
+    image_hosts: tuple[str, ...] = ()
+    max_input_images: int = 8
 
 
 DEFAULT_LIMITS = Limits()
@@ -106,6 +111,10 @@ TASK = Field(FieldClass.OURS, one_of(*(task.value for task in Task)), is_webui_f
 
 def refused_text(reason: str, *ignored_values: str, is_webui_field: bool = True) -> Field:
     return Field(FieldClass.REFUSED, text(MAX_NAME), reason, ignored_values, is_webui_field)
+
+
+def refused_boolean(ignored_value: bool, reason: str) -> Field:
+    return Field(FieldClass.REFUSED, boolean(), reason, (ignored_value,))
 
 
 CHECKPOINT_REASON = "the checkpoint is this worker's, not the job's"
@@ -222,9 +231,7 @@ def _refused_in_generations() -> dict[str, Field]:
         "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "infotext": refused_text("it sets other fields unseen; give each of them by its name", ""),
-        "disable_extra_networks": Field(
-            FieldClass.REFUSED, boolean(), "the WebUI would go on with the LoRAs of the job before", (False,)
-        ),
+        "disable_extra_networks": refused_boolean(False, "the WebUI would go on with the LoRAs of the job before"),
         # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
         "firstpass_image": refused_text("the WebUI's API does not decode it, and fails", ""),
         "force_task_id": refused_text("the worker names its own tasks", ""),

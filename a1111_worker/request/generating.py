@@ -6,18 +6,29 @@ The LoRAs of the list and of the prompts, fields that must agree with each other
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from a1111_worker.domain import GenerationRequest, ImageFormat, LoraRequest, OnLoraError, OutputOptions
+from a1111_worker.domain import (
+    GenerationRequest,
+    ImageFormat,
+    LoraRequest,
+    OnLoraError,
+    OutputOptions,
+    PictureSource,
+    Task,
+)
 from a1111_worker.request.extensions import is_idle
 from a1111_worker.request.fields import INERT_OPTIONS
+from a1111_worker.request.img2img import FIRST
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
 from a1111_worker.request.reader import InputReader
-from a1111_worker.request.scripts import check_script
+from a1111_worker.request.scripts import TAKE_ONE_PICTURE, check_script
 from a1111_worker.request.size import final_size, size_problem
 from a1111_worker.request.values import shown
 
-DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7, "width": 1024, "height": 1024}
+DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7}
+DEFAULT_SIZE: Mapping[str, Any] = {"width": 1024, "height": 1024}
 DEFAULT_SAMPLER = "DPM++ 2M Karras"
 DEFAULT_SAMPLER_WITH_SCHEDULER = "DPM++ 2M"  # if the job names a scheduler and no sampler
 
@@ -35,17 +46,38 @@ _SIZE_FIELDS = (
 
 def read_txt2img(reader: InputReader) -> GenerationRequest:
     """The request that the fields of a txt2img job mean. What does not fit together is added to its complaints."""
-    given = reader.given
     loras = _loras(reader)
+    body = {**DEFAULT_SIZE, **_body(reader)}
+    _check_size(reader, body)
+    _check_image_count(reader, body)
+    _check_script(reader, body, Task.TXT2IMG)
+    return _request(reader, body, loras, Task.TXT2IMG)
+
+
+def read_img2img(reader: InputReader) -> GenerationRequest:
+    """The request that the fields of an img2img job mean. Width and height may still be missing in its body."""
+    loras = _loras(reader)
+    body = {"prompt": "", **_body(reader)}
+    pictures = _pictures(reader)
+    body = {name: value for name, value in body.items() if name not in ("init_images", "mask")}
+    if {"width", "height"} <= body.keys():
+        _check_size(reader, body)
+    _check_image_count(reader, body)
+    _check_init_images(reader, body)
+    _check_script(reader, body, Task.IMG2IMG)
+    return replace(_request(reader, body, loras, Task.IMG2IMG), pictures=pictures)
+
+
+def _request(
+    reader: InputReader, body: Mapping[str, Any], loras: tuple[LoraRequest, ...], task: Task
+) -> GenerationRequest:
+    given = reader.given
     output: OutputOptions = given.get("output", OutputOptions())
     if output.quality is not None and output.format is ImageFormat.PNG:
         reader.warnings.append("output.quality does nothing for png, which is lossless")
-    body = _body(reader)
-    _check_size(reader, body)
-    _check_image_count(reader, body)
-    _check_script(reader, body)
     return GenerationRequest(
         body=body,
+        task=task,
         loras=loras,
         on_lora_error=OnLoraError(given.get("on_lora_error", OnLoraError.FAIL)),
         warnings=tuple(reader.warnings),
@@ -183,8 +215,36 @@ def _check_image_count(reader: InputReader, body: Mapping[str, Any]) -> None:
         reader.complain("batch_size", f"times n_iter is {count} pictures, and the limit is {limit}")
 
 
-def _check_script(reader: InputReader, body: Mapping[str, Any]) -> None:
+def _check_script(reader: InputReader, body: Mapping[str, Any], task: Task) -> None:
     """A plot's arguments are only counted here: the order of its axes is the WebUI's."""
     if not reader.has_complaint("script_name", "script_args", "batch_size", "n_iter"):
-        for complaint in check_script(body, reader.limits):
+        for complaint in check_script(body, reader.limits, task=task):
             reader.complain(complaint.path, complaint.message)
+
+
+# -- pictures of the job
+
+
+def _pictures(reader: InputReader) -> dict[str, PictureSource]:
+    """The pictures under their paths in the job."""
+    given, most = reader.given, reader.limits.max_input_images
+    found = {f"init_images[{index}]": source for index, source in enumerate(given.get("init_images", ()))}
+    if "mask" in given:
+        found["mask"] = replace(given["mask"], mask_of=FIRST, is_rounded=given.get("mask_round", True))
+    if len(found) > most:
+        reader.complain("mask", f"is one picture more than the {most} that a job may bring")
+    return found
+
+
+def _check_init_images(reader: InputReader, body: Mapping[str, Any]) -> None:
+    """Several pictures: A1111 takes one for each picture of a batch, and a script of its own takes one in all."""
+    count, batch_size = len(reader.given.get("init_images", ())), body.get("batch_size", 1)
+    if count <= 1:
+        return
+    script = str(body.get("script_name") or "").strip().lower()
+    if script in TAKE_ONE_PICTURE:
+        reader.complain("init_images", f"must be one picture: {script} takes no more")
+    elif count > batch_size:
+        reader.complain("init_images", f"has {count} pictures, and batch_size is {batch_size}: it takes one for each")
+    elif count < batch_size:
+        reader.warnings.append(f"batch_size {batch_size} with {count} init_images makes {count} pictures at a time")

@@ -13,7 +13,8 @@ from typing import Any
 from a1111_worker.domain import HealthRequest, ModelsRequest, Request, Task
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import TASK, Field, Limits
-from a1111_worker.request.generating import read_txt2img
+from a1111_worker.request.generating import read_img2img, read_txt2img
+from a1111_worker.request.img2img import img2img_fields
 from a1111_worker.request.queries import no_fields
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.txt2img import txt2img_fields
@@ -45,6 +46,7 @@ class Form:
 
 FORMS: Mapping[Task, Form] = {
     Task.TXT2IMG: Form(txt2img_fields, read_txt2img),
+    Task.IMG2IMG: Form(img2img_fields, read_img2img),
     Task.MODELS: Form(no_fields, lambda _reader: ModelsRequest()),
     Task.HEALTH: Form(no_fields, lambda _reader: HealthRequest()),
 }

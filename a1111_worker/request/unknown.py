@@ -13,8 +13,8 @@ SURE = 0.8
 
 def unknown_field(name: str, usable: Collection[str]) -> str:
     """The complaint about a field that a task does not have. `usable` are the fields that it takes."""
-    if normalize_name(name) in _IMAGE_INPUTS:
-        return "is unknown: this worker makes pictures from text alone (txt2img)"
+    if normalize_name(name) in _IMAGE_INPUTS and "init_images" not in usable:
+        return 'is not a field of this task; "task": "img2img" takes pictures'
     return unknown_name(name, usable, {alias: field for alias, field in _ALIASES.items() if field in usable})
 
 
@@ -44,6 +44,12 @@ def _same_name(name: str, known: Collection[str], aliases: Mapping[str, str]) ->
 
 
 _ALIASES = {  # names of other APIs, without case and separators
+    "image": "init_images",
+    "images": "init_images",
+    "initimage": "init_images",
+    "inputimage": "init_images",
+    "maskimage": "mask",
+    "inpaintmask": "mask",
     "numinferencesteps": "steps",
     "inferencesteps": "steps",
     "samplingsteps": "steps",

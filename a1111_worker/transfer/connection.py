@@ -82,7 +82,7 @@ class Connection:
         self._response: http.client.HTTPResponse | None = None
         self._read: Callable[[memoryview], int]  # of the present answer
         self._unread: int | None = 0  # bytes of the present answer; None: it has no announced end
-        self._socket = _AbortableSocket()
+        self._socket = AbortableSocket()
         self.url = ""  # of the present answer, behind all redirects
         self.answer_seconds = 0.0  # from the last request to its answer
         self.received = 0  # bytes, of all answers
@@ -192,7 +192,7 @@ class Connection:
         return self._response
 
 
-class _AbortableSocket:
+class AbortableSocket:
     """A second handle of a connection's socket, through which any thread can shut it down."""
 
     def __init__(self) -> None:

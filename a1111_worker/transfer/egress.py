@@ -8,6 +8,7 @@ redirect or a name server says:
 - https only, except for an origin that is listed as `http://127.0.0.1:PORT` or `http://localhost:PORT`;
 - a host name leads to public addresses only (`addresses`). Any other one is reached only if it is itself the host of a
   listed origin (`https://10.0.0.7`, `http://127.0.0.1:8081`), or if it is this machine's and that host is `localhost`;
+- `*` in the list stands for every host at port 443, `*.host` for every one below it. Both lead to public addresses;
 - proxies, netrc, cookies and automatic redirects are off.
 
 There are two ways to use it: `open_session` for answers of ordinary size, `open_connection` for the download engine.
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from requests import PreparedRequest, Response
 
 USER_AGENT = f"a1111-worker/{__version__}"
+ANY_HOST = "*"
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
@@ -46,10 +48,16 @@ _UNESCAPED = "!#$%&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
 class EgressPolicy:
-    """The origins that may be reached; `*.host` stands for every host below it. `ca_file`: whom TLS trusts."""
+    """The origins that may be reached; `*` stands for every host, `*.host` for every one below it.
+
+    `ca_file`: whom TLS trusts.
+    """
 
     def __init__(self, origins: Iterable[str | Origin], *, ca_file: str | None = None) -> None:
-        listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in origins]
+        origins = tuple(origins)
+        self._any_host = ANY_HOST in origins
+        named = [origin for origin in origins if origin != ANY_HOST]
+        listed = [parse_origin(origin) if isinstance(origin, str) else origin for origin in named]
         self._origins = frozenset(origin for origin in listed if not origin.host.startswith("*."))
         self._suffixes = tuple((origin.host[1:], origin.port) for origin in listed if origin.host.startswith("*."))
         self.ca_file = ca_file
@@ -64,7 +72,10 @@ class EgressPolicy:
     def allows(self, origin: Origin) -> bool:
         return origin in self._origins or (
             origin.scheme == "https"
-            and any(origin.port == port and origin.host.endswith(suffix) for suffix, port in self._suffixes)
+            and (
+                (self._any_host and origin.port == DEFAULT_PORTS["https"])
+                or any(origin.port == port and origin.host.endswith(suffix) for suffix, port in self._suffixes)
+            )
         )
 
     def connect(
@@ -106,7 +117,7 @@ class EgressPolicy:
         usable = [
             (family, kind, protocol, address)
             for family, kind, protocol, _, address in found
-            if may_connect(origin, str(address[0]))
+            if (may_connect(origin, str(address[0])) if origin in self._origins else is_public(str(address[0])))
         ]
         if found and not usable:
             raise OriginRefused(f"{origin} leads to an address that is not public")
@@ -114,7 +125,7 @@ class EgressPolicy:
 
 
 def may_connect(origin: Origin, address: str) -> bool:
-    """Whether a connection may be made to an address to which an origin's host resolved."""
+    """Whether a connection may be made to an address to which the host of a listed origin resolved."""
     if origin.host == "localhost":
         return is_loopback(address)
     with contextlib.suppress(ValueError):

@@ -21,6 +21,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from a1111_worker.domain import Task
 from a1111_worker.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -100,7 +101,7 @@ class WebUI:
         )
         self._session.mount(f"{self.url}/", HTTPAdapter(max_retries=retry, pool_maxsize=8))
         # A generation that may be running is never requested a second time. The caller repeats the other two.
-        for endpoint in ("/txt2img", "/extra-single-image", "/progress", "/interrupt"):
+        for endpoint in ("/txt2img", "/img2img", "/extra-single-image", "/progress", "/interrupt"):
             self._session.mount(f"{self.url}{API}{endpoint}", HTTPAdapter(max_retries=0, pool_maxsize=8))
 
     def close(self) -> None:
@@ -144,12 +145,12 @@ class WebUI:
     def latent_upscale_modes(self) -> tuple[str, ...]:
         return self._get("/latent-upscale-modes", parse_names)
 
-    def scripts(self) -> tuple[str, ...]:
-        """The names of the scripts for txt2img."""
+    def scripts(self) -> Mapping[Task, tuple[str, ...]]:
+        """The names of the scripts for txt2img, and those for img2img."""
         return self._get("/scripts", parse_scripts)
 
-    def script_axes(self) -> tuple[str, ...]:
-        """The axes of the script "X/Y/Z plot", in the order of their numbers."""
+    def script_axes(self) -> Mapping[Task, tuple[str, ...]]:
+        """The axes of the script "X/Y/Z plot" of both tasks, in the order of their numbers."""
         return self._get("/script-info", parse_script_axes)
 
     def styles(self) -> tuple[Style, ...]:
@@ -177,6 +178,10 @@ class WebUI:
         `timeout` is how long the WebUI may be silent. An error that it answers with is raised here.
         """
         return WebUIResponse(self._send("POST", "/txt2img", body, timeout=timeout))
+
+    def img2img(self, body: Mapping[str, Any], *, timeout: float) -> WebUIResponse:
+        """The same with pictures to begin with."""
+        return WebUIResponse(self._send("POST", "/img2img", body, timeout=timeout))
 
     def extra_single_image(self, body: Mapping[str, Any], *, timeout: float) -> str:
         """Enlarge one picture. Returns it in base64."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef
+from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef, Task
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import (
     BUILT_IN_SCRIPTS,
@@ -17,6 +17,7 @@ from a1111_worker.request.fields import (
     Limits,
 )
 from a1111_worker.request.loras import has_lora_tag, name_means, read_tags, read_tags_of_script, scale_of
+from a1111_worker.request.picture_scripts import SD_UPSCALER, is_sd_upscale
 from a1111_worker.request.script_plan import ScriptPlan, ScriptRun
 from a1111_worker.request.script_tags import rename_in_script, separator_of
 from a1111_worker.request.scripts import check_script, read_script
@@ -32,7 +33,7 @@ SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 MAX_TRIGGER_WORDS = 30
 """Words of one LoRA. Its creator may have listed hundreds."""
 
-Body = Mapping[str, Any]  # of a txt2img request
+Body = Mapping[str, Any]  # of a request
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class WebUILists:
     """What the WebUI has: the live lists that a job's names are checked against. Styles are found by their name.
 
     `checkpoint_names` are the texts that name the checkpoint that is there, in lower case, its title first.
-    `script_axes` are the axes of "X/Y/Z plot": a job names them by their number.
-    `missing_upscalers` are listed by the WebUI too, and their files are not there or do not work.
+    `script_axes` are the axes of "X/Y/Z plot": a job names them by their number. `latent_upscalers` enlarge in hires
+    fix alone. `missing_upscalers` are listed by the WebUI too, and their files are not there or do not work.
     `can_restore_faces` is None if it is unknown, because somebody else runs the WebUI.
     """
 
@@ -53,8 +54,17 @@ class WebUILists:
     vaes: Sequence[str]
     checkpoint_names: Sequence[str] = ()
     script_axes: Sequence[str] = ()
+    img2img_scripts: Sequence[str] = ()
+    img2img_script_axes: Sequence[str] = ()
+    latent_upscalers: Sequence[str] = ()
     missing_upscalers: Sequence[str] = ()
     can_restore_faces: bool | None = None
+
+    def of_task(self, task: Task) -> WebUILists:
+        """The same lists with the scripts of this task."""
+        if task is not Task.IMG2IMG:
+            return self
+        return replace(self, scripts=self.img2img_scripts, script_axes=self.img2img_script_axes)
 
 
 def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
@@ -63,6 +73,7 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
     A script is held to `limits` here: only the WebUI knows the axes of a plot, and its styles may be merged by now.
     Styles with LoRA tags are merged into the prompts here, so that their LoRAs are held and verified like others.
     """
+    lists = lists.of_task(request.task)
     body = dict(request.body)
     complaints: list[Complaint] = []
     for resolve_part in _RESOLVERS:
@@ -86,26 +97,30 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
             "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders",
         )
     resolved = _merge_styles_with_loras(replace(request, body=body, warnings=warnings), lists)
-    if complaints := check_script(resolved.body, limits, lists.script_axes):
+    if complaints := check_script(resolved.body, limits, lists.script_axes, request.task):
         raise InvalidRequest(complaints)
     plan = read_script(resolved.body, limits.max_images, lists.script_axes)
     return resolved if plan is None else _resolve_runs(resolved, plan, lists)
 
 
-def resolve_upscaler(name: str, lists: WebUILists, *, path: str) -> str:
-    """An upscaler's name as the WebUI spells it; InvalidRequest if it has none of that name, or not its file."""
+def resolve_upscaler(name: str, lists: WebUILists, *, path: str, latent: bool = False) -> str:
+    """An upscaler's name as the WebUI spells it; InvalidRequest if it has none of that name, or not its file.
+
+    `latent`: those of hires fix count too.
+    """
+    known = (*lists.latent_upscalers, *lists.upscalers) if latent else lists.upscalers
     try:
         missing = resolve_name(name, lists.missing_upscalers, "upscaler")
     except InvalidRequest:
-        return resolve_name(name, lists.upscalers, "upscaler", path=path)
-    raise InvalidRequest([Complaint(path, missing_upscaler(missing, lists))])
+        return resolve_name(name, known, "upscaler", path=path)
+    raise InvalidRequest([Complaint(path, missing_upscaler(missing, known))])
 
 
-def missing_upscaler(name: str, lists: WebUILists) -> str:
-    """Why an upscaler that the WebUI lists is refused."""
+def missing_upscaler(name: str, there: Sequence[str]) -> str:
+    """Why an upscaler that the WebUI lists is refused. `there` are those that would be taken."""
     return (
         f"the file of {quoted(name)} is not there or does not work, and A1111 would silently use Lanczos; "
-        f"these are there: {quoted_list(lists.upscalers)}"
+        f"these are there: {quoted_list(there)}"
     )
 
 
@@ -120,8 +135,7 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
     separator = separator_of(body)
     words = _append_trigger_words(body, loras, separator) if request.trigger_words else {}
     given = str(body.get("prompt", ""))
-    if given:
-        body["prompt"] = prompt.place(given, placements, separator=separator)
+    body["prompt"] = prompt.place(given, placements, separator=separator)
     if body.get("hr_prompt"):
         body["hr_prompt"] = prompt.place(body["hr_prompt"], placements)
         if body.get("enable_hr"):
@@ -137,7 +151,15 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
             if lora.model and lora.model.shown in script.doubled
         ]
     applied = tuple(replace(lora.applied(), trigger_words=words.get(index, ())) for index, lora in enumerate(loras))
-    return GenerationPlan(body, applied, request.on_lora_error, tuple(warnings), request.allow_blank, request.preview)
+    return GenerationPlan(
+        body,
+        applied,
+        request.on_lora_error,
+        tuple(warnings),
+        allow_blank=request.allow_blank,
+        preview=request.preview,
+        task=request.task,
+    )
 
 
 def _job_loras(request: GenerationRequest, held: HeldModels) -> tuple[list[_JobLora], list[str]]:
@@ -241,7 +263,15 @@ def _resolve_sampler(body: Body, lists: WebUILists, prefix: str) -> Body:
 
 def _resolve_upscaler(body: Body, lists: WebUILists) -> Body:
     name = body.get("hr_upscaler")
-    return {"hr_upscaler": resolve_upscaler(name, lists, path="hr_upscaler")} if name else {}
+    return {"hr_upscaler": resolve_upscaler(name, lists, path="hr_upscaler", latent=True)} if name else {}
+
+
+def _resolve_script_upscaler(body: Body, lists: WebUILists) -> Body:
+    if not is_sd_upscale(body):
+        return {}
+    arguments = list(body["script_args"])
+    arguments[SD_UPSCALER] = resolve_upscaler(arguments[SD_UPSCALER], lists, path=f"script_args[{SD_UPSCALER}]")
+    return {"script_args": arguments}
 
 
 def _check_faces(body: Body, lists: WebUILists) -> Body:
@@ -310,6 +340,7 @@ _RESOLVERS: Sequence[Callable[[Body, WebUILists], Body]] = (
     _resolve_first_pass,
     _resolve_second_pass,
     _resolve_upscaler,
+    _resolve_script_upscaler,
     _check_faces,
     _resolve_script,
     _resolve_always_on_scripts,

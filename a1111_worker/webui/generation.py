@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Stage
+from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Stage, Task
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
@@ -47,7 +47,7 @@ from a1111_worker.webui.verification import GenerationPlan, verify
 
 log = logging.getLogger(__name__)
 
-MAX_TRIES = 3  # of a txt2img that did not even begin
+MAX_TRIES = 3  # of a generation that did not even begin
 OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them shows that the worker is not fit
 
 
@@ -105,7 +105,7 @@ class Generator:
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate, and return when the answer begins. From then on the next job may start."""
-        plan = compose(request, held, self._readiness.lists.script_axes)
+        plan = compose(request, held, self._readiness.lists.of_task(request.task).script_axes)
         self._jobs_since_out_of_memory += 1
         self._wait_for_interruption(context)
         self._readiness.ensure_ready(context)
@@ -161,7 +161,7 @@ class Generator:
                 if is_last:
                     raise
                 pause = self._readiness.timings.recovery_pause
-                log.warning("the WebUI has no txt2img (a bare 404); trying again in %.0f s", pause)
+                log.warning("the WebUI has no %s (a bare 404); trying again in %.0f s", plan.task.value, pause)
                 context.deadline.wait(pause)
                 self._readiness.wait_until_up(context.deadline)
             except WebUIBroken as error:
@@ -175,7 +175,7 @@ class Generator:
         raise AssertionError("the loop returns or raises")
 
     def _prove_upscalers(self, plan: GenerationPlan) -> None:
-        axes = self._readiness.lists.script_axes
+        axes = self._readiness.lists.of_task(plan.task).script_axes
         self._readiness.prove_upscalers(used_upscalers(plan.body, self._limits.max_images, axes))
 
     def _generate_once(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
@@ -184,6 +184,7 @@ class Generator:
         timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
         limit = context.deadline.within(self._generation_timeout, what="a generation")
         progress = GenerationProgress(plan.body)
+        send = self._webui.img2img if plan.task is Task.IMG2IMG else self._webui.txt2img
 
         def report(look: WebUIProgress) -> None:
             if (found := progress.report(look)) is not None:
@@ -192,7 +193,7 @@ class Generator:
         with context.timings.measure(Stage.GENERATE):
             request = RunningRequest(
                 self._webui,
-                lambda: self._webui.txt2img(plan.body, timeout=timeout),
+                lambda: send(plan.body, timeout=timeout),
                 activity="generates",
                 timings=timings,
             )

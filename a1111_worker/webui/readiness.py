@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import Model, Progress, Stage
+from a1111_worker.domain import Model, Progress, Stage, Task
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     Complaint,
@@ -198,7 +198,9 @@ class Readiness:
                 upscalers=tuple(name for name in lists.upscalers if name not in broken),
                 missing_upscalers=tuple(sorted({*lists.missing_upscalers, *broken})),
             )
-            raise InvalidRequest([Complaint(path, missing_upscaler(name, self.lists)) for path, name in failed])
+            raise InvalidRequest(
+                [Complaint(path, missing_upscaler(name, self.lists.upscalers)) for path, name in failed]
+            )
 
     def check_idle(self) -> bool:
         """Whether an idle WebUI answers. If it is silent, it is restarted; if it is gone, the next job prepares it."""
@@ -334,21 +336,20 @@ class Readiness:
         return bool(usable)
 
     def _read_lists(self, flags: WebUIFlags, instance: str) -> WebUILists:
-        upscalers = self._webui.upscalers()
+        upscalers, scripts, axes = self._webui.upscalers(), self._webui.scripts(), self._webui.script_axes()
         self._upscaler_proofs.begin(instance, [upscaler.name for upscaler in upscalers if upscaler.has_file])
         broken = self._upscaler_proofs.broken
+        usable = {upscaler.name for upscaler in upscalers if upscaler.is_there and upscaler.name not in broken}
         return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
-            upscalers=(
-                *self._webui.latent_upscale_modes(),
-                *(upscaler.name for upscaler in upscalers if upscaler.is_there and upscaler.name not in broken),
-            ),
-            missing_upscalers=tuple(
-                upscaler.name for upscaler in upscalers if not upscaler.is_there or upscaler.name in broken
-            ),
-            scripts=self._webui.scripts(),
-            script_axes=self._webui.script_axes(),
+            latent_upscalers=self._webui.latent_upscale_modes(),
+            upscalers=tuple(upscaler.name for upscaler in upscalers if upscaler.name in usable),
+            missing_upscalers=tuple(upscaler.name for upscaler in upscalers if upscaler.name not in usable),
+            scripts=scripts[Task.TXT2IMG],
+            script_axes=axes[Task.TXT2IMG],
+            img2img_scripts=scripts[Task.IMG2IMG],
+            img2img_script_axes=axes[Task.IMG2IMG],
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
             checkpoint_names=checkpoint_names(self.checkpoint),

@@ -8,7 +8,7 @@
     GET /latent-upscale-modes   [{"name": "Latent"}]
     GET /sd-vae                 [{"model_name": "x.safetensors"}]
     GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
-    GET /scripts                {"txt2img": ["x/y/z plot"]}
+    GET /scripts                {"txt2img": ["x/y/z plot"], "img2img": ["loopback"]}
     GET /script-info            [{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": ["Seed"]}]}]
     GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
     GET /cmd-flags              {"no_hashing": false, "codeformer_models_path": "<folder>", "gfpgan_models_path": …}
@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+
+from a1111_worker.domain import Task
 
 MENUS = (
     "samplers",
@@ -199,18 +201,20 @@ def parse_styles(answer: Any) -> tuple[Style, ...]:
     )
 
 
-def parse_scripts(answer: Any) -> tuple[str, ...]:
-    """The names of the scripts for txt2img."""
-    return _texts(_object(answer), "txt2img")
+def parse_scripts(answer: Any) -> Mapping[Task, tuple[str, ...]]:
+    """The names of the scripts for txt2img, and those for img2img."""
+    return {task: _texts(_object(answer), task.value) for task in (Task.TXT2IMG, Task.IMG2IMG)}
 
 
-def parse_script_axes(answer: Any) -> tuple[str, ...]:
-    """The axes of "X/Y/Z plot" for txt2img, in the order of their numbers. Empty if there is no such script."""
+def parse_script_axes(answer: Any) -> Mapping[Task, tuple[str, ...]]:
+    """The axes of "X/Y/Z plot" of both tasks, in the order of their numbers. Empty if there is no such script."""
+    found: dict[Task, tuple[str, ...]] = {Task.TXT2IMG: (), Task.IMG2IMG: ()}
     for entry in _entries(answer):
-        if _text(entry, "name") == "x/y/z plot" and entry.get("is_img2img") is False:
+        if _text(entry, "name") == "x/y/z plot":
             arguments = _entries(entry.get("args"))
-            return _texts(arguments[0] if arguments else {}, "choices")
-    return ()
+            task = Task.IMG2IMG if entry.get("is_img2img") else Task.TXT2IMG
+            found[task] = _texts(arguments[0] if arguments else {}, "choices")
+    return found
 
 
 def parse_options(answer: Any) -> WebUIOptions:

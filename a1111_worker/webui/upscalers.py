@@ -16,6 +16,7 @@ from typing import Any
 
 from a1111_worker.errors import GenerationFailed
 from a1111_worker.images import open_image
+from a1111_worker.request.picture_scripts import SD_UPSCALER, is_sd_upscale
 from a1111_worker.request.scripts import read_script
 from a1111_worker.webui.client import WebUI
 
@@ -74,6 +75,8 @@ def used_upscalers(body: Mapping[str, Any], most: int, axes: Sequence[str]) -> I
     """The upscalers that a checked body names, each with its path. `most` and `axes`: see `read_script`."""
     if body.get("enable_hr") and body.get("hr_upscaler"):
         yield "hr_upscaler", body["hr_upscaler"]
+    if is_sd_upscale(body):
+        yield f"script_args[{SD_UPSCALER}]", body["script_args"][SD_UPSCALER]
     script = read_script(body, most, axes)
     for run in script.runs if script else ():
         if name := run.fields.get("hr_upscaler"):

@@ -1,4 +1,4 @@
-"""What an answer of txt2img must show before it is believed. Pure: it is decided from the answer alone.
+"""What an answer of txt2img or img2img must show before it is believed. Pure: it is decided from the answer alone.
 
 `info` is a JSON string in the answer. Its `sd_model_name` and `sd_model_hash` (the first 10 digits of the file's
 SHA-256) are the checkpoint that made the images. "Lora hashes" in `extra_generation_params` holds `name: 12 digits` for
@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError, PictureFacts
+from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError, PictureFacts, Task
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost
 from a1111_worker.images import read_infotext, read_size
 from a1111_worker.text import quoted, quoted_list
@@ -33,12 +33,13 @@ INTERRUPTED = "it was interrupted by somebody else; send the job again"
 class GenerationPlan:
     """A job's body as the WebUI gets it, and what its answer must show."""
 
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
     loras: tuple[AppliedLora, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()
     allow_blank: bool = False
     preview: bool = False
+    task: Task = Task.TXT2IMG
 
 
 def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_job: str | None = None) -> Generation:
@@ -64,7 +65,7 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
         loras=loras,
         seeds=tuple(picture.seed for picture in pictures),
         webui_version=str(info.get("version", "unknown")),
-        warnings=(*plan.warnings, *warnings),
+        warnings=(*plan.warnings, *warnings, *_size_warnings(pictures, plan.body)),
         pictures=pictures,
     )
 
@@ -93,7 +94,9 @@ def _check_images(images: Sequence[Any], body: Mapping[str, Any]) -> None:
     for image in images:
         if not (isinstance(image, str) and image.isascii() and image.startswith(PNG_IN_BASE64)):
             raise GenerationFailed("the WebUI answered with something that is no PNG")
-    expected = int(body.get("batch_size", 1)) * int(body.get("n_iter", 1))
+    # Of several init_images one is taken for each picture of a batch, and the batch is as large as they are many.
+    given = len(body.get("init_images", ()))
+    expected = (given if given > 1 else int(body.get("batch_size", 1))) * int(body.get("n_iter", 1))
     # A script (X/Y/Z plot, Prompts from file) decides for itself how many images there are.
     if not body.get("script_name") and len(images) != expected:
         raise GenerationFailed(f"the WebUI made {len(images)} of {expected} pictures", hint=INTERRUPTED)
@@ -117,6 +120,23 @@ def _describe(image: str, text: Infotext | None) -> PictureFacts:
     except ValueError as error:
         raise GenerationFailed("the WebUI answered with something that is no PNG") from error
     return PictureFacts(width, height, text.seed if text else None, text.steps if text else None)
+
+
+def _size_warnings(pictures: Sequence[PictureFacts], body: Mapping[str, Any]) -> list[str]:
+    """That pictures of an img2img have another size than asked for. (A grid among them has none that was asked for.)"""
+    if "init_images" not in body:
+        return []
+    asked = body["width"], body["height"]
+    with_text = [picture for picture in pictures if picture.seed is not None]
+    sizes = {(picture.width, picture.height): None for picture in with_text or pictures}
+    others = [f"{width}×{height}" for width, height in sizes if (width, height) != asked]
+    if not others:
+        return []
+    reason = "a script decides the size of its pictures" if body.get("script_name") else _PAINTED_INTO_PICTURE
+    return [f"the answer has pictures of {', '.join(others)}, and not of {asked[0]}×{asked[1]}: {reason}"]
+
+
+_PAINTED_INTO_PICTURE = "with inpaint_full_res the masked area is painted in that size, and put back into the picture"
 
 
 def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoint: Model) -> None:

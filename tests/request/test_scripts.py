@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from a1111_worker.domain import Task
 from a1111_worker.request.fields import MAX_PROMPT, Limits
 from a1111_worker.request.script_plan import ScriptPlan
 from a1111_worker.request.scripts import FROM_FILE, MATRIX, PLOT, check_script, read_script
@@ -20,7 +21,9 @@ from tests.request.helpers import complaints
 from tests.support import DATA, parse_generation
 
 VERSIONS = ("1.9.3", "1.10.1")
-AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])
+AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])[
+    Task.TXT2IMG
+]
 LIMITS = Limits()
 BODY = {"prompt": "a cat", "steps": 25, "width": 1024, "height": 1024}
 

@@ -104,6 +104,31 @@ def test_anything_else_is_refused(url: str) -> None:
         POLICY.check(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("https://any.example/picture.png", True),
+        ("https://any.example:8443/", False),  # port 443 alone
+        ("http://any.example/", False),
+        ("https://user@any.example/", False),
+    ],
+)
+def test_a_star_stands_for_every_host_at_port_443(url: str, allowed: bool) -> None:
+    policy = EgressPolicy(["*"])
+
+    if allowed:
+        policy.check(url)
+    else:
+        with pytest.raises(OriginRefused):
+            policy.check(url)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "10.0.0.7", "169.254.169.254", "::1", "::ffff:10.0.0.7"])
+def test_a_star_leads_to_no_private_address(host: str) -> None:
+    with pytest.raises(OriginRefused, match="not public"):
+        EgressPolicy(["*"]).connect("https", host, 443, 1.0)
+
+
 NAMED = Origin("https", "files.example", 443)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import GenerationRequest, HeldModels, Model, ModelKind, ModelRef
+from a1111_worker.domain import GenerationRequest, HeldModels, Model, ModelKind, ModelRef, Task
 from a1111_worker.errors import InvalidRequest, ModelNotFound
 from a1111_worker.request.fields import Limits
 from a1111_worker.webui.composition import WebUILists, compose, resolve
@@ -24,8 +24,9 @@ def lists(**changes: Any) -> WebUILists:
         **{
             "samplers": parse_samplers(recorded("samplers")),
             "schedulers": parse_schedulers(recorded("schedulers")),
-            "upscalers": ("Latent", "Lanczos", "R-ESRGAN 4x+"),
-            "scripts": parse_scripts(recorded("scripts")),
+            "latent_upscalers": ("Latent",),
+            "upscalers": ("Lanczos", "R-ESRGAN 4x+"),
+            "scripts": parse_scripts(recorded("scripts"))[Task.TXT2IMG],
             "styles": {},
             "vaes": ("Automatic", "None", "sdxl_vae.safetensors"),
             **changes,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import GenerationRequest, HeldModels, Model
+from a1111_worker.domain import GenerationRequest, HeldModels, Model, Task
 from a1111_worker.errors import InvalidRequest, ModelNotFound
 from a1111_worker.webui.composition import WebUILists, compose, resolve
 from a1111_worker.webui.responses import Style, parse_script_axes
@@ -18,7 +18,9 @@ from tests.support import DATA
 from tests.webui.test_composition import lists, parse
 from tests.webui.test_composition import model as lora_model
 
-AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])
+AXES = parse_script_axes(json.loads((DATA / "webui-1.9.3" / "script_info.json").read_text())["response"]["body"])[
+    Task.TXT2IMG
+]
 
 
 def model(name: str) -> Model:
