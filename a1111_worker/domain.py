@@ -131,7 +131,8 @@ class Model:
 
     `file` is its name in the cache; what the WebUI calls it is `shown`. `lora_hash` is what A1111 prints for a LoRA in
     "Lora hashes" (12 hex digits, by A1111's network.py), None for a checkpoint. `family` is the architecture that it
-    belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it.
+    belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it. `matched`: how many of a
+    LoRA's layers the checkpoint has, and how many the LoRA has; None if that is unknown.
     """
 
     kind: ModelKind
@@ -148,6 +149,7 @@ class Model:
     lora_hash: str | None = None
     downloaded: bool = False
     warnings: tuple[str, ...] = ()
+    matched: tuple[int, int] | None = None
 
     @property
     def shown(self) -> str:

@@ -93,6 +93,7 @@ def _lora_entry(lora: AppliedLora) -> dict[str, Any]:
         "sha256": model.sha256 if model else None,
         "loaded": lora.loaded,
         "pictures": lora.pictures,
+        "matched": list(model.matched) if model and model.matched else None,
         "trigger_words": list(lora.trigger_words),
         "downloaded": model.downloaded if model else False,
     }

@@ -18,6 +18,7 @@ The modules, the public one first:
     safetensors         what a safetensors file says about itself: valid or not, its architecture, A1111's hash
     tensors             the format of a safetensors header, and its limits
     layers              which layers of a checkpoint a LoRA changes
+    fit                 whether a LoRA fits the checkpoint
     sidecars            what is known of each model
     volume              the folders of models, and how a file gets there
     names               the names of model files

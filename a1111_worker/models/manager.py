@@ -38,13 +38,13 @@ from a1111_worker.heartbeat import Heartbeat
 from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache, is_meant
 from a1111_worker.models.eviction import Entry
 from a1111_worker.models.fetcher import Fetcher
+from a1111_worker.models.fit import Fit
 from a1111_worker.models.holds import Holds
 from a1111_worker.models.hub_files import hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import LivenessMonitor, new_owner
 from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.progress import AggregateProgress, ReportFile, report_bytes
-from a1111_worker.models.safetensors import families_fit
 from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.models.sites import ModelSite
 from a1111_worker.models.space import CacheSpace, RoomWait
@@ -108,6 +108,7 @@ class ModelManager:
         self._checkpoint_spec = settings.checkpoint
         self._checkpoint: Model | None = None
         self._checkpoint_lock = threading.Lock()
+        self._fit = Fit()
         self._webui_folder_error: OSError | None = None
         try:
             self.cache.prepare_webui_folder()
@@ -409,28 +410,17 @@ class ModelManager:
             try:
                 if isinstance(outcome, ModelError):
                     raise outcome
-                models[ref] = self._check_family(outcome)
+                models[ref] = self._check_fit(outcome)
             except ModelError as error:
                 if not tolerance.allows(error):
                     raise
                 failures[ref] = error
         return HeldModels(models, failures, tolerance.is_tolerant)
 
-    def _check_family(self, model: Model) -> Model:
-        """The model if it can be applied to the checkpoint, with a warning if that is unknown. Else ModelRejected."""
-        checkpoint = self._checkpoint
-        if model.kind is not ModelKind.LORA or checkpoint is None:
+    def _check_fit(self, model: Model) -> Model:
+        if model.kind is not ModelKind.LORA or self._checkpoint is None:
             return model
-        fits = families_fit(model.family, checkpoint.family)
-        if fits is False:
-            raise ModelRejected(
-                f"{model.name} is made for {model.base_model or model.family}, "
-                f"and the checkpoint is {checkpoint.base_model or checkpoint.family}",
-                hint="use a LoRA of the checkpoint's family",
-            )
-        if fits is None:
-            return replace(model, warnings=(*model.warnings, f"it is unknown whether {model.name} fits the checkpoint"))
-        return model
+        return self._fit.check(model, self._checkpoint)
 
     # -- care of the cache
 

@@ -70,7 +70,7 @@ def test_fetch_prints_what_is_there_now_and_what_is_not(shell: Shell) -> None:
     )
 
     assert done.returncode == 1
-    assert done.stdout.splitlines() == [f"Snow_77.safetensors  0.1 MB  sha256 {sha256_of(served)[:12]}…  fetched"]
+    assert done.stdout.splitlines() == [f"Snow_77.safetensors  0.0 MB  sha256 {sha256_of(served)[:12]}…  fetched"]
     codes = {line.split(": ")[0]: line.split(": ")[1] for line in done.stderr.splitlines()}
     assert list(codes) == ["ftp://x", "civitai:5@78", "nobody"]
     assert (codes["civitai:5@78"], codes["nobody"]) == ("MODEL_ACCESS_DENIED", "MODEL_NOT_FOUND")

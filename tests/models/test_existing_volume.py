@@ -170,7 +170,7 @@ def test_a_half_filled_partial_file_has_its_room_planned(fleet: Fleet) -> None:
     partial_file = fleet.loras / ".parts/v2.worker-19836-a3981f90.part"
     partial_file.write_bytes(served.read_bytes()[:1_120_000] + bytes(880_000))
     Path(f"{partial_file}.ranges").write_text(RANGES.replace("SHA256", sha256_of(served)))
-    worker = fleet.start(checkpoint=None, limit=2 * MB + 50_000)
+    worker = fleet.start(checkpoint=None, limit=2 * MB + 20_000)
 
     sizes = {entry.file: entry.size for entry in worker.cache.list_entries()}
     fetch(worker, lora(2))

@@ -25,7 +25,7 @@ MAKERS: list[tuple[Callable[..., Path], str, tuple[int, ...]]] = [
         (320, 768),
     ),
     (models.sdxl_lora, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", (4, 2048)),
-    (models.sdxl_lora, "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight", (1280, 4)),
+    (models.sdxl_lora, "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight", (768, 4)),
     (
         models.sd15_lora,
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight",
