@@ -28,7 +28,16 @@ from a1111_worker.config import Config, find_misspelt_settings, prepare_sdk_envi
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.deliver import Delivery, save_images
-from a1111_worker.domain import GenerationRequest, HealthRequest, ModelsRequest, OnLoraError, Request, Stage, Task
+from a1111_worker.domain import (
+    GenerationRequest,
+    HealthRequest,
+    ModelsRequest,
+    OnLoraError,
+    PrefetchRequest,
+    Request,
+    Stage,
+    Task,
+)
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
@@ -40,9 +49,10 @@ from a1111_worker.pictures.fetch import PictureFetcher
 from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.queries.health import HealthQuery
 from a1111_worker.queries.models import ModelsQuery
+from a1111_worker.queries.prefetch import PrefetchQuery
 from a1111_worker.request.fields import Limits
 from a1111_worker.request.img2img import fit_pictures
-from a1111_worker.request.parse import parse_request
+from a1111_worker.request.parse import names_task, parse_request
 from a1111_worker.request.picture_fields import image_policy
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
@@ -79,6 +89,11 @@ async def models(worker: Worker, _request: ModelsRequest, context: JobContext) -
     return await worker.jobs.run(context, worker.models_query.answer)
 
 
+async def prefetch(worker: Worker, request: PrefetchRequest, context: JobContext) -> dict[str, Any]:
+    """Models brought into the cache, for later jobs."""
+    return await worker.jobs.run(context, worker.prefetch_query.answer, request)
+
+
 async def health(worker: Worker, _request: HealthRequest, context: JobContext) -> dict[str, Any]:
     """How this worker is. It never waits for the GPU."""
     return await worker.jobs.run(context, worker.health_query.answer)
@@ -87,6 +102,7 @@ async def health(worker: Worker, _request: HealthRequest, context: JobContext) -
 _TASKS: Mapping[type, Callable[[Worker, Any, JobContext], Awaitable[dict[str, Any]]]] = {
     GenerationRequest: generate,
     ModelsRequest: models,
+    PrefetchRequest: prefetch,
     HealthRequest: health,
 }
 
@@ -132,6 +148,7 @@ class Worker:
         self.shutdown = Shutdown(config.shutdown_grace)
         self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
         self.models_query = ModelsQuery(self._webui, self.readiness, self.generator, self.models, self.limits)
+        self.prefetch_query = PrefetchQuery(self.models, self.readiness, self.models_query)
         self.health_query = HealthQuery(self.health, self.generator, self.models)
         self.broken: WorkerError | None = None
 
@@ -194,7 +211,9 @@ class Worker:
     async def open_job(self, job: dict[str, Any]) -> AsyncIterator[JobContext]:
         """A job's context: its time runs, its progress is sent to RunPod, and the worker's shutdown may cancel it."""
         patience = self.readiness.timings.interrupt_patience
-        deadline = Deadline(job_seconds(job, self._config.job_timeout, interrupt_patience=patience))
+        is_prefetch = names_task(job.get("input"), Task.PREFETCH)
+        timeout = self._config.prefetch_timeout if is_prefetch else self._config.job_timeout
+        deadline = Deadline(job_seconds(job, timeout, interrupt_patience=patience))
         with self.shutdown.may_cancel(deadline):
             async with self.jobs.open(str(job["id"]), deadline) as context:
                 yield context

@@ -80,6 +80,7 @@ class Config:
     )
     generation_timeout: float = setting("GENERATION_TIMEOUT", seconds, 540.0, "seconds for one generation")
     job_timeout: float = setting("JOB_TIMEOUT", seconds, 570.0, "seconds from taking a job to its answer")
+    prefetch_timeout: float = setting("PREFETCH_TIMEOUT", seconds, 570.0, "seconds of a `prefetch` job")
     shutdown_grace: float = setting("SHUTDOWN_GRACE", seconds, 8.0, "seconds between TERM and KILL")
 
     models_dir: Path = setting(

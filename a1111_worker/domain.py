@@ -241,6 +241,7 @@ class Task(str, Enum):
     TXT2IMG = "txt2img"
     IMG2IMG = "img2img"
     MODELS = "models"
+    PREFETCH = "prefetch"
     HEALTH = "health"
 
 
@@ -306,11 +307,18 @@ class ModelsRequest:
 
 
 @dataclass(frozen=True)
+class PrefetchRequest:
+    """Models that are to be in the cache, by the name of the field that lists them (`loras`)."""
+
+    refs: Mapping[str, tuple[ModelRef, ...]]
+
+
+@dataclass(frozen=True)
 class HealthRequest:
     """How the worker is. It has no fields."""
 
 
-Request = GenerationRequest | ModelsRequest | HealthRequest
+Request = GenerationRequest | ModelsRequest | PrefetchRequest | HealthRequest
 """What a job's input becomes: the request of its task."""
 
 

@@ -33,6 +33,7 @@ from a1111_worker.request.fields import (
 )
 from a1111_worker.request.img2img import img2img_fields
 from a1111_worker.request.parse import FORMS, parse_request
+from a1111_worker.request.queries import prefetch_fields
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.webui.timings import WebUITimings
 from image.pins import PINS, read_pins
@@ -196,6 +197,13 @@ def test_every_field_of_img2img_that_txt2img_does_not_have_is_described() -> Non
 
 def test_every_task_is_described() -> None:
     assert set(table(API, "Tasks", "task")) == {task.value for task in Task} == {task.value for task in FORMS}
+
+
+def test_every_field_of_prefetch_is_described_with_its_type_and_range() -> None:
+    rows = {name: cells[:2] for name, cells in table(API, "Prefetch", "field").items()}
+
+    fields = {name: field.value for name, field in prefetch_fields(Limits()).items() if name != "task"}
+    assert rows == {name: (value.type, value.expected) for name, value in fields.items()}
 
 
 def test_every_refused_field_is_described_with_the_reason() -> None:

@@ -3,6 +3,7 @@
 The modules in reading order:
 
     models          what a client's menus show, and its fingerprint
+    prefetch        models brought into the cache, for later jobs
     health          how the worker is: its GPU, its disk, its cache, its jobs so far
     gpu             what nvidia-smi says of the GPU
     answer          the `worker` block of these answers

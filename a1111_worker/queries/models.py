@@ -69,7 +69,7 @@ class ModelsQuery:
         menus = self._menus()
         answer = {
             "models": menus,
-            "worker": {**worker_block(self._webui_version, context), "lists": menus["fingerprint"]},
+            "worker": self.add_fingerprint(worker_block(self.webui_version, context)),
         }
         if serialised_size(answer) > size_limit(context.job_id):
             raise ResultTooLarge(
@@ -86,15 +86,19 @@ class ModelsQuery:
         fingerprint = menus["fingerprint"] if menus else self._fingerprint()
         return replace(generation, menus=Menus(fingerprint, menus))
 
+    def add_fingerprint(self, worker: dict[str, Any]) -> dict[str, Any]:
+        """A `worker` block with the fingerprint of the menus."""
+        return {**worker, "lists": self._fingerprint()}
+
     @property
-    def _webui_version(self) -> str | None:
+    def webui_version(self) -> str | None:
         return self._generator.proof.webui_version if self._generator.proof else None
 
     def _menus(self) -> dict[str, Any]:
         self.list_cache()
         return {
             "fingerprint": self._fingerprint(),
-            "versions": versions(self._webui_version),
+            "versions": versions(self.webui_version),
             "tasks": [task.value for task in Task],
             "checkpoints": self._checkpoints(),
             "cached": self._cached(),

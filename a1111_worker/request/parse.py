@@ -15,7 +15,7 @@ from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import TASK, Field, Limits
 from a1111_worker.request.generating import read_img2img, read_txt2img
 from a1111_worker.request.img2img import img2img_fields
-from a1111_worker.request.queries import no_fields
+from a1111_worker.request.queries import no_fields, prefetch_fields, read_prefetch
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.request.values import InvalidValue, describe_value
@@ -48,8 +48,14 @@ FORMS: Mapping[Task, Form] = {
     Task.TXT2IMG: Form(txt2img_fields, read_txt2img),
     Task.IMG2IMG: Form(img2img_fields, read_img2img),
     Task.MODELS: Form(no_fields, lambda _reader: ModelsRequest()),
+    Task.PREFETCH: Form(prefetch_fields, read_prefetch),
     Task.HEALTH: Form(no_fields, lambda _reader: HealthRequest()),
 }
+
+
+def names_task(raw: object, task: Task) -> bool:
+    """Whether a raw input names this task: how long a job may take must be known before the whole input is read."""
+    return isinstance(raw, dict) and raw.get("task") == task.value
 
 
 def _format_of_another_worker(raw: Mapping[Any, Any]) -> str | None:

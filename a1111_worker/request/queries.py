@@ -2,11 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from a1111_worker.request.fields import TASK, Field, Limits
+from a1111_worker.domain import ModelKind, ModelRef, PrefetchRequest
+from a1111_worker.models.references import BadReference, parse_reference
+from a1111_worker.request.fields import LORA_KEYS, TASK, Field, FieldClass, Limits
+from a1111_worker.request.reader import InputReader
+from a1111_worker.request.unknown import unknown_lora_key
+from a1111_worker.request.values import InvalidValue, ValueType, as_integer, list_of, mismatch, shown
+
+MAX_PREFETCH = 64  # models of one kind in one job
+
+PREFETCHED: Mapping[str, ModelKind] = {"loras": ModelKind.LORA, "checkpoints": ModelKind.CHECKPOINT}
+"""What a `prefetch` job may list, under the names that a generating job has for it."""
 
 
 def no_fields(_limits: Limits) -> Mapping[str, Field]:
     """The table of a task that takes nothing but its name."""
     return {"task": TASK}
+
+
+def prefetch_fields(limits: Limits) -> Mapping[str, Field]:
+    """The table of prefetch: a list of references for each kind of model."""
+    return {
+        "task": TASK,
+        **{
+            name: Field(
+                FieldClass.OURS,
+                list_of(_reference(kind, limits.model_hosts), MAX_PREFETCH, name),
+                is_webui_field=False,
+            )
+            for name, kind in PREFETCHED.items()
+        },
+    }
+
+
+def read_prefetch(reader: InputReader) -> PrefetchRequest:
+    """The models that a prefetch job asks for, each once."""
+    refs = {name: tuple(dict.fromkeys(reader.given[name])) for name in PREFETCHED if reader.given.get(name)}
+    if not refs and not reader.complaints:
+        reader.complain("input", f"names no model: give {' or '.join(PREFETCHED)}")
+    return PrefetchRequest(refs)
+
+
+def _reference(kind: ModelKind, model_hosts: Collection[str]) -> ValueType:
+    """A reference to a model, as an entry of a job's `loras` is one. Its `scale` means nothing here."""
+    expected = "text or an object"
+
+    def check(value: Any) -> ModelRef:
+        if (version_id := as_integer(value)) is not None:
+            value = {"version_id": version_id}
+        if not isinstance(value, (str, dict)):
+            raise mismatch(expected, value)
+        if isinstance(value, dict):
+            unknown = [(f".{shown(key)}", unknown_lora_key(key, LORA_KEYS)) for key in value if key not in LORA_KEYS]
+            if unknown:
+                raise InvalidValue(*unknown)
+        try:
+            return parse_reference(value, kind=kind, allowed_hosts=model_hosts)
+        except BadReference as error:
+            raise InvalidValue(*((f".{key}" if key else "", message) for key, message in error.problems)) from error
+
+    return ValueType("any", expected, check)
