@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from a1111_worker import logs
@@ -103,6 +104,7 @@ A REFERENCE is a CivitAI URL of any form (model page, version, download), a vers
 the catalog, or a URL of a host in MODEL_HOSTS.
 
   python model_manager.py prefetch all                          warm a volume, or bake models into an image
+  python model_manager.py prefetch checkpoint detail_tweaker_xl --models-dir DIR
   python model_manager.py fetch 135867 https://civitai.com/models/122359?modelVersionId=135867
   python model_manager.py list --json
   python model_manager.py verify --repair
@@ -116,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = Config.from_env(os.environ)
+        if getattr(options, "models_dir", None):  # all of it there: what other folders have does not count
+            config = replace(config, models_dir=options.models_dir, model_sources=())
         logs.configure("INFO" if options.verbose else "WARNING", config.log_format)
         deadline = Deadline(what="this command")
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -153,9 +157,18 @@ def _parser() -> argparse.ArgumentParser:
     fetch = command("fetch", "have models in the cache, proven")
     fetch.add_argument("references", nargs="+", metavar="REFERENCE")
     fetch.add_argument("--kind", choices=[kind.value for kind in ModelKind], default="lora", help="default: lora")
-    prefetch = command("prefetch", "have the checkpoint, the catalog's LoRAs, or both in the cache")
+    prefetch = command(
+        "prefetch", "have the checkpoint, the catalog's LoRAs, other LoRAs, or all of these in the cache"
+    )
     prefetch.add_argument(
-        "what", nargs="?", choices=["checkpoint", "catalog", "all"], default="all", help="default: all"
+        "what",
+        nargs="*",
+        default=["all"],
+        metavar="WHAT",
+        help="checkpoint, catalog, all (both; the default), or a REFERENCE of a LoRA",
+    )
+    prefetch.add_argument(
+        "--models-dir", type=Path, metavar="DIR", help="into this folder, complete: for a1111 volume upload DIR VOLUME"
     )
     verify = command("verify", "read every model and compare it with what is known of it")
     verify.add_argument("--repair", action="store_true", help="fetch damaged ones again, remove those without a source")
@@ -223,27 +236,33 @@ class _Command:
         return 0
 
     def _fetch(self) -> int:
-        kind = ModelKind(self._options.kind)
+        return self._hold_and_print(*self._parse(self._options.references, ModelKind(self._options.kind)))
+
+    def _parse(self, words: Iterable[str], kind: ModelKind) -> tuple[dict[ModelRef, str], dict[str, str]]:
+        """The references with the words that they were, and the words that are none with what is wrong with them."""
         refs: dict[ModelRef, str] = {}
         bad: dict[str, str] = {}
-        for text in self._options.references:
+        for text in words:
             try:
                 refs[parse_reference(text, kind=kind, allowed_hosts=self._config.model_hosts)] = text
             except BadReference as error:
                 bad[text] = str(error)
-        return self._hold_and_print(refs, bad)
+        return refs, bad
 
     def _prefetch(self) -> int:
         models: list[Model] = []
-        failed: dict[str, str] = {}
-        if self._options.what in ("checkpoint", "all"):
+        words = set(self._options.what)
+        refs, failed = self._parse(
+            (word for word in self._options.what if word not in ("checkpoint", "catalog", "all")), ModelKind.LORA
+        )
+        if words & {"checkpoint", "all"}:
             try:
                 with _ProgressBar("checkpoint") as report:
                     models.append(self._manager.prepare_checkpoint(JobContext(self._deadline, report)))
             except ModelError as error:
                 failed[self._config.checkpoint_name] = _format_error(error)
-        catalog = LORAS if self._options.what in ("catalog", "all") else ()
-        refs = {ModelRef(ModelKind.LORA, lora.version_id): lora.title for lora in catalog}
+        catalog = LORAS if words & {"catalog", "all"} else ()
+        refs |= {ModelRef(ModelKind.LORA, lora.version_id): lora.title for lora in catalog}
         return self._hold_and_print(refs, failed, models)
 
     def _hold_and_print(

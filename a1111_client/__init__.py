@@ -3,6 +3,10 @@
 It knows the worker only by the worker's jobs and answers: it imports nothing of it.
 
     cli             the command `a1111`
+    manage          its commands deploy, endpoint and volume
+    deploy          an endpoint on RunPod: whether it can be, what it costs, creating and changing it
+    volume          models onto a network volume, through RunPod's S3 API
+    runpod_api      RunPod's management API
     credentials     which endpoint is meant, and its key
     endpoint        one endpoint: jobs, their states and answers, retries, cancellation
     errors          what can go wrong, with codes

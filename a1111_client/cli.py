@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from a1111_client import __version__
+from a1111_client import __version__, manage
 from a1111_client.credentials import data_folder, key_file, open_endpoint, save_key
 from a1111_client.endpoint import Endpoint
 from a1111_client.errors import EndpointError
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and one of them may be the key
 )
+manage.add_to(app)
 
 EndpointId = Annotated[
     str, typer.Option("--endpoint", envvar="RUNPOD_ENDPOINT_ID", help="The endpoint's id on RunPod.", metavar="ID")

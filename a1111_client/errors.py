@@ -11,6 +11,15 @@ Codes of the worker pass through unchanged (MODEL_NOT_FOUND, OUT_OF_MEMORY, …)
     JOB_CANCELLED          somebody cancelled it
     JOB_TIMED_OUT          RunPod's own limit ended it, or its worker died
     JOB_FAILED             it failed, and the reason has no code
+
+and by the commands that manage what is on RunPod (manage.py):
+
+    BAD_OPTION             an option makes no sense; nothing was asked or sent
+    NOT_CONFIRMED          nobody could be asked, and there was no --yes
+    CANNOT_DEPLOY          what is wanted cannot be created: every reason
+    RUNPOD_REFUSED         RunPod refused a request; the sentence is its own
+    UPLOAD_CONFLICT        files on the volume are in the way; nothing was sent
+    UPLOAD_FAILED          the volume did not take a file, or has another one afterwards
 """
 
 from __future__ import annotations

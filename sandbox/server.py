@@ -250,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.owner._serve(self)
 
-    do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_GET
+    do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -97,6 +97,26 @@ def test_prefetch_fetches_the_checkpoint_and_the_catalog(shell: Shell) -> None:
     assert not (shell.folder / "shell/webui").exists()  # a command shows nothing to any WebUI
 
 
+def test_prefetch_makes_a_folder_of_the_checkpoint_and_named_loras(shell: Shell, tmp_path: Path) -> None:
+    shell.serve_checkpoint()
+    shell.serve(DETAIL)
+    shell.run("fetch", str(DETAIL))  # another folder has it: it does not count
+    made = tmp_path / "made"
+
+    done = shell.run(
+        *("prefetch", "checkpoint", "detail_tweaker_xl", "--models-dir", str(made)), MODEL_SOURCES=str(shell.models)
+    )
+    again = shell.run("prefetch", "no such LoRA!", "--models-dir", str(made))
+
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in made.rglob("*.safetensors")) == [
+        "detail_tweaker_xl.safetensors",
+        "jib_mix_illustrious_realistic_v2.safetensors",
+    ]
+    assert len(list(made.rglob("*.safetensors.json"))) == 2
+    assert again.returncode == 1 and "no such LoRA!" in again.stderr
+
+
 def test_prefetch_prints_what_could_not_be_fetched(shell: Shell) -> None:
     shell.serve(DETAIL)
     shell.run("fetch", str(DETAIL))
