@@ -2,7 +2,11 @@
 
 It knows the worker only by the worker's jobs and answers: it imports nothing of it.
 
-    cli             the command `a1111`
+    cli             the command `a1111`: info, login, serve
+    commands        draw, upscale, batch, models, prefetch, health, cancel
+    batch           many jobs from a file, resumable
+    terminal        what the commands share: options, errors, progress bars
+    pictures        pictures as files
     manage          its commands deploy, endpoint and volume
     deploy          an endpoint on RunPod: whether it can be, what it costs, creating and changing it
     volume          models onto a network volume, through RunPod's S3 API

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from a1111_client import __version__, manage
-from a1111_client.credentials import data_folder, key_file, open_endpoint, save_key
-from a1111_client.endpoint import Endpoint
+from a1111_client import __version__, commands, manage
+from a1111_client.credentials import data_folder, key_file, save_key
 from a1111_client.errors import EndpointError
 from a1111_client.infotext import NotAPicture, parse_infotext, read_infotext
+from a1111_client.terminal import WRONG_OPTIONS, EndpointId, Url, fail, fail_with, the_endpoint
 
 app = typer.Typer(
     name="a1111",
@@ -24,15 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and one of them may be the key
 )
+commands.add_to(app)
 manage.add_to(app)
-
-EndpointId = Annotated[
-    str, typer.Option("--endpoint", envvar="RUNPOD_ENDPOINT_ID", help="The endpoint's id on RunPod.", metavar="ID")
-]
-Url = Annotated[
-    str, typer.Option("--url", envvar="A1111_URL", help="An endpoint elsewhere, such as http://127.0.0.1:8000.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def _show_version(shown: bool) -> None:
@@ -123,28 +115,8 @@ def serve(
         chosen = the_endpoint(endpoint, url)
         listening = server.listen(host, port)
     except guard.BadAccess as error:
-        fail(str(error), status=2)
+        fail(str(error), status=WRONG_OPTIONS)
     except OSError as error:
         fail(f"{host} port {port}: {error.strerror}")
     print(f"A1111's API is at {server.address(listening)}, in front of {chosen.url}", flush=True)
     server.serve(runner.Runner(chosen, SnapshotStore(data_folder() / "snapshots")), access, listening)
-
-
-def the_endpoint(endpoint_id: str, url: str) -> Endpoint:
-    """The endpoint that the options name. Ends the command if there is none."""
-    try:
-        return open_endpoint(endpoint_id, url, os.environ, key_file())
-    except EndpointError as error:
-        fail_with(error)
-
-
-def fail_with(error: EndpointError, *, as_json: bool = False) -> NoReturn:
-    """End with the code, the sentence and the hint."""
-    if as_json:
-        print(json.dumps(error.as_json(), ensure_ascii=False))
-    fail(f"{error.code}: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
-
-
-def fail(message: str, *, status: int = 1) -> NoReturn:
-    print(f"a1111: {message}", file=sys.stderr)
-    raise typer.Exit(status)
