@@ -3,6 +3,7 @@
     python handler.py --test_input '{"input": {"prompt": "a lighthouse"}}'   one job, here
     python handler.py --rp_serve_api                                         the SDK's local API
     python handler.py                                                        RunPod's queue, or test_input.json
+    python handler.py --schema                                               the JSON Schema of jobs and answers
     python handler.py --help                                                 all arguments
 
 Settings come from the environment: docs/subsystems/container-management.md.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -52,6 +54,7 @@ from a1111_worker.queries.models import ModelsQuery
 from a1111_worker.queries.prefetch import PrefetchQuery
 from a1111_worker.request.fields import Limits
 from a1111_worker.request.img2img import fit_pictures
+from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import names_task, parse_request
 from a1111_worker.request.picture_fields import image_policy
 from a1111_worker.webui.client import WebUI
@@ -281,6 +284,9 @@ def main() -> None:
     """Start the worker as the arguments and the environment say."""
     try:
         arguments = parse_arguments(sys.argv[1:])
+        if arguments.wants_schema:
+            sys.stdout.write(json.dumps(job_schema(), indent=1, ensure_ascii=False) + "\n")
+            return
         config = Config.from_env(os.environ)
         logs.configure(config.log_level, config.log_format)
         _warn_of_misspelt_settings()

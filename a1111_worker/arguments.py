@@ -41,6 +41,7 @@ class Arguments:
     serves_api: bool
     api_host: str
     api_port: int
+    wants_schema: bool = False
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
@@ -48,7 +49,9 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     given, _ = build_parser().parse_known_args(words)
     if given.test_input is not None:
         _check_job(given.test_input, "--test_input")
-    return Arguments(given.test_input is not None, given.rp_serve_api, given.rp_api_host, given.rp_api_port)
+    return Arguments(
+        given.test_input is not None, given.rp_serve_api, given.rp_api_host, given.rp_api_port, given.schema
+    )
 
 
 def check_test_file(path: Path) -> None:
@@ -90,7 +93,7 @@ def check_api_address(host: str, port: int) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The SDK's arguments with the SDK's defaults."""
+    """The SDK's arguments with the SDK's defaults, and our own."""
     parser = _Parser(
         prog="python handler.py",
         description=DESCRIPTION,
@@ -99,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--test_input", metavar="JSON", help="run this job, and end with 0 if it succeeded")
+    add("--schema", action="store_true", help="print the JSON Schema of the jobs and the answers, and end")
     add("--rp_serve_api", action="store_true", help="serve jobs over HTTP: POST /runsync")
     add("--rp_api_host", metavar="HOST", default="localhost", help="where to listen (localhost)")
     add("--rp_api_port", metavar="PORT", type=_port, default=8000, help="which port to listen on (8000)")

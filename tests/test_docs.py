@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from jsonschema import Draft202012Validator
 
 import handler
 from a1111_worker import __version__, context, domain, errors
@@ -32,6 +33,7 @@ from a1111_worker.request.fields import (
     Limits,
 )
 from a1111_worker.request.img2img import img2img_fields
+from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.queries import prefetch_fields
 from a1111_worker.request.txt2img import txt2img_fields
@@ -488,6 +490,9 @@ def test_no_page_names_the_place_in_which_it_was_written(page: Path) -> None:
 # -- examples
 
 
+JOB = Draft202012Validator(job_schema())
+
+
 def jobs() -> Iterator[tuple[str, dict[str, object]]]:
     for page in PAGES:
         for number, block in enumerate(blocks(page, "json")):
@@ -498,6 +503,15 @@ def jobs() -> Iterator[tuple[str, dict[str, object]]]:
 @pytest.mark.parametrize("job", [pytest.param(job, id=name) for name, job in jobs()])
 def test_every_example_of_a_job_is_accepted(job: dict[str, object]) -> None:
     parse_request(job["input"], Limits())  # it raises what is wrong
+    JOB.validate(job)
+
+
+def test_the_answers_that_are_shown_are_valid() -> None:
+    shown = json.loads(blocks(README, "json")[1])
+    (error,) = [block for block in blocks(API, "json") if block.startswith('{"error"')]
+
+    for answer, name in ((shown, "generation_answer"), (json.loads(error), "error_answer")):
+        Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": job_schema()["$defs"]}).validate(answer)
 
 
 def test_the_readmes_example_is_what_the_demo_runs() -> None:

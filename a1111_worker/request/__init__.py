@@ -3,6 +3,7 @@
 The modules, the public one first:
 
     parse            the way in: `parse_request`, and the tasks
+    json_schema      the JSON Schema of the inputs and of the answers
     reader           a raw input, read against the table of its task
     txt2img          the table of txt2img
     img2img          the table of img2img, and what follows from the sizes of its pictures

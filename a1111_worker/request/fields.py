@@ -50,6 +50,17 @@ MAX_SAMPLING_PARAMETER = 1000  # eta and the s_ parameters: A1111's own sliders 
 
 LORA_SCALE = number(-10, 10)
 LORA_KEYS = ("url", "version_id", "name", "hash", "scale")
+LORAS_SCHEMA: Mapping[str, Any] = {
+    "type": "array",
+    "maxItems": MAX_LORAS,
+    "items": {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "integer", "minimum": 1},
+            {"type": "object", "properties": {key: {} for key in LORA_KEYS}, "additionalProperties": False},
+        ]
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,9 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
             checked, object_of(check_always_on_script, 'an object like {"a script\'s name": {"args": […]}}')
         ),
         "loras": Field(
-            ours, replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs"), is_webui_field=False
+            ours,
+            replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs", schema=LORAS_SCHEMA),
+            is_webui_field=False,
         ),
         "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
         "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
@@ -319,7 +332,9 @@ def override_settings() -> ValueType:
 
     options = object_of(check_option, "an object of settings a job may override")
     # null means absent here too: A1111 would set the option to it, and fail.
-    return replace(options, check=lambda value: _without_nulls(options.check(value)))
+    taken = {name: option.value.schema for name, option in OVERRIDABLE_OPTIONS.items()}
+    schema = {"type": "object", "properties": {name: _or_null(member) for name, member in taken.items()}}
+    return replace(options, check=lambda value: _without_nulls(options.check(value)), schema=schema)
 
 
 OUTPUT: Mapping[str, ValueType] = {
@@ -350,7 +365,16 @@ def output_options(*, has_bucket: bool) -> ValueType:
             raise InvalidValue((".raw", "must be false with delivery bucket: the links are in the worker block"))
         return OutputOptions(ImageFormat(given.pop("format", ImageFormat.PNG)), delivery=delivery, **given)
 
-    return replace(options, check=check)
+    schema = {
+        "type": "object",
+        "properties": {name: _or_null(value.schema) for name, value in OUTPUT.items()},
+        "additionalProperties": False,
+    }
+    return replace(options, check=check, schema=schema)
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:

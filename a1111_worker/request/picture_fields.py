@@ -36,7 +36,7 @@ def pictures(limits: Limits) -> ValueType:
             raise InvalidValue("must have a picture")
         return found
 
-    return ValueType(several.type, several.expected, check)
+    return ValueType(several.type, several.expected, check, several.schema)
 
 
 @lru_cache(maxsize=8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from a1111_worker.text import printable
@@ -16,6 +16,10 @@ MAX_PROBLEMS = 100
 
 Problem = tuple[str, str]
 """A path below the value (`[3].args`, "" for the value itself) and a message."""
+
+
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
+"""A number as JSON writes it, and nothing around it."""
 
 
 class InvalidValue(Exception):
@@ -31,12 +35,14 @@ class ValueType:
     """What values a field takes.
 
     `type` is the JSON type, `expected` says in words what is accepted ("a whole number from 1 to 150"). `check`
-    returns the value to go on with, or raises InvalidValue.
+    returns the value to go on with, or raises InvalidValue. `schema` is a JSON Schema that everything accepted is valid
+    against; empty if the type says it all.
     """
 
     type: str
     expected: str
     check: Callable[[Any], Any]
+    schema: Mapping[str, Any] = field(default_factory=dict)
 
 
 def integer(low: int, high: int) -> ValueType:
@@ -48,7 +54,7 @@ def integer(low: int, high: int) -> ValueType:
             raise mismatch(expected, value)
         return whole
 
-    return ValueType("integer", expected, check)
+    return ValueType("integer", expected, check, _or_text({"type": "integer", "minimum": low, "maximum": high}))
 
 
 def multiple_of_8(low: int, high: int, *, or_else: tuple[int, ...] = ()) -> ValueType:
@@ -60,7 +66,8 @@ def multiple_of_8(low: int, high: int, *, or_else: tuple[int, ...] = ()) -> Valu
             raise mismatch(expected, value)
         return whole
 
-    return ValueType("integer", expected, check)
+    multiple = {"type": "integer", "multipleOf": 8, "minimum": low, "maximum": high}
+    return ValueType("integer", expected, check, _or_text(multiple, *or_else))
 
 
 def number(low: float, high: float, *, or_else: tuple[float, ...] = ()) -> ValueType:
@@ -72,7 +79,14 @@ def number(low: float, high: float, *, or_else: tuple[float, ...] = ()) -> Value
             raise mismatch(expected, value)
         return found
 
-    return ValueType("number", expected, check)
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return ValueType("number", expected, check, _or_text(schema, *or_else))
+
+
+def _or_text(schema: Mapping[str, Any], *or_else: float) -> dict[str, Any]:
+    """The schema of a number that may also be one of `or_else`, or a number in a string."""
+    others = [{"enum": list(or_else)}] if or_else else []
+    return {"anyOf": [schema, *others, {"type": "string", "pattern": f"^(?:{NUMBER.pattern})$"}]}
 
 
 def text(longest: int, *, blank: bool = False) -> ValueType:
@@ -88,7 +102,9 @@ def text(longest: int, *, blank: bool = False) -> ValueType:
             raise InvalidValue(f"must be at most {longest:,} bytes of UTF-8, not {size:,}")
         return value
 
-    return ValueType("string", expected, check)
+    # In characters: none takes less than a byte.
+    schema = {"type": "string", "maxLength": longest, **({} if blank else {"pattern": r"\S"})}
+    return ValueType("string", expected, check, schema)
 
 
 def boolean() -> ValueType:
@@ -99,7 +115,7 @@ def boolean() -> ValueType:
             raise mismatch("true or false", value)
         return bool(value)
 
-    return ValueType("boolean", "true or false", check)
+    return ValueType("boolean", "true or false", check, {"enum": [True, False, 1, 0]})
 
 
 def always_true(reason: str) -> ValueType:
@@ -110,7 +126,7 @@ def always_true(reason: str) -> ValueType:
             raise InvalidValue(f"is refused: {reason}")
         return True
 
-    return ValueType("boolean", "true", check)
+    return ValueType("boolean", "true", check, {"enum": [True, 1]})
 
 
 def anything() -> ValueType:
@@ -126,7 +142,7 @@ def one_of(*choices: str) -> ValueType:
             raise InvalidValue(f"must be {expected}")
         return value
 
-    return ValueType("string", expected, check)
+    return ValueType("string", expected, check, {"enum": list(choices)})
 
 
 def any_object() -> ValueType:
@@ -151,7 +167,10 @@ def list_of(item_type: ValueType, most: int, plural: str) -> ValueType:
             raise mismatch(expected, value)
         return _check_all(((f"[{index}]", item) for index, item in enumerate(value)), item_type.check)
 
-    return ValueType("array", expected, check)
+    schema = {"type": "array", "maxItems": most}
+    if item_type.schema:
+        schema["items"] = dict(item_type.schema)
+    return ValueType("array", expected, check, schema)
 
 
 def object_of(check_member: Callable[[str, Any], Any], expected: str) -> ValueType:
@@ -164,10 +183,6 @@ def object_of(check_member: Callable[[str, Any], Any], expected: str) -> ValueTy
         return dict(zip(value, _check_all(members, lambda member: check_member(*member)), strict=True))
 
     return ValueType("object", expected, check)
-
-
-NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
-"""A number as JSON writes it, and nothing around it."""
 
 
 def as_number(value: object) -> int | float | None:
