@@ -52,6 +52,7 @@ from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.queries.health import HealthQuery
 from a1111_worker.queries.models import ModelsQuery
 from a1111_worker.queries.prefetch import PrefetchQuery
+from a1111_worker.request.extensions import fill_units
 from a1111_worker.request.fields import Limits
 from a1111_worker.request.img2img import fit_pictures
 from a1111_worker.request.json_schema import job_schema
@@ -229,8 +230,10 @@ class Worker:
         request = parse_request(raw, self.limits)
         if not isinstance(request, GenerationRequest):
             return request
+        pictures = self.pictures.prepare(request.pictures, context)
+        request = fill_units(request, pictures)
         if request.task is Task.IMG2IMG:
-            request = fit_pictures(request, self.pictures.prepare(request.pictures, context), self.limits)
+            request = fit_pictures(request, pictures, self.limits)
         return self.generator.resolve(request)
 
     @contextlib.contextmanager

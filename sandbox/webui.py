@@ -174,8 +174,9 @@ class SandboxWebUI(ProcessOwner, Server):
         if path.startswith("/sdapi/") and self.not_mounted_for > 0:
             self.not_mounted_for -= 1
             raise RouteNotFound
-        extension = path.split("/")[1]
-        methods = _ROUTES.get(path) if extension == "sdapi" or extension in self.extensions else None
+        if path.split("/")[1] in webui_extensions.SCRIPTS and path.split("/")[1] not in self.extensions:
+            raise RouteNotFound
+        methods = _ROUTES.get(path)
         if methods is None and path.rstrip("/") in _ROUTES:
             return _redirect_without_slash
         if methods is None:

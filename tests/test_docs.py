@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ from a1111_worker.domain import AppliedLora, Generation, Model, ModelKind, Outpu
 from a1111_worker.job.shutdown import job_seconds
 from a1111_worker.models.civitai_responses import POLICY
 from a1111_worker.models.sidecars import ModelRecord
+from a1111_worker.request.extensions import adetailer_keys, controlnet_keys
 from a1111_worker.request.fields import (
     CHECKPOINT_OPTION,
     INERT_OPTIONS,
@@ -37,6 +38,7 @@ from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.queries import prefetch_fields
 from a1111_worker.request.txt2img import txt2img_fields
+from a1111_worker.request.values import ValueType
 from a1111_worker.webui.timings import WebUITimings
 from image.pins import PINS, read_pins
 from tests.support import ROOT
@@ -239,6 +241,17 @@ def test_every_option_that_is_dropped_is_described() -> None:
     text = section(API, "Settings a job may override")
 
     assert [name for name in (*INERT_OPTIONS, CHECKPOINT_OPTION) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize(("column", "keys"), [("key", controlnet_keys), ("key of ADetailer", adetailer_keys)])
+def test_every_key_of_a_unit_is_described_with_its_type_and_range(
+    column: str, keys: Callable[[Limits], Mapping[str, ValueType]]
+) -> None:
+    rows = table(API, "ControlNet and ADetailer", column)
+
+    assert {name: cells[:2] for name, cells in rows.items()} == {
+        name: (value.type, value.expected) for name, value in keys(Limits()).items()
+    }
 
 
 def test_every_setting_a_job_may_override_is_described() -> None:

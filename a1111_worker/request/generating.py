@@ -18,14 +18,14 @@ from a1111_worker.domain import (
     PictureSource,
     Task,
 )
-from a1111_worker.request.extensions import is_idle
+from a1111_worker.request.extensions import is_idle, read_units
 from a1111_worker.request.fields import INERT_OPTIONS
 from a1111_worker.request.img2img import FIRST
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.scripts import TAKE_ONE_PICTURE, check_script
 from a1111_worker.request.size import final_size, size_problem
-from a1111_worker.request.values import shown
+from a1111_worker.request.values import InvalidValue, shown
 
 DEFAULTS: Mapping[str, Any] = {"steps": 25, "cfg_scale": 7}
 DEFAULT_SIZE: Mapping[str, Any] = {"width": 1024, "height": 1024}
@@ -48,10 +48,11 @@ def read_txt2img(reader: InputReader) -> GenerationRequest:
     """The request that the fields of a txt2img job mean. What does not fit together is added to its complaints."""
     loras = _loras(reader)
     body = {**DEFAULT_SIZE, **_body(reader)}
+    pictures = _pictures(reader)
     _check_size(reader, body)
     _check_image_count(reader, body)
     _check_script(reader, body, Task.TXT2IMG)
-    return _request(reader, body, loras, Task.TXT2IMG)
+    return replace(_request(reader, body, loras, Task.TXT2IMG), pictures=pictures)
 
 
 def read_img2img(reader: InputReader) -> GenerationRequest:
@@ -159,14 +160,33 @@ def _styles(reader: InputReader) -> list[str]:
 
 
 def _always_on_scripts(reader: InputReader) -> dict[str, Any]:
-    """The always-on scripts that are asked for anything."""
+    """The always-on scripts that are asked for anything, the units of known extensions read key by key."""
     scripts = {}
     for name, script in reader.given.get("alwayson_scripts", {}).items():
-        if is_idle(name, script.get("args", ())):
-            reader.dropped.append(f"alwayson_scripts.{shown(name)}")
-        else:
-            scripts[name] = script
+        path, args = f"alwayson_scripts.{shown(name)}", script.get("args", ())
+        if is_idle(name, args):
+            reader.dropped.append(path)
+            continue
+        scripts[name] = script
+        try:
+            units = read_units(name, args, reader.limits)
+        except InvalidValue as error:
+            for below, message in error.problems:
+                reader.complain(f"{path}.args{below}", message)
+            continue
+        if units is not None:
+            scripts[name] = {"args": units.args}
+            reader.pictures |= _unit_pictures(f"{path}.args", units.pictures)
     return scripts
+
+
+def _unit_pictures(path: str, pictures: Mapping[str, PictureSource]) -> dict[str, PictureSource]:
+    """The pictures of units under their paths in the job. A mask is made as large as the picture beside it."""
+    found = {}
+    for below, source in pictures.items():
+        of = f"{path}{below.removesuffix('.mask')}.image" if below.endswith(".mask") else None
+        found[path + below] = replace(source, mask_of=of)
+    return found
 
 
 _PARTLY_DROPPED: Mapping[str, Callable[[InputReader], Any]] = {
@@ -231,8 +251,9 @@ def _pictures(reader: InputReader) -> dict[str, PictureSource]:
     found = {f"init_images[{index}]": source for index, source in enumerate(given.get("init_images", ()))}
     if "mask" in given:
         found["mask"] = replace(given["mask"], mask_of=FIRST, is_rounded=given.get("mask_round", True))
+    found |= reader.pictures
     if len(found) > most:
-        reader.complain("mask", f"is one picture more than the {most} that a job may bring")
+        reader.complain(list(found)[most], f"is one picture more than the {most} that a job may bring")
     return found
 
 

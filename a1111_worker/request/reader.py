@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from a1111_worker.domain import PictureSource
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import Field, FieldClass, Limits, is_unset
 from a1111_worker.request.unknown import unknown_field
@@ -21,13 +22,14 @@ class InputReader:
     """One raw input. Every step adds to its lists, and goes on with those values that are valid.
 
     `given` holds the valid fields, as checked values, without those that are unset. `dropped` are the paths of what was
-    taken and does nothing.
+    taken and does nothing. `pictures` are those inside of fields, under their paths.
     """
 
     def __init__(self, raw: dict[Any, Any], table: Mapping[str, Field], limits: Limits) -> None:
         self.complaints: list[Complaint] = []
         self.warnings: list[str] = []
         self.dropped: list[str] = []
+        self.pictures: dict[str, PictureSource] = {}
         self.raw = raw
         self.table = table
         self.limits = limits

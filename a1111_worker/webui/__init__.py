@@ -10,6 +10,7 @@ The modules, the public one first:
     readiness       makes the WebUI ready, and ready again: it answers, has the defaults, and has loaded the checkpoint
     checkpoint      the switch to a checkpoint, verified by its hash
     faces           whether the files are there that restore faces
+    extensions      what ControlNet and ADetailer have, and whether a job's units can be used
     upscalers       whether an upscaler's model works, shown by a tiny picture
     options         the options that a job may override, set to their defaults
     owner           what the options of somebody else's WebUI were, in a file until they are put back

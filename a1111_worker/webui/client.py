@@ -45,7 +45,12 @@ from a1111_worker.webui.responses import (
     WebUIFlags,
     WebUIOptions,
     WebUIProgress,
+    parse_adetailer_models,
+    parse_argument_count,
     parse_checkpoints,
+    parse_controlnet_models,
+    parse_controlnet_modules,
+    parse_controlnet_units,
     parse_extra_image,
     parse_flags,
     parse_menu,
@@ -191,6 +196,26 @@ class WebUI:
         except UnexpectedForm as error:
             raise WebUILost(f"the WebUI's answer to /extra-single-image has another form: {error}") from error
 
+    def script_argument_count(self, script: str) -> int:
+        """How many arguments a script takes in txt2img. 0 if there is no such script."""
+        return self._get("/script-info", lambda answer: parse_argument_count(answer, script))
+
+    def controlnet_models(self) -> tuple[str, ...]:
+        """ControlNet's models, `STEM [hash]`. It looks for new files now."""
+        return self._get("/model_list", parse_controlnet_models, api="/controlnet")
+
+    def controlnet_modules(self) -> Mapping[str, bool]:
+        """ControlNet's modules, and whether each works without a model."""
+        return self._get("/module_list", parse_controlnet_modules, api="/controlnet")
+
+    def controlnet_units(self) -> int:
+        """How many units ControlNet runs."""
+        return self._get("/settings", parse_controlnet_units, api="/controlnet")
+
+    def adetailer_models(self) -> tuple[str, ...]:
+        """ADetailer's detectors."""
+        return self._get("/ad_model", parse_adetailer_models, api="/adetailer/v1")
+
     def unload_checkpoint(self) -> None:
         """Move the weights out of the GPU's memory."""
         self._post("/unload-checkpoint", None)
@@ -199,9 +224,17 @@ class WebUI:
         """Move the weights of the unloaded checkpoint back to the GPU. If none was loaded since the start, load it."""
         self._post("/reload-checkpoint", None, timeout=timeout)
 
-    def _get(self, endpoint: str, parse: Callable[[Any], T], *, query: str = "", timeout: float | None = None) -> T:
+    def _get(
+        self,
+        endpoint: str,
+        parse: Callable[[Any], T],
+        *,
+        query: str = "",
+        timeout: float | None = None,
+        api: str = API,
+    ) -> T:
         path = f"{endpoint}?{query}" if query else endpoint
-        answer = WebUIResponse(self._send("GET", path, None, timeout=timeout)).read()
+        answer = WebUIResponse(self._send("GET", path, None, timeout=timeout, api=api)).read()
         try:
             found = parse(answer)
             if endpoint.removeprefix("/") in MENUS:
@@ -217,14 +250,20 @@ class WebUI:
         WebUIResponse(self._send("POST", path, body, timeout=timeout)).read()
 
     def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        timeout: float | None = None,
+        api: str = API,
     ) -> requests.Response:
         timeout = timeout or self._timeout
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         try:
             response = self._session.request(
                 method,
-                f"{self.url}{API}{path}",
+                f"{self.url}{api}{path}",
                 data=data,
                 headers=None if data is None else {"Content-Type": "application/json"},
                 timeout=(min(self._connect_timeout, timeout), timeout),

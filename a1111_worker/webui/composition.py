@@ -24,6 +24,7 @@ from a1111_worker.request.scripts import check_script, read_script
 from a1111_worker.request.unknown import SURE
 from a1111_worker.similar import nearest
 from a1111_worker.text import printable, quoted, quoted_list
+from a1111_worker.webui.extensions import NO_EXTENSIONS, ExtensionLists, resolve_units
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -59,6 +60,7 @@ class WebUILists:
     latent_upscalers: Sequence[str] = ()
     missing_upscalers: Sequence[str] = ()
     can_restore_faces: bool | None = None
+    extensions: ExtensionLists = NO_EXTENSIONS
 
     def of_task(self, task: Task) -> WebUILists:
         """The same lists with the scripts of this task."""
@@ -290,12 +292,13 @@ def _resolve_always_on_scripts(body: Body, lists: WebUILists) -> Body:
     scripts = body.get("alwayson_scripts")
     if not scripts:
         return {}
-    return {
-        "alwayson_scripts": {
-            _resolve_script_name(name, lists, path=f"alwayson_scripts.{printable(name, 60)}"): arguments
-            for name, arguments in scripts.items()
-        }
-    }
+    resolved = {}
+    for name, arguments in scripts.items():
+        script = _resolve_script_name(name, lists, path=f"alwayson_scripts.{printable(name, 60)}")
+        resolved[script] = resolve_units(
+            script, arguments, lists.extensions, given=name, has_init_image="init_images" in body
+        )
+    return {"alwayson_scripts": resolved}
 
 
 def _resolve_script_name(name: str, lists: WebUILists, *, path: str) -> str:

@@ -35,6 +35,7 @@ from a1111_worker.errors import (
     WorkerError,
 )
 from a1111_worker.images import is_blank
+from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
@@ -129,7 +130,7 @@ class Generator:
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
-        if not started.plan.allow_blank and any(is_blank(image) for image in generation.answer["images"]):
+        if not started.plan.allow_blank and any(map(is_blank, _generated(generation, started.plan))):
             raise GenerationFailed(
                 "a picture came out all one colour",
                 hint='try another seed or a lower LoRA scale; "allow_blank": true lets such a picture through',
@@ -265,3 +266,11 @@ class Generator:
             context.deadline.check()
             raise WebUILost("the WebUI's answer did not come to its end")
         return reading.result()
+
+
+def _generated(generation: Generation, plan: GenerationPlan) -> list[str]:
+    """The pictures without what ControlNet's annotators have seen, which may well be one colour."""
+    images: list[str] = generation.answer["images"]
+    if not detected_maps(plan.body):
+        return images
+    return [image for image, facts in zip(images, generation.pictures, strict=True) if facts.seed is not None]

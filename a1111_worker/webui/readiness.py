@@ -29,6 +29,7 @@ from a1111_worker.errors import (
 from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.composition import WebUILists, missing_upscaler
+from a1111_worker.webui.extensions import read_lists
 from a1111_worker.webui.faces import usable_restorers
 from a1111_worker.webui.options import OptionsReset
 from a1111_worker.webui.owner import OwnersOptions
@@ -354,6 +355,7 @@ class Readiness:
             vaes=("Automatic", "None", *self._webui.vaes()),
             checkpoint_names=checkpoint_names(self.checkpoint),
             can_restore_faces=self._choose_restorer(flags) if self._is_ours else None,
+            extensions=read_lists(self._webui, scripts[Task.TXT2IMG], flags),
         )
 
 

@@ -10,6 +10,10 @@
     GET /prompt-styles          [{"name": "film", "prompt": "{prompt}, grain", "negative_prompt": null}]
     GET /scripts                {"txt2img": ["x/y/z plot"], "img2img": ["loopback"]}
     GET /script-info            [{"name": "x/y/z plot", "is_img2img": false, "args": [{"choices": ["Seed"]}]}]
+    GET /controlnet/model_list  {"model_list": ["STEM [0123abcd]"]}
+    GET /controlnet/module_list {"module_list": ["canny"], "module_detail": {"canny": {"model_free": false, …}}}
+    GET /controlnet/settings    {"control_net_unit_count": 3}
+    GET /adetailer/v1/ad_model  {"ad_model": ["face_yolov8n.pt"]}
     GET /options                {"sd_model_checkpoint": "x.safetensors", "sd_checkpoint_hash": "<64 digits>"}
     GET /cmd-flags              {"no_hashing": false, "codeformer_models_path": "<folder>", "gfpgan_models_path": …}
     GET /progress               {"progress": 0.2, "eta_relative": 1.5, "state": {"job_no": 0, "job_count": 1, …},
@@ -96,11 +100,15 @@ class Upscaler:
 
 @dataclass(frozen=True)
 class WebUIFlags:
-    """How the WebUI was started: whether with `--no-hashing`, and its folders for what restores faces."""
+    """How the WebUI was started: whether with `--no-hashing`, and its folders for what restores faces.
+
+    `annotators_folder` is ControlNet's, if start.sh has named one.
+    """
 
     no_hashing: bool
     codeformer_folder: str | None = None
     gfpgan_folder: str | None = None
+    annotators_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,32 @@ def parse_script_axes(answer: Any) -> Mapping[Task, tuple[str, ...]]:
     return found
 
 
+def parse_argument_count(answer: Any, script: str) -> int:
+    """How many arguments a script takes in txt2img; 0 if there is no such script."""
+    for entry in _entries(answer):
+        if _text(entry, "name") == script and entry.get("is_img2img") is False:
+            return len(_entries(entry.get("args")))
+    return 0
+
+
+def parse_controlnet_models(answer: Any) -> tuple[str, ...]:
+    return tuple(name for name in _texts(_object(answer), "model_list") if name != "None")
+
+
+def parse_controlnet_modules(answer: Any) -> Mapping[str, bool]:
+    """The modules, and whether each works without a model."""
+    details = _object(_object(answer).get("module_detail"))
+    return {name: _object(detail).get("model_free") is True for name, detail in details.items()}
+
+
+def parse_controlnet_units(answer: Any) -> int:
+    return int(_number(_object(answer), "control_net_unit_count"))
+
+
+def parse_adetailer_models(answer: Any) -> tuple[str, ...]:
+    return _texts(_object(answer), "ad_model")
+
+
 def parse_options(answer: Any) -> WebUIOptions:
     options = _object(answer)
     return WebUIOptions(
@@ -236,9 +270,9 @@ def parse_flags(answer: Any) -> WebUIFlags:
     no_hashing = flags.get("no_hashing", False)
     if not isinstance(no_hashing, bool):
         raise UnexpectedForm("no_hashing is neither true nor false")
-    folders = {name: flags.get(name) for name in ("codeformer_models_path", "gfpgan_models_path")}
-    codeformer, gfpgan = (folder if isinstance(folder, str) else None for folder in folders.values())
-    return WebUIFlags(no_hashing, codeformer, gfpgan)
+    names = ("codeformer_models_path", "gfpgan_models_path", "controlnet_annotator_models_path")
+    folders = [flags[name] if isinstance(flags.get(name), str) else None for name in names]
+    return WebUIFlags(no_hashing, *folders)
 
 
 def parse_progress(answer: Any) -> WebUIProgress:

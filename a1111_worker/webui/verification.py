@@ -22,6 +22,7 @@ from a1111_worker import prompt
 from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError, PictureFacts, Task
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost
 from a1111_worker.images import read_infotext, read_size
+from a1111_worker.request.extensions import detected_maps, without_pictures
 from a1111_worker.text import quoted, quoted_list
 from a1111_worker.webui.infotext import Infotext, parse_infotext, parse_lora_hashes
 
@@ -60,7 +61,7 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
     loras, warnings = _verify_loras(info, texts, plan)
     pictures = tuple(_describe(image, text) for image, text in zip(images, texts, strict=True))
     return Generation(
-        answer=answer,
+        answer=_without_pictures(answer),
         checkpoint=checkpoint,
         loras=loras,
         seeds=tuple(picture.seed for picture in pictures),
@@ -68,6 +69,13 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
         warnings=(*plan.warnings, *warnings, *_size_warnings(pictures, plan.body)),
         pictures=pictures,
     )
+
+
+def _without_pictures(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, whose `parameters` repeat no picture of the job."""
+    parameters = answer.get("parameters")
+    shown = without_pictures(parameters)
+    return answer if shown is parameters else {**answer, "parameters": shown}
 
 
 def lora_hashes(info: Mapping[str, Any]) -> dict[str, str]:
@@ -98,7 +106,8 @@ def _check_images(images: Sequence[Any], body: Mapping[str, Any]) -> None:
     given = len(body.get("init_images", ()))
     expected = (given if given > 1 else int(body.get("batch_size", 1))) * int(body.get("n_iter", 1))
     # A script (X/Y/Z plot, Prompts from file) decides for itself how many images there are.
-    if not body.get("script_name") and len(images) != expected:
+    most = expected + detected_maps(body)
+    if not body.get("script_name") and not expected <= len(images) <= most:
         raise GenerationFailed(f"the WebUI made {len(images)} of {expected} pictures", hint=INTERRUPTED)
 
 
