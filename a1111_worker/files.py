@@ -1,7 +1,7 @@
 """Files on a volume that other processes use too: what its errors mean, and how a small file is written and read.
 
 Every OSError of the volume means one of three things, whatever the operation was (open, stat, listdir, statvfs, write,
-ftruncate, fallocate, fsync, close, rename, unlink):
+ftruncate, fsync, close, rename, unlink):
 
     full      ENOSPC, EDQUOT            VolumeFull: only then models may be evicted
     gone      ENOENT, ENOTDIR, …        no such file: the model is not in the cache, and is fetched again

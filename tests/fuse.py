@@ -37,7 +37,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 CALLS = {
-    *("stat", "listdir", "statvfs", "open", "create", "mkdir", "read", "write", "truncate", "utime", "allocate"),
+    *("stat", "listdir", "statvfs", "open", "create", "mkdir", "read", "write", "truncate", "utime"),
     *("fsync", "close", "rename", "link", "unlink"),
 }
 """What may fail. `create` makes a file, `open` opens one that is there. `close` is what close(2) returns."""
@@ -498,10 +498,6 @@ class FuseServer:
             os.close(handle)
         return b""
 
-    def fallocate(self, node: int, body: memoryview) -> bytes:
-        self._may("allocate", self._paths.get(node) or "")
-        raise OSError(errno.EOPNOTSUPP, "")  # like most network volumes
-
     def opendir(self, node: int, body: memoryview) -> bytes:
         path = self._path(node)
         self._may("listdir", path)
@@ -569,7 +565,6 @@ _HANDLERS: dict[int, Callable[[FuseServer, int, memoryview], bytes]] = {
         30: FuseServer.fsync,
         35: FuseServer.create,
         38: FuseServer.nothing,
-        43: FuseServer.fallocate,
         45: FuseServer.rename2,
     },
 }

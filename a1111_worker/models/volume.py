@@ -221,7 +221,7 @@ class CacheDirectory:
             path = self.partial_files / name
             if name.endswith(".part") and (found := look(path)) is not None:
                 state = saved_state(path)
-                size = min(found.st_size, found.st_blocks * 512) if state is None else state.taken
+                size = min(found.st_size, found.st_blocks * 512) if state is None else state.present
                 yield UnfinishedDownload(path, size, found.st_mtime)
 
     def sign_of_life(self, partial_file: Path) -> Path:

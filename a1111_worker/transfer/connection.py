@@ -1,7 +1,7 @@
 """One HTTP connection: it sends a request for a range of bytes, judges the answer, and reads the bytes.
 
 It knows nothing of the download that it works for. What an answer of the storage means is decided in `judge`; what
-follows from that is decided in `state`.
+follows from that is decided in `download`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -26,32 +25,12 @@ from a1111_worker.transfer.ranges import ByteRange, Tuning
 NETWORK_ERRORS = (OSError, http.client.HTTPException)
 """What a connection may raise while it connects, sends or reads: see `network_fault`."""
 
-_STEADY = 64 * 1024  # bytes of one answer
-
 _SIZE = "[0-9]{1,18}"  # no file is larger, and Python converts no more than 4,300 digits
 _CONTENT_RANGE = re.compile(rf"bytes ({_SIZE})-({_SIZE})/({_SIZE}|\*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Link:
-    """A URL of a file's bytes: the download's link `number`, given by the source at `created` (monotonic seconds)."""
-
-    url: str
-    number: int
-    created: float
-
-
-@dataclass(frozen=True)
-class RangeRequest:
-    """A request for the bytes of `byte_range`. None: for the whole file, since this storage has no ranges."""
-
-    byte_range: ByteRange | None
-    link: Link
-    etag: str | None
-
-
-@dataclass(frozen=True)
-class RangeResponse:
+class Answer:
     """The bytes that an answer contains: from `start` to before `end`, of `total`; None if it does not say.
 
     `is_partial`: it is an answer to a range request (206). Else it contains the whole file.
@@ -71,7 +50,7 @@ class RangeResponse:
 class Connection:
     """A connection that is opened by its first request, and kept for the next one if possible.
 
-    One thread uses it. Any thread may read its counters, `retire` it and `abort` it.
+    One thread uses it. Any thread may read its counters, and `abort` it.
     """
 
     def __init__(self, policy: EgressPolicy, tuning: Tuning) -> None:
@@ -80,73 +59,68 @@ class Connection:
         self._http: http.client.HTTPConnection | None = None
         self._origin: Origin | None = None
         self._response: http.client.HTTPResponse | None = None
-        self._read: Callable[[memoryview], int]  # of the present answer
         self._unread: int | None = 0  # bytes of the present answer; None: it has no announced end
         self._socket = AbortableSocket()
         self.url = ""  # of the present answer, behind all redirects
         self.answer_seconds = 0.0  # from the last request to its answer
         self.received = 0  # bytes, of all answers
-        self.received_of_answer = 0
-        self.is_retired = False
-
-    @property
-    def is_flowing(self) -> bool:
-        """Bytes of the present answer have come."""
-        return self.received_of_answer > 0
-
-    @property
-    def is_steady(self) -> bool:
-        """Enough bytes of the present answer have come that another one is requested at once if it breaks."""
-        return self.received_of_answer >= _STEADY
 
     @property
     def is_read(self) -> bool:
         """The announced end of the present answer is reached."""
         return self._unread == 0
 
-    def retire(self) -> None:
-        """It is needed for another file: its user should stop soon, in the middle of an answer if need be."""
-        self.is_retired = True
+    @property
+    def is_aborted(self) -> bool:
+        return self._socket.is_aborted
 
     def abort(self) -> None:
         """Unblock its user, whatever it waits for. Every later use fails."""
         self._socket.abort()
 
-    def ask(self, request: RangeRequest) -> RangeResponse:
-        """Send a request, follow its redirects, and judge the answer.
+    def ask(self, url: str, byte_range: ByteRange | None, etag: str | None) -> Answer:
+        """Request a range, or the whole file; follow the redirects, and judge the answer.
 
         Raises RequestFault, ModelError, OriginRefused or one of the NETWORK_ERRORS.
         """
-        self.received_of_answer = 0
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
         start, end = 0, None
-        if request.byte_range is not None:
-            start, end = request.byte_range.start, request.byte_range.end
+        if byte_range is not None:
+            start, end = byte_range.start, byte_range.end
             headers["Range"] = f"bytes={start}-{end - 1}"
-            if request.etag:
-                headers["If-Range"] = request.etag
-        route = Route(request.link.url)
+            if etag:
+                headers["If-Range"] = etag
+        route = Route(url)
         response = self._get(route.url, headers)
         while route.follow(response.status, response.headers.get("Location")):
             self.close()
             response = self._get(route.url, headers)
         answer = judge(response.status, response.headers, start, end)
-        self.url = route.url
-        self._read, self._unread = _reader(response), answer.length
+        self.url, self._unread = route.url, answer.length
         return answer
 
     def read_into(self, view: memoryview) -> int:
-        """Read bytes that have come, never beyond the announced end. Returns how many; 0 if the answer is over."""
-        count = self._read(view if self._unread is None else view[: self._unread])
+        """Read bytes that have come, never beyond the announced end. Returns how many.
+
+        0 is the end of the answer, whether or not the announced length has come: the caller looks at `is_read`.
+        """
+        assert self._response is not None
+        view = view if self._unread is None else view[: self._unread]
+        if self._response.chunked or self._response.fp is None:
+            data = self._response.read1(len(view))[: len(view)]  # more if a chunk says that its size is negative
+            view[: len(data)] = data
+            count = len(data)
+        else:  # without a copy
+            count = self._response.fp.readinto1(view)
+        self.received += count
         if self._unread is not None:
             self._unread -= count
-        self.received += count
-        self.received_of_answer += count
         return count
 
     def has_more(self) -> bool:
         """Whether one more byte comes than were read, or announced."""
-        return self._read(memoryview(bytearray(1))) > 0
+        assert self._response is not None
+        return len(self._response.read1(1)) > 0
 
     def finish(self) -> None:
         """Keep the connection for the next request if the answer was read to its end, else close it."""
@@ -178,7 +152,6 @@ class Connection:
         self._http = open_connection(
             self._policy, origin, timeout=self._tuning.connect_seconds, on_socket=self._socket.attach
         )
-        self._http.connect()
         self._http.sock.settimeout(self._tuning.stall_seconds)
         return self._send(self._http, target, headers)
 
@@ -198,11 +171,11 @@ class AbortableSocket:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._handle: socket.socket | None = None
-        self._is_aborted = False
+        self.is_aborted = False
 
     def attach(self, connecting: socket.socket) -> None:
         with self._lock:
-            if self._is_aborted:
+            if self.is_aborted:
                 raise ConnectionAbortedError("stopped")
             if self._handle is not None:
                 self._handle.close()
@@ -210,7 +183,7 @@ class AbortableSocket:
 
     def abort(self) -> None:
         with self._lock:
-            self._is_aborted = True
+            self.is_aborted = True
             if self._handle is not None:
                 with contextlib.suppress(OSError):
                     self._handle.shutdown(socket.SHUT_RDWR)
@@ -220,22 +193,6 @@ class AbortableSocket:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
-
-
-def _reader(response: http.client.HTTPResponse) -> Callable[[memoryview], int]:
-    """A function that reads what has come into a buffer of ours.
-
-    It returns 0 at the end, whether or not the promised length has come: the caller counts.
-    """
-    if response.chunked or response.fp is None:
-
-        def read(view: memoryview) -> int:
-            data = response.read1(len(view))[: len(view)]  # it may be more if a chunk says that its size is negative
-            view[: len(data)] = data
-            return len(data)
-
-        return read
-    return response.fp.readinto1
 
 
 # --- what an answer means
@@ -273,7 +230,7 @@ class RangesUnsupported(RequestFault):
     """The storage has no ranges of this file."""
 
 
-def judge(status: int, headers: http.client.HTTPMessage, start: int, end: int | None) -> RangeResponse:
+def judge(status: int, headers: http.client.HTTPMessage, start: int, end: int | None) -> Answer:
     """What an answer contains, to a request for the bytes from `start` to before `end` (None: for the whole file).
 
     Raises a RequestFault if something can be done about it, else a ModelError.
@@ -288,7 +245,7 @@ def judge(status: int, headers: http.client.HTTPMessage, start: int, end: int | 
     strong_etag = etag if re.fullmatch(r'"[^"]+"', etag) else None
     length = _content_length(headers)
     if status == 200:
-        return RangeResponse(0, length, length, strong_etag, is_partial=False)
+        return Answer(0, length, length, strong_etag, is_partial=False)
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
     if not found or end is None:
         raise TemporaryFault("the storage does not say which part it sends")
@@ -297,7 +254,7 @@ def judge(status: int, headers: http.client.HTTPMessage, start: int, end: int | 
         raise TemporaryFault("the storage sends another part than the one asked for")
     if length is not None and length != stop - first:
         raise TemporaryFault("the storage announces another length than the part has")
-    return RangeResponse(first, stop, total, strong_etag, is_partial=True)
+    return Answer(first, stop, total, strong_etag, is_partial=True)
 
 
 def _check_status(status: int, headers: http.client.HTTPMessage, start: int) -> None:
@@ -334,13 +291,10 @@ def _content_length(headers: http.client.HTTPMessage) -> int | None:
     return int(text)
 
 
-def network_fault(error: Exception) -> TemporaryFault:
-    """What one of the NETWORK_ERRORS means, in words that contain no host and no URL.
-
-    Raises DownloadFailed if the storage's certificate is not valid.
-    """
+def network_fault(error: Exception) -> RequestFault | DownloadFailed:
+    """What one of the NETWORK_ERRORS means, in words that contain no host and no URL."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        raise DownloadFailed("the storage has no valid certificate") from error
+        return DownloadFailed("the storage has no valid certificate")
     if isinstance(error, socket.gaierror):
         return TemporaryFault("the host has no address")
     if isinstance(error, TimeoutError):

@@ -1,11 +1,13 @@
 """From a signed link to bytes on disk, as fast as the network allows: over several connections, resumable at any byte.
 
-`Downloader.fetch` gives the connections of a file ranges of it in order. A connection for which no range is left takes
-half of the largest remainder. The bytes that a connection received count, however it ended. Which bytes are on disk is
-saved beside the partial file (`partial_file`), so that another process can go on if this one dies. The SHA-256 is
-computed while the bytes arrive.
+`Downloader.fetch` gives the connections of a file ranges of it in order (`ranges`). The bytes that a connection
+received count, however it ended. Which bytes are on disk is saved beside the partial file (`partial_file`), so that
+another process can go on if this one dies. The SHA-256 is computed while the bytes arrive.
 
-`connection.judge` decides what an answer of the storage means, and `state.DownloadState.handle_fault` what follows:
+The thread that wants the file decides everything: what is requested next, over how many connections, and what follows
+from a fault. Every request has a thread of its own (`range_fetch`), which only copies bytes and reports.
+
+`connection.judge` decides what an answer of the storage means, and `Download._handle_fault` what follows:
 
     200, 206          the bytes, if they are of the same file (ETag, total size), complete and not compressed
     400, 401, 403     the link is old: get another one, at most `link_renewals` times
@@ -20,43 +22,41 @@ computed while the bytes arrive.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from a1111_worker.context import JobContext
-from a1111_worker.errors import DownloadFailed, ModelRejected
+from a1111_worker.errors import DownloadFailed, ModelError, ModelRejected
 from a1111_worker.origins import OriginRefused
-from a1111_worker.transfer.concurrency import ConcurrencyTuner, ConnectionDemand, ConnectionLimit
-from a1111_worker.transfer.connection import Connection, FileChanged
+from a1111_worker.transfer.budget import ConnectionBudget, Demand
+from a1111_worker.transfer.connection import (
+    NETWORK_ERRORS,
+    FileChanged,
+    FileGone,
+    LinkRefused,
+    RangesUnsupported,
+    RequestFault,
+    StorageBusy,
+    network_fault,
+)
 from a1111_worker.transfer.egress import EgressPolicy
-from a1111_worker.transfer.monitor import Monitor, OnBytes, RunningTime
-from a1111_worker.transfer.partial_file import PartialFile, StreamingHasher
-from a1111_worker.transfer.range_worker import RangeWorker
-from a1111_worker.transfer.ranges import ByteRanges, Tuning
-from a1111_worker.transfer.state import DownloadState, FileState
+from a1111_worker.transfer.incoming_file import IncomingFile, Source
+from a1111_worker.transfer.partial_file import PartialFile
+from a1111_worker.transfer.pool import ConnectionPool
+from a1111_worker.transfer.progress import OnBytes, Progress
+from a1111_worker.transfer.range_fetch import RangeFetch
+from a1111_worker.transfer.ranges import ByteRange, ByteRanges, Tuning, plan_theft, range_size
+from a1111_worker.transfer.retries import Links, Retries
+from a1111_worker.transfer.speed import RunningTime, SpeedCheck
 
 __all__ = ["Downloader", "Fetched", "OnBytes", "Source"]
 
 log = logging.getLogger(__name__)
 
+_FAR_BEHIND = 4  # times as long as a new range takes
 _END_SECONDS = 0.8  # how long the end of a download waits for its threads
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file to fetch. `label` is how messages and log lines name it.
-
-    `link` returns a URL of the file's bytes, or raises one of our errors. It is called once a file, and again only if
-    the last URL is old or was refused. `size` is exact, in bytes. `sha256` tells whether what an earlier download left
-    is of the same file; the bytes are not judged by it. None: unknown.
-    """
-
-    label: str
-    link: Callable[[], str]
-    size: int | None = None
-    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Downloader:
     def __init__(self, policy: EgressPolicy, tuning: Tuning | None = None) -> None:
         self.policy = policy
         self.tuning = tuning or Tuning()
-        self.limit = ConnectionLimit(self.tuning.connections)
+        self.budget = ConnectionBudget(self.tuning.connections)
 
     def fetch(self, source: Source, path: Path, context: JobContext, on_bytes: OnBytes | None = None) -> Fetched:
         """Have the complete file at `path`. It goes on where an earlier download of the same file stopped.
@@ -88,191 +88,205 @@ class Downloader:
         whatever happens; only if there was no room for a new file is it removed. Raises ModelError, or what the
         deadline raises: every connection is closed and every thread has ended by then.
         """
-        download = Download(self, source, path, context, on_bytes)
+        part = PartialFile(path)
         try:
-            return download.run()
+            file = IncomingFile(source, part, self.tuning)
+        except ModelError:
+            part.close()
+            raise
+        try:
+            return Download(self, source, file, context).run(Progress(source.label, on_bytes))
         except OriginRefused as error:
             raise ModelRejected(f"{source.label} is somewhere that may not be reached: {error}") from error
-        finally:
-            self.limit.forget(download)
 
 
 class Download:
-    """One file on its way. `run` is what the thread that asked for it does; every connection has a RangeWorker."""
+    """One file on its way. `run` is what the thread that wants it does."""
 
-    def __init__(
-        self, downloader: Downloader, source: Source, path: Path, context: JobContext, on_bytes: OnBytes | None
-    ) -> None:
+    def __init__(self, downloader: Downloader, source: Source, file: IncomingFile, context: JobContext) -> None:
         tuning = downloader.tuning
         self._downloader = downloader
+        self._tuning = tuning
         self._source = source
+        self._file = file
         self._context = context
-        self._on_bytes = on_bytes
-        self._state = DownloadState(FileState(source.label, source.size, tuning), PartialFile(path), tuning)
-        self._workers: list[RangeWorker] = []
-        self._tuner: ConcurrencyTuner | None = None
-        self._running = RunningTime(time.monotonic(), tuning.longest_step)
+        self._pool = ConnectionPool(downloader.policy, tuning, downloader.budget)
+        self._links = Links(source.label, tuning)
+        self._retries = Retries(tuning)
+        self._restart: RequestFault | None = None  # why it starts over, as soon as no connection is at work
 
-    def run(self) -> Fetched:
-        began = time.monotonic()
-        state = self._state
+    def run(self, progress: Progress) -> Fetched:
+        began, file, pool = time.monotonic(), self._file, self._pool
         try:
-            with self._context.deadline.on_cancel(state.stop):
-                self._resume()
-                resumed = state.file.done
-                while (sha256 := self._receive_and_hash()) is None:
-                    state.start_over()
-                    self._tuner = None
-                    resumed = 0
+            with self._context.deadline.on_cancel(pool.wake):
+                file.resume()
+                self._receive(progress)
         finally:
             self._close()
-        return self._fetched(sha256, resumed, time.monotonic() - began)
+        log.info(
+            "%s: %.1f MB received in %.1f s over up to %d connections; all %.1f MB are on disk",
+            *(self._source.label, pool.received / 1e6, time.monotonic() - began, pool.most, file.done / 1e6),
+        )
+        return Fetched(file.done, file.sha256, pool.received, file.resumed, pool.most)
 
-    def _resume(self) -> None:
-        """Go on with what an earlier download of the same file left."""
-        state, source = self._state, self._source
-        saved = state.part.load_state()
-        if saved is None:
-            return
-        if not saved.may_be_of(source.size, source.sha256):
-            log.info("%s: what an earlier download left is of another file; it starts over", source.label)
-            return
-        ranges = ByteRanges(saved.size, saved.done)
-        if not ranges.left and not (source.size or source.sha256):
-            return  # complete, but of which file? No answer will tell.
-        state.file.resume(ranges, saved.etag)
-        log.info("%s: %.1f MB of it are on disk already, from an earlier download", state.label, state.file.done / 1e6)
-        state.part.allocate(saved.size)
+    def _receive(self, progress: Progress) -> None:
+        """Have all bytes on disk, and their SHA-256."""
+        file, pool, tuning = self._file, self._pool, self._tuning
+        running = RunningTime(time.monotonic(), tuning.longest_step)
+        speed = SpeedCheck(tuning.patience_seconds, running.seconds)
+        while not file.is_hashed:
+            self._context.deadline.check()
+            now = running.advance(time.monotonic())
+            if file.is_complete or not self._request_ranges():
+                speed.restart(now, pool.received)  # the hash is missing, or other files have all the connections
+            elif speed.is_too_slow(now, pool.received, tuning.min_speed):
+                least = tuning.min_speed * tuning.patience_seconds / 1e3
+                raise self._failed(f"fewer than {least:,.0f} kB came in {tuning.patience_seconds:.3g} s")
+            pool.abort_slow(now)
+            file.save_sometimes(now)
+            progress.report_sometimes(now, file.done, file.size)
+            pause = 0.0 if file.hash_some() else min(tuning.poll_seconds, self._context.deadline.remaining())
+            for fetch in pool.reports(pause):
+                self._handle(fetch)
+        progress.report(file.done, file.size)
 
-    def _receive_and_hash(self) -> str | None:
-        """Have all bytes on disk. Returns their SHA-256; None if the download must start over."""
-        state = self._state
-        hasher = state.hasher = StreamingHasher(state.part, state.contiguous)
-        try:
-            self._receive()
-        except FileChanged:
-            hasher.stop()
+    # -- requests
+
+    def _request_ranges(self) -> bool:
+        """Have as many requests at work as are allowed and useful. Returns whether any are allowed."""
+        now, file, pool = time.monotonic(), self._file, self._pool
+        allowed = self._allowed_connections(now)
+        if self._restart is not None and not pool.at_work:
+            self._start_over()
+        if self._restart is None and self._links.is_due(now):
+            self._renew_link()
+        while self._restart is None and now >= self._retries.retry_at:
+            if len(pool.at_work) >= allowed or not pool.has_room():
+                break
+            byte_range = self._next_range(allowed, now)
+            if byte_range is None:
+                break
+            pool.fetch(file, self._links.current, byte_range)
+        pool.close_idle()
+        return allowed > 0
+
+    def _allowed_connections(self, now: float) -> int:
+        """How many connections this file may have now. Those that it has beyond them are given up."""
+        file, tuning, at_work = self._file, self._tuning, self._pool.at_work
+        demanded = tuning.connections if file.left is None else -(-file.left // tuning.min_range_bytes)
+        # One more than are at work, so that it can take over from a slow one.
+        demanded = min(max(demanded, len(at_work) + 1), self._retries.max_connections(now))
+        is_next = self._context.is_next()
+        allowed = self._downloader.budget.share(self._pool, Demand(demanded, is_next))
+        if file.ranges is not None and file.has_ranges:
+            # Another file needs them now, not at the end of their ranges, which may be minutes away.
+            for fetch in at_work[max(allowed, int(is_next)) :]:
+                file.ranges.release(file.ranges.steal(fetch.byte_range, fetch.byte_range.left))
+                fetch.abort()
+        return allowed
+
+    def _next_range(self, connections: int, now: float) -> ByteRange | None:
+        """What to request next; None if there is nothing."""
+        file, ranges = self._file, self._file.ranges
+        if self._pool.at_work and not (file.is_confirmed and file.has_ranges):
             return None
-        hasher.wake()
-        while not hasher.finished.wait(self._pause()):
-            self._context.deadline.check()
-        self._context.deadline.check()
-        if hasher.sha256 is None:
-            raise hasher.error or DownloadFailed(f"{state.label} cannot be read back from the volume")
-        return hasher.sha256
+        if ranges is None:  # the first answer says what the file is
+            return ByteRange(0, self._tuning.min_range_bytes)
+        size = range_size(file.done, ranges.unclaimed, connections, self._tuning)
+        # While there are others, only a range that is far behind is divided: the hash waits for it.
+        seconds = _FAR_BEHIND * size / max(self._pool.speed, 1.0) if ranges.unclaimed else 0.0
+        return self._steal(ranges, now, seconds) or ranges.claim(size)
 
-    def _receive(self) -> None:
-        """Have all bytes on disk. Raises FileChanged if the download must start over."""
-        state = self._state
-        if state.file.is_complete:
-            return
-        if state.link.current is None:
-            self._get_link()
-        monitor = Monitor(state, self._save, self._on_bytes, self._running.seconds)
-        while not state.is_over():
-            now = self._running.advance(time.monotonic())
-            self._context.deadline.check()
-            if state.needs_link():
-                self._get_link()
-            else:
-                self._adjust_connections()
-                monitor.look(now)
-                state.wait(self._pause())
-        monitor.report_end()
-        self._save()
+    def _steal(self, ranges: ByteRanges, now: float, seconds: float) -> ByteRange | None:
+        """A part of a range that is requested already, and would take more than so many `seconds`."""
+        patience = max(1.0, 4 * self._pool.answer_seconds)
+        paces = {fetch: pace for fetch in self._pool.at_work if (pace := fetch.pace(now, patience)) is not None}
+        theft = plan_theft(list(paces.values()), self._pool.speed, self._tuning.min_steal_bytes, seconds)
+        if theft is None:
+            return None
+        stolen = ranges.steal(*theft)
+        for fetch in paces:
+            if not fetch.byte_range.left:
+                fetch.abort()
+        return stolen
 
-    def _pause(self) -> float:
-        """Seconds until the next look."""
-        return min(self._state.tuning.poll_seconds, self._context.deadline.remaining())
-
-    def _get_link(self) -> None:
-        url, link = self._source.link(), self._state.link
+    def _renew_link(self) -> None:
+        url = self._source.link()
         origin = self._downloader.policy.check(url)
-        with self._state.changed:
-            is_first = link.current is None
-            link.renew(url, time.monotonic())
-        if not is_first:
-            log.info("%s: a new link, at %s", self._state.label, origin)
+        log.info("%s: a link, at %s", self._source.label, origin)
+        self._links.renew(url, time.monotonic())
 
-    def _adjust_connections(self) -> None:
-        """Have as many connections as are allowed and useful."""
-        now, state, limit = time.monotonic(), self._state, self._downloader.limit
-        with state.changed:
-            demanded, useful = self._demand(now)
-            is_next = self._context.is_next()
-            state.allowed_connections = limit.share(self, ConnectionDemand(demanded, is_next))
-            # Another file needs the connections now, not at the end of their ranges, which may be minutes away.
-            state.connections.retire_beyond(max(state.allowed_connections, int(is_next)))
-            if state.retries.restart_reason or now < state.retries.retry_at:
-                return
-            while len(state.connections) < min(state.allowed_connections, useful) and limit.acquire():
-                self._start_worker()
+    # -- what came of them
 
-    def _start_worker(self) -> None:
-        connection = Connection(self._downloader.policy, self._state.tuning)
-        worker = RangeWorker(self._state, connection, self._downloader.limit)
-        self._state.connections.add(connection)
-        self._workers = [*(each for each in self._workers if each.is_alive()), worker]
-        worker.start()
+    def _handle(self, fetch: RangeFetch) -> None:
+        """Take note of an answer, or of the end of a request."""
+        if fetch not in self._pool.at_work:
+            return  # it was over when its answer was noted
+        if fetch.is_answered:
+            self._links.redirect(fetch.link, fetch.connection.url)
+            self._file.is_confirmed = True
+        if not fetch.is_over:
+            return
+        is_missed, error = fetch.byte_range.left > 0, fetch.error
+        self._pool.end(fetch)
+        if self._file.ranges is not None:
+            self._file.ranges.release(fetch.byte_range)
+        if isinstance(error, NETWORK_ERRORS):
+            error = network_fault(error)
+        if isinstance(error, RequestFault):
+            log.debug("%s: %s", self._source.label, error)
+            if is_missed and self._restart is None:
+                self._handle_fault(fetch, error)
+        elif isinstance(error, ModelError) and self._source.label not in error.message:
+            raise type(error)(f"{self._source.label}: {error.message}", hint=error.hint) from error
+        elif error is not None:
+            raise error
 
-    def _demand(self, now: float) -> tuple[int, int]:
-        """How many connections the file would like to have, and how many of them could be busy at this moment."""
-        state, file, tuning = self._state, self._state.file, self._state.tuning
-        most = state.retries.max_connections(now)
-        if file.ranges is None or not file.is_confirmed:
-            left = file.ranges.left if file.ranges else file.expected_size
-            return min(most, _start_connections(left, tuning)), 1
-        if not file.has_ranges:
-            return 1, 1
-        if self._tuner is None:
-            self._tuner = _tuner_of(file.ranges.left, tuning)
-        connections = self._tuner.observe(self._running.seconds, state.received, state.connections.flowing)
-        least = max(tuning.min_range_bytes, state.throughput.min_steal_bytes)
-        useful = min(connections, most, file.ranges.useful_connections(least))
-        return useful, useful
+    def _handle_fault(self, fetch: RangeFetch, fault: RequestFault) -> None:
+        """Decide what follows from a request that failed. Raises ModelError if the download has failed with it."""
+        now, file, retries = time.monotonic(), self._file, self._retries
+        others = sum(other.received > 0 for other in self._pool.at_work)
+        is_stream = file.ranges is not None and not file.has_ranges  # nothing of it can be resumed
+        if isinstance(fault, (LinkRefused, FileGone)):
+            self._links.refuse(fetch.link, fault)
+        elif isinstance(fault, StorageBusy) and others:
+            retries.cap_connections(others, now)
+        elif isinstance(fault, (FileChanged, RangesUnsupported)):
+            if isinstance(fault, RangesUnsupported):
+                file.has_ranges = False
+            if file.ranges is not None:
+                retries.count_restart(self._source.label, fault)
+                self._restart = fault
+                self._pool.abort()
+        else:
+            pause = min(fault.retry_after, self._tuning.retry_after_most) if isinstance(fault, StorageBusy) else 0.0
+            if not retries.count_failure(now, 0 if is_stream else file.done, pause):
+                raise self._failed(str(fault)) from fault
+            if is_stream:
+                self._restart = fault
 
-    def _save(self) -> None:
-        """Save which bytes are on disk, for a later download."""
-        with self._state.changed:
-            snapshot = self._state.file.snapshot(self._source.sha256)
-        if snapshot is not None:
-            self._state.part.save_state(snapshot)
+    def _start_over(self) -> None:
+        log.warning("%s: %s; it starts over", self._source.label, self._restart)
+        self._file.start_over()
+        self._restart = None
+
+    def _failed(self, reason: str) -> DownloadFailed:
+        return DownloadFailed(f"{self._source.label} cannot be downloaded: {reason}")
 
     def _close(self) -> None:
         """End every thread, save which bytes are on disk, and close the partial file."""
-        state = self._state
-        state.stop()
-        until = time.monotonic() + _END_SECONDS
-        is_hashing = state.hasher is not None and not state.hasher.stop(_END_SECONDS)
-        for worker in self._workers:
-            worker.join(max(0.0, until - time.monotonic()))
-        is_receiving = state.abandon()
-        if is_receiving or is_hashing:
-            log.warning("%s: a thread of its download is still blocked", state.label)
-        if not state.file.is_complete or state.file.unsaved_bytes:
-            self._save()
-        if not is_receiving and not is_hashing:
-            state.part.close()
+        file, part = self._file, self._file.part
+        blocked = self._pool.close(_END_SECONDS)
+        if not file.is_complete or file.unsaved:
+            file.save()
+        if not blocked:
+            part.close()
+            return
+        log.warning("%s: a thread of its download is still blocked", self._source.label)
 
-    def _fetched(self, sha256: str, resumed: int, seconds: float) -> Fetched:
-        state = self._state
-        size, received, connections = state.file.done, state.received, state.connections.peak
-        speed = received / 1e6 / max(seconds, 1e-3)
-        log.info(
-            "%s: %.1f MB received in %.1f s, %.0f MB/s over up to %d connections; all %.1f MB are on disk",
-            *(state.label, received / 1e6, seconds, speed, connections, size / 1e6),
-        )
-        return Fetched(size, sha256, received, resumed, connections)
+        def close_when_ended() -> None:  # if it wakes up, it must not write to what is another file by then
+            for fetch in blocked:
+                fetch.join(None)
+            part.close()
 
-
-def _start_connections(left: int | None, tuning: Tuning) -> int:
-    """How many connections a file begins with, of which so many bytes are missing (None: unknown)."""
-    if left is None or left > 4 * tuning.small_file_bytes:
-        return tuning.start_connections
-    return 1 if left <= tuning.small_file_bytes else 2
-
-
-def _tuner_of(left: int, tuning: Tuning) -> ConcurrencyTuner:
-    start = _start_connections(left, tuning)
-    most = max(1, min(tuning.connections, left // (tuning.small_file_bytes // 2))) if start > 2 else start
-    return ConcurrencyTuner(start, most, tuning)
+        threading.Thread(target=close_when_ended, name="download-close", daemon=True).start()

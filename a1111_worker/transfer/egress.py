@@ -30,7 +30,6 @@ import certifi
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from a1111_worker import __version__
 from a1111_worker.origins import DEFAULT_PORTS, Origin, OriginRefused, origin_of, parse_origin
@@ -79,19 +78,13 @@ class EgressPolicy:
         )
 
     def connect(
-        self,
-        scheme: str,
-        host: str,
-        port: int,
-        timeout: float | None,
-        on_socket: Callable[[socket.socket], None] | None = None,
+        self, origin: Origin, timeout: float | None, on_socket: Callable[[socket.socket], None] | None = None
     ) -> socket.socket:
         """A TCP connection to an origin, made to an address that was checked. `timeout` is in seconds.
 
         `on_socket` gets every socket before it connects, so that another thread can shut it down. Raises OSError if
         nothing answers, OriginRefused if the name leads to no address that may be reached.
         """
-        origin = Origin(scheme, f"[{host}]" if ":" in host else host.lower(), port)
         if not self.allows(origin):
             raise OriginRefused(f"{origin} is not among the origins that may be reached")
         last: OSError | None = None
@@ -211,15 +204,9 @@ class _Adapter(HTTPAdapter):
 
 def _pools(policy: EgressPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
     def connect(connection: urllib3.connection.HTTPConnection, scheme: str) -> socket.socket:
-        try:
-            timeout = connection.timeout if isinstance(connection.timeout, (int, float)) else None
-            return policy.connect(scheme, connection.host, connection.port or DEFAULT_PORTS[scheme], timeout)
-        except socket.gaierror as error:
-            raise NameResolutionError(connection.host, connection, error) from error
-        except TimeoutError as error:
-            raise ConnectTimeoutError(connection, f"{connection.host} did not answer in time") from error
-        except OSError as error:
-            raise NewConnectionError(connection, f"no connection to {connection.host}: {error}") from error
+        host = f"[{connection.host}]" if ":" in connection.host else connection.host.lower()
+        timeout = connection.timeout if isinstance(connection.timeout, (int, float)) else None
+        return policy.connect(Origin(scheme, host, connection.port or DEFAULT_PORTS[scheme]), timeout)
 
     class CheckedHTTP(urllib3.connection.HTTPConnection):
         def _new_conn(self) -> socket.socket:
@@ -244,21 +231,17 @@ def _pools(policy: EgressPolicy) -> dict[str, type[urllib3.HTTPConnectionPool]]:
 def open_connection(
     policy: EgressPolicy, origin: Origin, *, timeout: float, on_socket: Callable[[socket.socket], None]
 ) -> http.client.HTTPConnection:
-    """A connection of the standard library, not connected yet. (Its answers can be read into a buffer of ours.)
+    """A connection of the standard library: its answers can be read into a buffer of ours. It is connected already.
 
-    `timeout` is in seconds. `on_socket`: see `EgressPolicy.connect`.
+    `timeout`, `on_socket` and what it raises: see `EgressPolicy.connect`; or ssl.SSLError.
     """
-
-    def connect(address: tuple[str, int], timeout: float, source: object = None) -> socket.socket:
-        return policy.connect(origin.scheme, origin.host, origin.port, timeout, on_socket)
-
-    connection: http.client.HTTPConnection
-    if origin.scheme == "https":
-        connection = http.client.HTTPSConnection(
-            origin.host.strip("[]"), origin.port, timeout=timeout, context=policy.tls()
-        )
-    else:
-        connection = http.client.HTTPConnection(origin.host.strip("[]"), origin.port, timeout=timeout)
-    # The one hook that http.client has between a name and its address: an attribute "for ease of testing".
-    connection._create_connection = connect  # type: ignore[attr-defined] # typeshed leaves it out
+    host, is_https = origin.host.strip("[]"), origin.scheme == "https"
+    connection: http.client.HTTPConnection = (
+        http.client.HTTPSConnection(host, origin.port, context=policy.tls())
+        if is_https
+        else http.client.HTTPConnection(host, origin.port)
+    )
+    connection.auto_open = 0  # or it would connect again by itself, to any address
+    plain = policy.connect(origin, timeout, on_socket)
+    connection.sock = policy.tls().wrap_socket(plain, server_hostname=host) if is_https else plain
     return connection

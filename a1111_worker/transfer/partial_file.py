@@ -1,13 +1,13 @@
-"""A file that is being downloaded: its bytes on disk, which of them are there, and its SHA-256 while it grows.
+"""A file that is being downloaded: its bytes on disk, and which of them are there.
 
     v1590699.w7.part            the bytes, each in its place
     v1590699.w7.part.ranges     {"version": 1, "size": 6938041234, "etag": "\\"5d41…\\"", "sha256": "9f86…",
-                                 "boot": "0c1b…", "done": [[0, 4194304], [16777216, 33554432]], "allocated": false}
+                                 "boot": "0c1b…", "done": [[0, 4194304], [16777216, 33554432]]}
 
 The `.ranges` file is written after the bytes that it names, and replaced as a whole: if a process dies at any moment,
 the bytes that it names are there. Nothing is synced (that can stop everything for seconds on a busy volume), so this is
 not certain after a crash of the machine. Then the hash decides. If no hash is known beforehand (`sha256` is null), only
-what was written since this machine's start (`boot`) is believed. `allocated`: the whole file takes room already.
+what was written since this machine's start (`boot`) is believed.
 
 Only one process ever writes to a partial file. A worker that is thought dead may have been only paused, perhaps in the
 middle of a write. So another worker that goes on with its download moves the bytes into a file of its own.
@@ -20,18 +20,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
 import stat
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from a1111_worker.errors import ModelError, PartialFileLost, VolumeFailed
+from a1111_worker.errors import PartialFileLost, VolumeFailed
 from a1111_worker.files import (
     VolumeState,
     error_name,
@@ -57,20 +54,11 @@ class PartialFileState:
     etag: str | None = None
     sha256: str | None = None
     done: tuple[tuple[int, int], ...] = ()
-    is_allocated: bool = False
 
     @property
     def present(self) -> int:
         """How many bytes are there."""
         return sum(end - start for start, end in self.done)
-
-    @property
-    def taken(self) -> int:
-        """How many bytes it takes on the disk.
-
-        `st_blocks` does not tell: on MooseFS (RunPod's network volumes) it is the length of the file, written or not.
-        """
-        return self.size if self.is_allocated else self.present
 
     def may_be_of(self, size: int | None, sha256: str | None) -> bool:
         """Whether nothing contradicts that it is of the file with this size and hash (None: unknown)."""
@@ -86,7 +74,6 @@ class PartialFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._is_allocated = False
         with translated("opening a partial file"):
             # Nonblocking: whatever has this name, it is not waited for.
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -117,7 +104,7 @@ class PartialFile:
     def save_state(self, state: PartialFileState) -> None:
         """Save which bytes are there, for a later download. They must have been written."""
         try:
-            _write_state(self.path, replace(state, is_allocated=self._is_allocated))
+            _write_state(self.path, state)
         except OSError as error:
             # The download itself goes on. It would only start over after a crash.
             log.warning("the state of a partial file could not be saved (%s)", error_name(error))
@@ -129,26 +116,15 @@ class PartialFile:
             ranges_file(self.path).unlink(missing_ok=True)
             os.ftruncate(self._fd, 0)
 
-    def allocate(self, size: int) -> None:
-        """Reserve room for the whole file before its first byte. Raises VolumeFull if there is none.
+    def set_size(self, size: int) -> None:
+        """Give it the size of the whole file. Raises FileTooLong if the file system takes none of that size.
 
-        This is fallocate(2) itself: glibc's posix_fallocate writes every block if a file system (FUSE, most network
-        volumes) does not support it. There the file only gets its length, and a lack of room shows while writing.
+        The bytes between take no room yet. It is reserved by the caller, and a lack of it shows while writing:
+        fallocate(2) does not exist on network volumes, and where it exists it made no download faster.
         """
         self._check_name()
-        before = 0
-        try:
-            before = os.fstat(self._fd).st_size
-            self._is_allocated = 0 < size >= before and _fallocate(self._fd, size)
-            if not self._is_allocated:
-                os.ftruncate(self._fd, size)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, min(before, size))  # gives back what was allocated before room ran out
-            raise volume_error(error, f"allocating its {size / 1e6:,.0f} MB") from error
-        if self._is_allocated:  # saved at once: whoever looks for room now must not count it twice
-            saved = saved_state(self.path)
-            self.save_state(saved if saved is not None and saved.size == size else PartialFileState(size))
+        with translated(f"making room for its {size / 1e6:,.0f} MB"):
+            os.ftruncate(self._fd, size)
 
     def write(self, view: memoryview, at: int) -> None:
         self._check_name()
@@ -162,11 +138,6 @@ class PartialFile:
     def read_into(self, view: memoryview, at: int) -> int:
         with translated("reading the file back"):
             return os.preadv(self._fd, [view], at)
-
-    def truncate(self, size: int) -> None:
-        self._check_name()
-        with translated("cutting a partial file"):
-            os.ftruncate(self._fd, size)
 
     def close(self) -> None:
         """Close it. Some volumes say only now that they could not keep the bytes: then read them again."""
@@ -185,68 +156,6 @@ class PartialFile:
             is_ours = False
         if not is_ours:
             raise PartialFileLost("another worker goes on with its download", hint="try again")
-
-
-class StreamingHasher:
-    """The SHA-256 of a partial file while it grows, computed in a thread from what the page cache holds.
-
-    `contiguous` returns how many bytes are there without a gap, and whether these are all. When `finished` is set,
-    either `sha256` or `error` is too, unless it was stopped.
-    """
-
-    def __init__(self, part: PartialFile, contiguous: Callable[[], tuple[int, bool]]) -> None:
-        self._part = part
-        self._contiguous = contiguous
-        self._wake = threading.Event()
-        self._is_stopped = False
-        self._busy_seconds = 0.0
-        self.hashed_bytes = 0
-        self.sha256: str | None = None
-        self.error: ModelError | None = None
-        self.finished = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="download-sha256", daemon=True)
-        self._thread.start()
-
-    @property
-    def speed(self) -> float:
-        """Bytes a second while it has some to hash; 0 until that is known."""
-        return self.hashed_bytes / self._busy_seconds if self._busy_seconds > 0.02 else 0.0
-
-    def wake(self) -> None:
-        """There is more to read, or everything is there. Without this it notices a moment later."""
-        self._wake.set()
-
-    def stop(self, timeout: float | None = None) -> bool:
-        """End it. Returns whether its thread has ended."""
-        self._is_stopped = True
-        self._wake.set()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(MiB))
-        try:
-            while not self._is_stopped:
-                there, is_all = self._contiguous()
-                if self.hashed_bytes >= there:
-                    if is_all:
-                        self.sha256 = digest.hexdigest()
-                        return
-                    self._wake.wait(0.05)
-                    self._wake.clear()
-                    continue
-                began = time.monotonic()
-                count = self._part.read_into(buffer[: min(len(buffer), there - self.hashed_bytes)], self.hashed_bytes)
-                if not count:
-                    raise PartialFileLost("the partial file is shorter than what was written to it")
-                digest.update(buffer[:count])
-                self._busy_seconds += time.monotonic() - began
-                self.hashed_bytes += count
-        except ModelError as error:
-            self.error = error
-        finally:
-            self.finished.set()
 
 
 def ranges_file(part: Path) -> Path:
@@ -323,7 +232,6 @@ def _read_state(part: Path) -> tuple[PartialFileState, object]:
         etag=raw["etag"] if isinstance(raw["etag"], str) else None,
         sha256=raw["sha256"] if isinstance(raw["sha256"], str) else None,
         done=tuple((_natural(start), _natural(end)) for start, end in raw["done"]),
-        is_allocated=raw.get("allocated") is True,
     )
     if raw["version"] != 1 or any(end > state.size or start > end for start, end in state.done):
         raise ValueError("ranges beyond the file")
@@ -339,7 +247,6 @@ def _write_state(part: Path, state: PartialFileState) -> None:
         "sha256": state.sha256,
         "boot": _boot(),
         "done": [list(edges) for edges in state.done],
-        "allocated": state.is_allocated,
     }
     write_atomically(ranges_file(part), json.dumps(saved).encode())
 
@@ -355,19 +262,3 @@ def _natural(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError("not a natural number")
     return value
-
-
-def _fallocate(fd: int, size: int) -> bool:
-    """Allocate with fallocate(2). False if the system or the file system does not have it."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate"):
-        return False
-    while libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return False
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-    return True

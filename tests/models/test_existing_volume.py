@@ -163,7 +163,6 @@ def test_what_an_evictor_left_is_cleared_away(fleet: Fleet) -> None:
 
 
 def test_a_half_filled_partial_file_has_its_room_planned(fleet: Fleet) -> None:
-    # It does not say whether the whole file was allocated: then the bytes that are there count.
     served = fleet.serve(2, size=2 * MB)
     put(fleet, "Snow_Ice_1.safetensors", 1, SIDECAR)
     (fleet.loras / ".parts").mkdir()

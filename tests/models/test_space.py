@@ -294,7 +294,7 @@ def test_on_a_disk_that_turns_out_to_be_full_room_is_made_once(fleet: Fleet) -> 
             ballast.write_bytes(bytes(max(0, free - 10 * MB)))
             fleet.civitai.before_a_link = None
 
-        # after the room was reserved, and before the partial file is allocated
+        # after the room was reserved, and before the first byte
         fleet.civitai.before_a_link = fill
         model = fetch(worker, new)
 

@@ -21,11 +21,9 @@ SIZE = 2 * MiB + 12_345
 
 # Every period is short and every range is small, so that a file of two MiB is a large one.
 QUICK = Tuning(
-    start_connections=4,
     min_range_bytes=64 * KiB,
     max_range_bytes=256 * KiB,
     min_steal_bytes=16 * KiB,
-    small_file_bytes=64 * KiB,
     buffer_bytes=64 * KiB,
     flush_bytes=32 * KiB,
     remember_bytes=128 * KiB,
@@ -36,8 +34,7 @@ QUICK = Tuning(
     pause=0.01,
     pause_most=0.02,
     retry_after_most=0.05,
-    measure_seconds=0.05,
-    retune_seconds=0.3,
+    busy_seconds=0.3,
     poll_seconds=0.01,
 )
 

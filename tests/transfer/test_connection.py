@@ -10,10 +10,10 @@ import pytest
 
 from a1111_worker.errors import DownloadFailed, ModelRejected
 from a1111_worker.transfer.connection import (
+    Answer,
     FileChanged,
     FileGone,
     LinkRefused,
-    RangeResponse,
     RangesUnsupported,
     StorageBusy,
     TemporaryFault,
@@ -34,31 +34,31 @@ def headers(**given: str) -> http.client.HTTPMessage:
 @pytest.mark.parametrize(
     ("status", "answer", "start", "end", "expected"),
     [
-        (206, {"Content_Range": "bytes 10-19/100"}, 10, 20, RangeResponse(10, 20, 100, None, True)),
+        (206, {"Content_Range": "bytes 10-19/100"}, 10, 20, Answer(10, 20, 100, None, True)),
         (
             206,
             {"Content_Range": "bytes 10-14/100"},
             10,
             20,
-            RangeResponse(10, 15, 100, None, True),
+            Answer(10, 15, 100, None, True),
         ),  # less than asked for
-        (206, {"Content_Range": "bytes 0-9/*", "ETag": '"a"'}, 0, 20, RangeResponse(0, 10, None, '"a"', True)),
+        (206, {"Content_Range": "bytes 0-9/*", "ETag": '"a"'}, 0, 20, Answer(0, 10, None, '"a"', True)),
         (
             206,
             {"Content_Range": "bytes 0-9/100", "ETag": 'W/"a"'},
             0,
             20,
-            RangeResponse(0, 10, 100, None, True),
+            Answer(0, 10, 100, None, True),
         ),  # weak
-        (200, {"Content_Length": "100"}, 10, 20, RangeResponse(0, 100, 100, None, False)),
+        (200, {"Content_Length": "100"}, 10, 20, Answer(0, 100, 100, None, False)),
         (
             200,
             {"Transfer_Encoding": "chunked", "Content_Length": "9"},
             0,
             20,
-            RangeResponse(0, None, None, None, False),
+            Answer(0, None, None, None, False),
         ),
-        (200, {}, 0, None, RangeResponse(0, None, None, None, False)),
+        (200, {}, 0, None, Answer(0, None, None, None, False)),
         (206, {"Content_Range": "bytes 11-19/100"}, 10, 20, TemporaryFault),
         (206, {"Content_Range": "bytes 10-20/100"}, 10, 20, TemporaryFault),  # more than asked for
         (206, {"Content_Range": "bytes 10-19/15"}, 10, 20, TemporaryFault),
@@ -73,7 +73,7 @@ def headers(**given: str) -> http.client.HTTPMessage:
         (503, {"Retry_After": DIGITS}, 0, 20, StorageBusy),
         (200, {"Content_Length": "ten"}, 0, 20, TemporaryFault),
         (200, {"Content_Length": "-5"}, 0, 20, TemporaryFault),
-        (200, {"Content_Length": ""}, 0, 20, RangeResponse(0, None, None, None, False)),
+        (200, {"Content_Length": ""}, 0, 20, Answer(0, None, None, None, False)),
         (206, {"Content_Range": "bytes 0-9/100"}, 0, None, TemporaryFault),  # no part was asked for
         (200, {"Content_Encoding": "gzip"}, 0, 20, DownloadFailed),
         (200, {"Content_Type": "text/html; charset=utf-8"}, 0, 20, ModelRejected),
@@ -95,7 +95,7 @@ def headers(**given: str) -> http.client.HTTPMessage:
     ],
 )
 def test_what_an_answer_means(
-    status: int, answer: dict[str, str], start: int, end: int | None, expected: RangeResponse | type[Exception]
+    status: int, answer: dict[str, str], start: int, end: int | None, expected: Answer | type[Exception]
 ) -> None:
     try:
         found: object = judge(status, headers(**answer), start, end)
@@ -139,4 +139,4 @@ def test_a_network_error_is_a_fault_in_words(error: Exception, words: str) -> No
 
 def test_an_invalid_certificate_is_not_tried_again() -> None:
     with pytest.raises(DownloadFailed, match="no valid certificate"):
-        network_fault(ssl.SSLCertVerificationError("self-signed certificate"))
+        raise network_fault(ssl.SSLCertVerificationError("self-signed certificate"))

@@ -126,7 +126,7 @@ def test_a_star_stands_for_every_host_at_port_443(url: str, allowed: bool) -> No
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "10.0.0.7", "169.254.169.254", "::1", "::ffff:10.0.0.7"])
 def test_a_star_leads_to_no_private_address(host: str) -> None:
     with pytest.raises(OriginRefused, match="not public"):
-        EgressPolicy(["*"]).connect("https", host, 443, 1.0)
+        EgressPolicy(["*"]).connect(Origin("https", f"[{host}]" if ":" in host else host, 443), 1.0)
 
 
 NAMED = Origin("https", "files.example", 443)
@@ -293,14 +293,22 @@ def test_a_redirect_with_letters_beyond_ascii_is_escaped() -> None:
 
 def test_a_connection_of_the_engine_goes_through_the_same_checks(server: RedirectingServer) -> None:
     seen: list[socket.socket] = []
-    allowed = open_connection(EgressPolicy([server.url]), origin_of(server.url), timeout=5, on_socket=seen.append)
-    refused = open_connection(EgressPolicy([]), origin_of(server.url), timeout=5, on_socket=seen.append)
-
-    allowed.request("GET", "/")
+    connection = open_connection(EgressPolicy([server.url]), origin_of(server.url), timeout=5, on_socket=seen.append)
     with pytest.raises(OriginRefused):
-        refused.request("GET", "/")
+        open_connection(EgressPolicy([]), origin_of(server.url), timeout=5, on_socket=seen.append)
 
-    assert allowed.getresponse().read() == b"here"
+    connection.request("GET", "/")
+
+    assert connection.getresponse().read() == b"here"
     assert len(seen) == 1
-    allowed.close()
-    assert isinstance(allowed, http.client.HTTPConnection)
+    connection.close()
+
+
+def test_a_connection_of_the_engine_that_was_closed_does_not_connect_by_itself(server: RedirectingServer) -> None:
+    connection = open_connection(
+        EgressPolicy([server.url]), origin_of(server.url), timeout=5, on_socket=lambda opening: None
+    )
+    connection.close()
+
+    with pytest.raises(http.client.NotConnected):
+        connection.request("GET", "/")

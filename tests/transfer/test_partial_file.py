@@ -15,11 +15,10 @@ from a1111_worker.transfer.partial_file import PartialFile, PartialFileState, ra
     "change",
     [
         lambda part: part.clear(),
-        lambda part: part.allocate(1),
-        lambda part: part.truncate(1),
+        lambda part: part.set_size(1),
         lambda part: part.write(memoryview(b"wrong"), 0),
     ],
-    ids=["clear", "allocate", "truncate", "write"],
+    ids=["clear", "set_size", "write"],
 )
 def test_a_partial_file_that_was_taken_over_is_not_changed(
     tmp_path: Path, change: Callable[[PartialFile], None]
@@ -37,7 +36,7 @@ def test_a_partial_file_that_was_taken_over_is_not_changed(
 
 def test_the_saved_state_is_loaded_again(tmp_path: Path) -> None:
     part = PartialFile(tmp_path / "model.part")
-    part.truncate(100)
+    part.set_size(100)
     state = PartialFileState(100, '"an etag"', "ab" * 32, ((0, 10), (20, 100)))
 
     part.save_state(state)

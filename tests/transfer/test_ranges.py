@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from a1111_worker.transfer.ranges import ByteRange, ByteRanges, MiB, longest_range, range_size
+from a1111_worker.transfer.ranges import ByteRange, ByteRanges, MiB, Pace, Tuning, plan_theft, range_size
 
 
 @given(
@@ -45,16 +45,17 @@ class RangeMachine(RuleBasedStateMachine):
             assert byte_range.left <= size + size // 4
             self.claimed.append(byte_range)
 
-    @rule(least=st.integers(1, 500))
-    def steal(self, least: int) -> None:
-        largest = max((byte_range.left for byte_range in self.claimed), default=0)
+    @precondition(lambda self: self.claimed)
+    @rule(data=st.data(), count=st.integers(1, 1_000))
+    def steal(self, data: st.DataObject, count: int) -> None:
+        victim = data.draw(st.sampled_from(self.claimed))
+        left = victim.left
 
-        byte_range = self.ranges.steal(least)
+        stolen = self.ranges.steal(victim, count)
 
-        assert (byte_range is not None) is (largest >= 2 * least)
-        if byte_range is not None:
-            assert byte_range.left >= least
-            self.claimed.append(byte_range)
+        assert stolen.left == min(count, left)
+        assert victim.left == left - stolen.left
+        self.claimed.append(stolen)
 
     @precondition(lambda self: self.claimed)
     @rule(data=st.data(), count=st.integers(1, 700))
@@ -63,11 +64,9 @@ class RangeMachine(RuleBasedStateMachine):
         fresh = range(byte_range.start, min(byte_range.start + count, byte_range.end))
         assert not self.written & set(fresh)
 
-        self.ranges.advance(byte_range, count)
+        byte_range.start += len(fresh)
 
         self.written |= set(fresh)
-        if not byte_range.left:
-            self.claimed.remove(byte_range)
 
     @precondition(lambda self: self.claimed)
     @rule(data=st.data())
@@ -96,7 +95,7 @@ def test_ranges_are_claimed_in_order_so_that_the_file_grows_without_gaps() -> No
 
     first, second = ranges.claim(30), ranges.claim(30)
     assert first and second
-    ranges.advance(first, 10)
+    first.start += 10
     ranges.release(first)
     again = ranges.claim(30)
 
@@ -104,34 +103,59 @@ def test_ranges_are_claimed_in_order_so_that_the_file_grows_without_gaps() -> No
     assert ranges.contiguous == 10
 
 
-@pytest.mark.parametrize(
-    ("unclaimed", "connections", "expected"),
-    [
-        (6_900_000_000, 16, 64 * MiB),  # few requests while much is missing
-        (512 * MiB, 16, 32 * MiB),
-        (128 * MiB, 16, 8 * MiB),  # and small ones at the end
-        (1, 16, 8 * MiB),
-        (1024 * MiB, 0, 64 * MiB),
-    ],
-)
-def test_how_much_one_request_asks_for(unclaimed: int, connections: int, expected: int) -> None:
-    assert range_size(unclaimed, connections, 8 * MiB, 64 * MiB) == expected
+def test_bytes_that_were_on_their_way_when_their_range_was_stolen_count_once() -> None:
+    ranges = ByteRanges(100)
+    victim = ranges.claim(100)
+    assert victim
+
+    stolen = ranges.steal(victim, 60)
+    victim.start += 50  # a write that had begun
+    ranges.release(victim)
+
+    assert (stolen.start, stolen.end) == (40, 100)
+    assert ranges.done() == [(0, 40)]
+    assert ranges.left == 60
 
 
 @pytest.mark.parametrize(
-    ("backlog", "hash_speed", "rate", "expected"),
+    ("done", "unclaimed", "connections", "expected"),
     [
-        (0, 0.0, 320e6, 8 * MiB),  # unknown yet: the hash should get its bytes soon
-        (0, 1e9, 0.0, 8 * MiB),
-        (0, 1e9, 320e6, 64 * MiB),  # the hash catches up whatever the ranges are
-        (0, 300e6, 320e6, 8 * MiB),  # it has nothing to do: small ranges
-        (320 * MiB, 320e6, 320e6, 20 * MiB),  # it has work for as long as a range takes
-        (9000 * MiB, 300e6, 320e6, 64 * MiB),
+        (0, 6_900 * MiB, 16, 4 * MiB),  # the hash should get its bytes soon
+        (512 * MiB, 6_000 * MiB, 16, 32 * MiB),
+        (3_000 * MiB, 3_900 * MiB, 16, 64 * MiB),  # few requests while much is missing
+        (6_000 * MiB, 512 * MiB, 16, 32 * MiB),
+        (6_900 * MiB, 60 * MiB, 16, 4 * MiB),  # and small ones at the end
+        (6_900 * MiB, 1, 16, 4 * MiB),
+        (3_000 * MiB, 1024 * MiB, 1, 64 * MiB),
     ],
 )
-def test_a_range_lasts_no_longer_than_the_hash_has_work(
-    backlog: int, hash_speed: float, rate: float, expected: int
+def test_how_much_one_request_asks_for(done: int, unclaimed: int, connections: int, expected: int) -> None:
+    assert range_size(done, unclaimed, connections, Tuning()) == expected
+
+
+FAST, EQUAL, SLOW, STILL = ByteRange(0, 4000), ByteRange(4000, 8000), ByteRange(8000, 9000), ByteRange(9000, 9500)
+
+
+@pytest.mark.parametrize(
+    ("paces", "least", "expected"),
+    [
+        ([], 1, None),
+        ([Pace(FAST, 1000.0, 0.1)], 1, (FAST, 2000)),  # half of it
+        ([Pace(FAST, 1000.0, 0.1)], 2001, None),  # too little for a request
+        ([Pace(FAST, 1000.0, 3.0)], 1, None),  # it would take longer than to wait
+        ([Pace(FAST, 100_000.0, 0.01)], 1, None),
+        ([Pace(FAST, 1000.0, 0.1), Pace(SLOW, 100.0, 0.1)], 1, (SLOW, 909)),  # the last one to end; most of it
+        ([Pace(FAST, 1000.0, 0.1), Pace(EQUAL, 1000.0, 0.1), Pace(STILL, 0.0, 0.0)], 1, (STILL, 500)),  # all of it
+    ],
+)
+def test_what_an_idle_connection_takes_from_another(
+    paces: list[Pace], least: int, expected: tuple[ByteRange, int] | None
 ) -> None:
-    longest = min(64 * MiB, longest_range(backlog, hash_speed, rate, 16))
+    assert plan_theft(paces, 1000.0, least) == expected
 
-    assert range_size(6_900_000_000, 16, 8 * MiB, longest) == expected
+
+def test_nothing_is_taken_of_a_range_that_ends_soon_enough() -> None:
+    paces = [Pace(SLOW, 100.0, 0.1)]
+
+    assert plan_theft(paces, 1000.0, 1, seconds=9.0) == (SLOW, 909)
+    assert plan_theft(paces, 1000.0, 1, seconds=11.0) is None

@@ -161,15 +161,6 @@ def test_a_longer_part_that_was_there_before_is_cut_to_the_files_size(download: 
     download.assert_whole(fetched)
 
 
-def test_room_for_the_whole_file_is_allocated_before_its_first_byte(download: DownloadSetup) -> None:
-    seen: list[int] = []
-    download.storage.rate = 1e6
-
-    download.fetch(on_bytes=lambda done, total: seen.append(download.part.stat().st_blocks * 512))
-
-    assert seen[0] >= SIZE
-
-
 # Run in a process of its own, since the limit is the process's.
 _WITH_LIMIT = """
 import resource, sys

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from a1111_worker.transfer.monitor import RunningTime
+from a1111_worker.transfer.speed import RunningTime, SpeedCheck
 from tests.support import ROOT
 from tests.transfer.download_setup import FETCH, QUICK, DownloadSetup, KiB
 
@@ -25,6 +25,19 @@ def test_time_in_which_the_process_ran_counts_and_no_other() -> None:
     assert counted == pytest.approx([0.1, 0.5, 0.5, 1.0, 1.2])  # 60 seconds count as half of one
 
 
+def test_speed_is_judged_by_whole_periods_of_their_own() -> None:
+    check = SpeedCheck(10.0, now=0.0)
+    looks = [(9.0, 0), (10.0, 1000), (15.0, 1000), (21.0, 2000), (31.0, 2999)]
+
+    assert [check.is_too_slow(now, received, least=100.0) for now, received in looks] == [
+        False,  # the period is not over
+        False,
+        False,
+        True,  # 1000 bytes in eleven seconds
+        True,
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "is_whole", "error"),
     [
@@ -35,7 +48,7 @@ def test_time_in_which_the_process_ran_counts_and_no_other() -> None:
 def test_a_process_that_was_stopped_goes_on_with_its_download(
     download: DownloadSetup, seconds: int, is_whole: bool, error: str
 ) -> None:
-    tuning = dataclasses.replace(QUICK, connections=1, start_connections=1)
+    tuning = dataclasses.replace(QUICK, connections=1)
     arguments = [download.storage.sign(download.key), str(download.part), json.dumps(dataclasses.asdict(tuning))]
     command = [sys.executable, "-c", FETCH, *arguments, str(seconds)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
