@@ -39,6 +39,7 @@ from a1111_worker.domain import (
     Request,
     Stage,
     Task,
+    UpscaleRequest,
 )
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
@@ -58,6 +59,7 @@ from a1111_worker.request.img2img import fit_pictures
 from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import names_task, parse_request
 from a1111_worker.request.picture_fields import image_policy
+from a1111_worker.request.upscale import fit_upscale
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator, StartedGeneration
 from a1111_worker.webui.owner import OwnersOptions, owner_file
@@ -88,6 +90,15 @@ async def generate(worker: Worker, request: GenerationRequest, context: JobConte
     return await jobs.run(context, worker.delivery.deliver, generation, request.output)
 
 
+async def upscale(worker: Worker, request: UpscaleRequest, context: JobContext) -> dict[str, Any]:
+    """Pictures of the job, enlarged at its turn at the GPU, and delivered."""
+    jobs = worker.jobs
+    async with worker.gpu.turn(context):
+        upscaling = await jobs.run(context, worker.generator.upscale, request)
+    upscaling = await jobs.run(context, worker.models_query.add_menus, upscaling, request)
+    return await jobs.run(context, worker.delivery.deliver, upscaling, request.output)
+
+
 async def models(worker: Worker, _request: ModelsRequest, context: JobContext) -> dict[str, Any]:
     """What a client's menus show."""
     return await worker.jobs.run(context, worker.models_query.answer)
@@ -105,6 +116,7 @@ async def health(worker: Worker, _request: HealthRequest, context: JobContext) -
 
 _TASKS: Mapping[type, Callable[[Worker, Any, JobContext], Awaitable[dict[str, Any]]]] = {
     GenerationRequest: generate,
+    UpscaleRequest: upscale,
     ModelsRequest: models,
     PrefetchRequest: prefetch,
     HealthRequest: health,
@@ -126,6 +138,7 @@ class Worker:
             has_bucket=config.bucket is not None,
             image_hosts=config.image_hosts,
             max_input_images=config.max_input_images,
+            max_upscale_pixels=config.max_upscale_pixels,
         )
         status = StatusPage(config.runpod.output_url, config.runpod.api_key) if config.runpod else StatusPage(None)
         self.jobs = JobRunner(2 * config.jobs_in_flight + 2, status)
@@ -228,6 +241,9 @@ class Worker:
         Its pictures are fetched and decoded. It runs in a thread: 20 kB of LoRA tags take a second of the processor.
         """
         request = parse_request(raw, self.limits)
+        if isinstance(request, UpscaleRequest):
+            request = self.generator.resolve_upscale(request)
+            return fit_upscale(request, self.pictures.prepare(request.pictures, context), self.limits)
         if not isinstance(request, GenerationRequest):
             return request
         pictures = self.pictures.prepare(request.pictures, context)

@@ -139,6 +139,9 @@ class Config:
         "IMAGE_HOSTS", hosts_or_any, (), "https hosts from which pictures of a job are fetched; `*`: any public one"
     )
     max_input_images: int = setting("MAX_INPUT_IMAGES", whole(1, 64), 8, "pictures that one job may bring")
+    max_upscale_pixels: int = setting(
+        "MAX_UPSCALE_PIXELS", whole(64 * 64, 1 << 30), 67_108_864, "pixels of a picture that `upscale` makes"
+    )
     output_dir: Path | None = setting("OUTPUT_DIR", Path, None, "a local run saves its pictures there")
     log_level: str = setting(
         "LOG_LEVEL", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR"

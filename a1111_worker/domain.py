@@ -240,6 +240,7 @@ class Task(str, Enum):
 
     TXT2IMG = "txt2img"
     IMG2IMG = "img2img"
+    UPSCALE = "upscale"
     MODELS = "models"
     PREFETCH = "prefetch"
     HEALTH = "health"
@@ -314,11 +315,30 @@ class PrefetchRequest:
 
 
 @dataclass(frozen=True)
+class UpscaleRequest:
+    """The input of a job that enlarges pictures, or restores faces in them.
+
+    `body` is A1111's body of extras without a picture. `pictures` are those of the job, each under its path, until they
+    are prepared: then `images` are PNGs in base64, and `sizes` what each becomes. `include_models`: the answer has the
+    menus too.
+    """
+
+    body: Mapping[str, Any]
+    pictures: Mapping[str, PictureSource] = field(default_factory=dict)
+    images: tuple[str, ...] = field(default=(), repr=False)
+    sizes: tuple[PictureSize, ...] = ()
+    warnings: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    output: OutputOptions = OutputOptions()
+    include_models: bool = False
+
+
+@dataclass(frozen=True)
 class HealthRequest:
     """How the worker is. It has no fields."""
 
 
-Request = GenerationRequest | ModelsRequest | PrefetchRequest | HealthRequest
+Request = GenerationRequest | UpscaleRequest | ModelsRequest | PrefetchRequest | HealthRequest
 """What a job's input becomes: the request of its task."""
 
 
@@ -387,6 +407,22 @@ class Generation:
     warnings: tuple[str, ...] = ()
     menus: Menus = Menus()
     pictures: tuple[PictureFacts, ...] = ()
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """Enlarged pictures: the WebUI's answer to the last one with all of them, and the facts that were checked."""
+
+    answer: dict[str, Any] = field(repr=False)
+    pictures: tuple[PictureFacts, ...]
+    webui_version: str | None
+    warnings: tuple[str, ...] = ()
+    menus: Menus = Menus()
+
+    @property
+    def seeds(self) -> tuple[None, ...]:
+        """No picture has one."""
+        return (None,) * len(self.pictures)
 
 
 class Stage(str, Enum):

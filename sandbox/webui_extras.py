@@ -148,7 +148,7 @@ def _upscaled(process: Process, image: Image.Image, name: str, factor: float) ->
         picture = draw.signed(Image.blend(picture, scene, 0.2))
         if process.state.interrupted:
             picture.paste(image.resize(size, how).crop((0, 0, size[0], size[1] // 2)), (0, 0))
-    process.extras_cache.keep(key, picture)
+    process.extras_cache.keep(key, picture, process.option("upscaling_max_images_in_cache"))
     return picture
 
 

@@ -74,16 +74,15 @@ class FifoLock:
 class ExtrasCache:
     """What upscalers have made lately, by picture, name and size, whether or not they were interrupted."""
 
-    def __init__(self, most: int = 5) -> None:  # pictures: upscaling_max_images_in_cache
-        self._most = most
+    def __init__(self) -> None:
         self._pictures: dict[tuple[Any, ...], Image.Image] = {}
 
     def get(self, key: tuple[Any, ...]) -> Image.Image | None:
         return self._pictures.get(key)
 
-    def keep(self, key: tuple[Any, ...], picture: Image.Image) -> None:
+    def keep(self, key: tuple[Any, ...], picture: Image.Image, most: int) -> None:
         self._pictures[key] = picture
-        while len(self._pictures) > self._most:
+        while len(self._pictures) > most:
             self._pictures.pop(next(iter(self._pictures)))
 
 

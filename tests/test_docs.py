@@ -38,6 +38,7 @@ from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import FORMS, parse_request
 from a1111_worker.request.queries import prefetch_fields
 from a1111_worker.request.txt2img import txt2img_fields
+from a1111_worker.request.upscale import upscale_fields
 from a1111_worker.request.values import ValueType
 from a1111_worker.webui.timings import WebUITimings
 from image.pins import PINS, read_pins
@@ -197,6 +198,13 @@ def test_every_field_of_img2img_that_txt2img_does_not_have_is_described() -> Non
         else (field.value.type, field.value.expected)
         for name, field in more.items()
     }
+
+
+def test_every_field_of_upscale_is_described() -> None:
+    rows = {name: cells[:2] for name, cells in table(API, "upscale", "field").items()}
+
+    fields = {name: field.value for name, field in upscale_fields(Limits()).items() if name != "task"}
+    assert rows == {name: (value.type, value.expected) for name, value in fields.items()}
 
 
 def test_every_task_is_described() -> None:

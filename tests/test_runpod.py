@@ -184,6 +184,19 @@ def test_an_img2img_is_cancelled_in_the_middle_and_the_one_in_flight_beside_it_i
     assert live.queue.status(cancelled)["status"] == "CANCELLED"
 
 
+def test_a_picture_is_enlarged_while_another_job_is_in_flight(live: Endpoint) -> None:
+    live.world.webui.step_seconds = 0.02
+    slow = live.queue.submit({"prompt": "slow", **SMALL, "steps": 50})
+    live.queue.wait(slow, timeout=30, until=lambda job: bool(job.progress))
+
+    body = {"task": "upscale", "image": to_base64(png_bytes(gradient())), "upscaler_1": "Lanczos"}
+    enlarged = live.queue.wait(live.queue.submit(body), timeout=30)
+    live.world.webui.step_seconds = 0.0
+
+    assert open_base64(enlarged["output"]["images"][0]).size == (192, 128)
+    assert live.queue.wait(slow, timeout=30)["status"] == "COMPLETED"
+
+
 def test_a_cancelled_job_is_interrupted_and_the_next_one_is_whole(live: Endpoint) -> None:
     live.world.webui.step_seconds = 0.05
     cancelled = live.queue.submit({"prompt": "slow", **SMALL, "steps": 150})

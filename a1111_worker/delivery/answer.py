@@ -13,7 +13,7 @@ from typing import Any
 
 from a1111_worker import __version__
 from a1111_worker.context import format_timings
-from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, OutputOptions
+from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, OutputOptions, Upscaling
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 
 MB = 1_000_000
@@ -37,16 +37,19 @@ class Delivered:
         return DeliveryMode.BUCKET if self.urls else DeliveryMode.INLINE
 
 
-def build_answer(generation: Generation, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:
+def build_answer(result: Generation | Upscaling, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:
     """The successful job's answer: the WebUI's own, and the `worker` block."""
-    worker = _worker_block(generation, delivered, timings)
-    answer = {**generation.answer, "images": list(delivered.images), "worker": worker}
-    models = generation.menus.models
+    worker = _worker_block(result, delivered, timings)
+    answer = {**result.answer, "images": list(delivered.images), "worker": worker}
+    models = result.menus.models
     return answer if models is None else {**answer, "models": models}
 
 
 def format_summary(worker: Mapping[str, Any]) -> str:
     """The `worker` block as the job's last log line. It contains no link."""
+    if "checkpoint" not in worker:
+        facts = [f"done with {len(worker['pictures'])} pictures enlarged"]
+        return f"{', '.join(facts)}; {format_timings(worker['timings'])}"
     loras = [
         f"{lora['file'] or lora['name']} × {lora['scale']:g}"
         + ("" if lora["loaded"] else " (not applied)")
@@ -61,15 +64,13 @@ def format_summary(worker: Mapping[str, Any]) -> str:
     return f"{', '.join(facts)}; {format_timings(worker['timings'])}"
 
 
-def _worker_block(generation: Generation, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:
+def _worker_block(result: Generation | Upscaling, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:
     """What this worker verified, and how long it took. The fields are documented in docs/subsystems/api-gateway.md."""
-    checkpoint = generation.checkpoint
     return {
-        "checkpoint": {"name": checkpoint.name, "file": checkpoint.file, "sha256": checkpoint.sha256},
-        "loras": [_lora_entry(lora) for lora in generation.loras],
-        "seeds": list(generation.seeds),
-        "pictures": [asdict(picture) for picture in generation.pictures],
-        "warnings": list(generation.warnings),
+        **(_proofs(result) if isinstance(result, Generation) else {}),
+        "seeds": list(result.seeds),
+        "pictures": [asdict(picture) for picture in result.pictures],
+        "warnings": list(result.warnings),
         "delivery": {
             "mode": delivered.mode.value,
             "format": delivered.format.value,
@@ -77,8 +78,16 @@ def _worker_block(generation: Generation, delivered: Delivered, timings: Mapping
             "expires_at": delivered.expires_at,
         },
         "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
-        "versions": {"worker": __version__, "webui": generation.webui_version},
-        "lists": generation.menus.fingerprint,
+        "versions": {"worker": __version__, "webui": result.webui_version},
+        "lists": result.menus.fingerprint,
+    }
+
+
+def _proofs(generation: Generation) -> dict[str, Any]:
+    checkpoint = generation.checkpoint
+    return {
+        "checkpoint": {"name": checkpoint.name, "file": checkpoint.file, "sha256": checkpoint.sha256},
+        "loras": [_lora_entry(lora) for lora in generation.loras],
     }
 
 

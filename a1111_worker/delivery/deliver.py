@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from a1111_worker.context import JobContext
 from a1111_worker.delivery.answer import Delivered, build_answer, choose_mode, format_summary, size_limit
 from a1111_worker.delivery.bucket import Bucket
 from a1111_worker.delivery.formats import Converted, convert, decode_image, image_file_name, is_unchanged, job_slug
-from a1111_worker.domain import DeliveryMode, Generation, OutputOptions, Progress, Stage
+from a1111_worker.domain import DeliveryMode, Generation, OutputOptions, Progress, Stage, Upscaling
 from a1111_worker.errors import DeliveryFailed
 from a1111_worker.images import detect_format
 from a1111_worker.webui.infotext import parse_infotext
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R", Generation, Upscaling)
 
 CONVERSION_THREADS = 4
 
@@ -48,19 +50,19 @@ class Delivery:
         if self._bucket is not None:
             self._bucket.close()
 
-    def deliver(self, generation: Generation, options: OutputOptions, context: JobContext) -> dict[str, Any]:
+    def deliver(self, result: R, options: OutputOptions, context: JobContext) -> dict[str, Any]:
         """The job's answer: strict JSON, within the platform's limit.
 
         Raises ResultTooLarge, DeliveryFailed, JobTimeout or JobCancelled; nothing is left in the bucket then.
         """
         with context.timings.measure(Stage.DELIVER):
-            generation, images = _convert_all(generation, options, context)
+            result, images = _convert_all(result, options, context)
             delivered = Delivered(images, options.format)
-            draft = build_answer(generation, delivered, context.timings.seconds())
+            draft = build_answer(result, delivered, context.timings.seconds())
             mode = choose_mode(draft, options, size_limit(context.job_id), has_bucket=self._bucket is not None)
             if mode is DeliveryMode.BUCKET and self._bucket is not None:
-                delivered = self._bucket.deliver(generation.seeds, delivered, context)
-        answer = build_answer(generation, delivered, context.timings.seconds())
+                delivered = self._bucket.deliver(result.seeds, delivered, context)
+        answer = build_answer(result, delivered, context.timings.seconds())
         log.info("%s", format_summary(answer["worker"]))
         if options.raw:
             del answer["worker"]
@@ -81,7 +83,7 @@ def save_images(folder: Path, job_id: str, answer: Mapping[str, Any]) -> list[Pa
 
 def _seeds_of_raw(answer: Mapping[str, Any]) -> list[int | None]:
     """The seed of each image of a raw answer, by the texts in its `info`; none if they do not describe the images."""
-    info = json.loads(answer["info"])
+    info = json.loads(answer.get("info", "{}"))  # enlarged pictures have none
     texts = [parse_infotext(str(text)) for text in info.get("infotexts", ())]
     if len(texts) != len(answer["images"]):
         return []
@@ -89,11 +91,11 @@ def _seeds_of_raw(answer: Mapping[str, Any]) -> list[int | None]:
     return [None if index < first or text.is_of_grid else text.seed for index, text in enumerate(texts)]
 
 
-def _convert_all(generation: Generation, options: OutputOptions, context: JobContext) -> tuple[Generation, list[str]]:
-    """The images in the job's format, converted in parallel, and the generation with the warnings about them."""
-    images: list[str] = generation.answer["images"]
+def _convert_all(result: R, options: OutputOptions, context: JobContext) -> tuple[R, list[str]]:
+    """The images in the job's format, converted in parallel, and the result with the warnings about them."""
+    images: list[str] = result.answer["images"]
     if is_unchanged(options):
-        return generation, images
+        return result, images
     context.report(Progress(Stage.DELIVER, detail=f"makes {options.format.value} of {len(images)} pictures"))
 
     def convert_one(image: str) -> Converted:
@@ -103,5 +105,5 @@ def _convert_all(generation: Generation, options: OutputOptions, context: JobCon
     count = min(len(images), os.cpu_count() or 1, CONVERSION_THREADS)
     with ThreadPoolExecutor(count, thread_name_prefix="convert") as threads:
         converted = list(threads.map(convert_one, images))
-    warnings = dict.fromkeys(entry.warning for entry in converted if entry.warning)
-    return replace(generation, warnings=(*generation.warnings, *warnings)), [entry.image for entry in converted]
+    warnings: list[str] = list(dict.fromkeys(entry.warning for entry in converted if entry.warning))
+    return replace(result, warnings=(*result.warnings, *warnings)), [entry.image for entry in converted]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,11 @@ def decode_mask(data: bytes, size: PictureSize | None, *, is_rounded: bool) -> P
             mask = mask.resize((size.width, size.height), Resampling.LANCZOS)
         brightness = sum(value * count for value, count in enumerate(mask.histogram()))
         return PreparedPicture(_to_png(mask), PictureSize(*mask.size), is_first, brightness)
+
+
+def first_of_several(pictures: Mapping[str, PreparedPicture]) -> list[str]:
+    """The warnings about pictures of which the others are not used."""
+    return [f"of {path}, only the first picture is used" for path, one in pictures.items() if one.is_first_of_several]
 
 
 @contextlib.contextmanager

@@ -12,16 +12,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from a1111_worker import __version__
 from a1111_worker.catalog import LORAS, lora_of_version
 from a1111_worker.context import JobContext
 from a1111_worker.delivery.answer import MB, RUN_LIMIT, serialised_size, size_limit
-from a1111_worker.domain import Generation, GenerationRequest, Menus, Model, ModelKind, Task
+from a1111_worker.domain import (
+    AppliedLora,
+    Generation,
+    GenerationRequest,
+    Menus,
+    Model,
+    ModelKind,
+    Task,
+    UpscaleRequest,
+    Upscaling,
+)
 from a1111_worker.errors import ResultTooLarge, VolumeFailed, WorkerError
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.queries.answer import versions, worker_block
@@ -31,6 +41,8 @@ from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import MENUS
+
+R = TypeVar("R", Generation, Upscaling)
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +89,15 @@ class ModelsQuery:
             )
         return answer
 
-    def add_menus(self, generation: Generation, request: GenerationRequest, _context: JobContext) -> Generation:
-        """The generation with the fingerprint of the menus, and with the menus if its job asks for them."""
+    def add_menus(self, result: R, request: GenerationRequest | UpscaleRequest, _context: JobContext) -> R:
+        """The result with the fingerprint of the menus, and with the menus if its job asks for them."""
         listed = self._files()
-        if any(lora.model and lora.model.file not in listed[ModelKind.LORA.value] for lora in generation.loras):
+        loras: Sequence[AppliedLora] = result.loras if isinstance(result, Generation) else ()
+        if any(lora.model and lora.model.file not in listed[ModelKind.LORA.value] for lora in loras):
             self.list_cache()  # the job has fetched one
         menus = self._menus() if request.include_models else None
         fingerprint = menus["fingerprint"] if menus else self._fingerprint()
-        return replace(generation, menus=Menus(fingerprint, menus))
+        return replace(result, menus=Menus(fingerprint, menus))
 
     def add_fingerprint(self, worker: dict[str, Any]) -> dict[str, Any]:
         """A `worker` block with the fingerprint of the menus."""

@@ -7,6 +7,7 @@ The modules, the public one first:
     reader           a raw input, read against the table of its task
     txt2img          the table of txt2img
     img2img          the table of img2img, and what follows from the sizes of its pictures
+    upscale          the table of upscale, its request, and the sizes of enlarged pictures
     generating       the request of a task that generates pictures: its fields, read as a whole
     queries          the tables of the tasks that generate nothing
     picture_fields   the types of fields that hold pictures

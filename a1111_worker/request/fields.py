@@ -77,6 +77,7 @@ class Limits:
     has_bucket: bool = False
     image_hosts: tuple[str, ...] = ()
     max_input_images: int = 8
+    max_upscale_pixels: int = 67_108_864
 
 
 DEFAULT_LIMITS = Limits()

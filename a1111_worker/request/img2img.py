@@ -10,7 +10,7 @@ from typing import Any
 
 from a1111_worker.domain import GenerationRequest, PictureSize
 from a1111_worker.errors import Complaint, InvalidRequest
-from a1111_worker.pictures.decode import PreparedPicture
+from a1111_worker.pictures.decode import PreparedPicture, first_of_several
 from a1111_worker.request.fields import (
     MAX_CFG,
     MAX_PROMPT,
@@ -71,9 +71,7 @@ def fit_pictures(
     body = {**request.body, **sides, "init_images": [one.png for one in fitting.init_images]}
     if fitting.mask is not None:
         body["mask"] = fitting.mask.png
-    several = [
-        f"of {path}, only the first picture is used" for path, one in prepared.items() if one.is_first_of_several
-    ]
+    several = first_of_several(prepared)
     return replace(request, body=body, pictures={}, warnings=(*request.warnings, *warnings, *several))
 
 

@@ -107,17 +107,16 @@ _DELIVERY = _object(
     urls=_list(_TEXT),
     expires_at=_or_null(_TEXT),
 )
-_WORKER = _object(
-    checkpoint=_MODEL,
-    loras=_list(_LORA),
-    seeds=_list(_or_null(_WHOLE)),
-    pictures=_list(_object(width=_WHOLE, height=_WHOLE, seed=_or_null(_WHOLE), steps=_or_null(_WHOLE))),
-    warnings=_list(_TEXT),
-    delivery=_DELIVERY,
-    timings=_object(**dict.fromkeys((*(stage.value for stage in Stage), "total"), _NUMBER)),
-    versions=_VERSIONS,
-    lists=_FINGERPRINT,
-)
+_DELIVERED = {
+    "seeds": _list(_or_null(_WHOLE)),
+    "pictures": _list(_object(width=_WHOLE, height=_WHOLE, seed=_or_null(_WHOLE), steps=_or_null(_WHOLE))),
+    "warnings": _list(_TEXT),
+    "delivery": _DELIVERY,
+    "timings": _object(**dict.fromkeys((*(stage.value for stage in Stage), "total"), _NUMBER)),
+    "versions": _VERSIONS,
+    "lists": _FINGERPRINT,
+}
+_WORKER = _object(checkpoint=_MODEL, loras=_list(_LORA), **_DELIVERED)
 _QUERY_WORKER = _object(warnings=_list(_TEXT), timings=_object(total=_NUMBER), versions=_VERSIONS)
 _CACHED = _object(
     name=_TEXT,
@@ -164,6 +163,7 @@ _HEALTH = _object(
 
 ANSWERS: Mapping[str, Schema] = {
     "generation_answer": _object(images=_list(_TEXT), parameters={"type": "object"}, info=_TEXT, worker=_WORKER),
+    "upscale_answer": _object(images=_list(_TEXT), html_info=_TEXT, worker=_object(**_DELIVERED)),
     "models_answer": _object(models=_MENUS, worker=_QUERY_WORKER),
     "prefetch_answer": _object(
         prefetch=_map(_list({"anyOf": [_PREFETCHED, _object(name=_TEXT, code=_TEXT, message=_TEXT)]})),

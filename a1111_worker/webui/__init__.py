@@ -6,6 +6,7 @@ The modules, the public one first:
     composition     the body of that request: names as the WebUI spells them, LoRAs as tags in the prompt
     samplers        sampler and scheduler as people write them, and the WebUI's own names for them
     verification    what `info` in an answer must show before the answer is believed
+    extras          pictures enlarged: names as the WebUI spells them, what its answer must show
     infotext        what A1111 writes into each picture
     readiness       makes the WebUI ready, and ready again: it answers, has the defaults, and has loaded the checkpoint
     checkpoint      the switch to a checkpoint, verified by its hash

@@ -188,9 +188,13 @@ class WebUI:
         """The same with pictures to begin with."""
         return WebUIResponse(self._send("POST", "/img2img", body, timeout=timeout))
 
+    def upscale(self, body: Mapping[str, Any], *, timeout: float) -> WebUIResponse:
+        """Enlarge one picture, and return when the answer begins."""
+        return WebUIResponse(self._send("POST", "/extra-single-image", body, timeout=timeout))
+
     def extra_single_image(self, body: Mapping[str, Any], *, timeout: float) -> str:
         """Enlarge one picture. Returns it in base64."""
-        answer = WebUIResponse(self._send("POST", "/extra-single-image", body, timeout=timeout)).read()
+        answer = self.upscale(body, timeout=timeout).read()
         try:
             return parse_extra_image(answer)
         except UnexpectedForm as error:

@@ -44,7 +44,8 @@ class WebUILists:
     `checkpoint_names` are the texts that name the checkpoint that is there, in lower case, its title first.
     `script_axes` are the axes of "X/Y/Z plot": a job names them by their number. `latent_upscalers` enlarge in hires
     fix alone. `missing_upscalers` are listed by the WebUI too, and their files are not there or do not work.
-    `can_restore_faces` is None if it is unknown, because somebody else runs the WebUI.
+    `can_restore_faces` is None if it is unknown, because somebody else runs the WebUI; so is `face_restorers`, the
+    restorers whose files are there.
     """
 
     samplers: Sequence[Sampler]
@@ -60,6 +61,7 @@ class WebUILists:
     latent_upscalers: Sequence[str] = ()
     missing_upscalers: Sequence[str] = ()
     can_restore_faces: bool | None = None
+    face_restorers: Sequence[str] | None = None
     extensions: ExtensionLists = NO_EXTENSIONS
 
     def of_task(self, task: Task) -> WebUILists:

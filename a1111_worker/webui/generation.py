@@ -16,13 +16,28 @@ What can go wrong, and what the worker does then:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import Generation, GenerationRequest, HeldModels, Model, Stage, Task
+from a1111_worker.domain import (
+    Generation,
+    GenerationRequest,
+    HeldModels,
+    Model,
+    PictureFacts,
+    Progress,
+    Stage,
+    Task,
+    UpscaleRequest,
+    Upscaling,
+)
 from a1111_worker.errors import (
     CheckpointNotLoaded,
     GenerationFailed,
@@ -39,14 +54,17 @@ from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
+from a1111_worker.webui.extras import read_extras, resolve_extras, used_in_extras
 from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
 from a1111_worker.webui.upscalers import used_upscalers
-from a1111_worker.webui.verification import GenerationPlan, verify
+from a1111_worker.webui.verification import INTERRUPTED, GenerationPlan, verify
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_TRIES = 3  # of a generation that did not even begin
 OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them shows that the worker is not fit
@@ -104,16 +122,52 @@ class Generator:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
         return resolve(request, self._readiness.lists, self._limits)
 
+    def resolve_upscale(self, request: UpscaleRequest) -> UpscaleRequest:
+        """The same for a job that enlarges pictures."""
+        return resolve_extras(request, self._readiness.lists)
+
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate, and return when the answer begins. From then on the next job may start."""
         plan = compose(request, held, self._readiness.lists.of_task(request.task).script_axes)
-        self._jobs_since_out_of_memory += 1
-        self._wait_for_interruption(context)
-        self._readiness.ensure_ready(context)
-        if plan.body.get("script_name"):
-            self._readiness.expect_script()
-        try:
+        with self._watch_memory():
+            self._wait_for_interruption(context)
+            self._readiness.ensure_ready(context)
+            if plan.body.get("script_name"):
+                self._readiness.expect_script()
             return self._generate(plan, context)
+
+    def upscale(self, request: UpscaleRequest, context: JobContext) -> Upscaling:
+        """Enlarge the pictures of a job, one after the other. Each is verified."""
+        with self._watch_memory(), context.timings.measure(Stage.GENERATE):
+            self._wait_for_interruption(context)
+            self._readiness.ensure_ready(context)
+            made = []
+            for index in range(len(request.images)):
+                detail = f"picture {index + 1} of {len(request.images)}"
+                context.report(Progress(Stage.GENERATE, 100 * index / len(request.images), detail))
+                once = functools.partial(self._upscale_once, request, index, context)
+                made.append(self._try(once, Task.UPSCALE, context))
+        answer = {"images": [image for image, _, _ in made], "html_info": made[-1][1]}
+        version = self.proof.webui_version if self.proof else None
+        return Upscaling(answer, tuple(facts for _, _, facts in made), version, request.warnings)
+
+    def _upscale_once(self, request: UpscaleRequest, index: int, context: JobContext) -> tuple[str, str, PictureFacts]:
+        used = used_in_extras(request.body)
+        self._readiness.prove_upscalers(used)
+        body = {**request.body, "image": request.images[index]}
+        answer = self._run(lambda timeout: self._webui.upscale(body, timeout=timeout), context)
+        interrupted = self._readiness.find_interrupted_job()
+        found = read_extras(self._read(answer, context), request.sizes[index], used[0][1] if used else None)
+        if interrupted is not None:
+            raise GenerationFailed("the WebUI did not finish the picture", hint=INTERRUPTED)
+        return found
+
+    @contextlib.contextmanager
+    def _watch_memory(self) -> Iterator[None]:
+        """Inside the block a job uses the GPU. If its memory is not enough, the weights leave it and come back."""
+        self._jobs_since_out_of_memory += 1
+        try:
+            yield
         except OutOfMemory as error:
             if self._jobs_since_out_of_memory <= OUT_OF_MEMORY_WINDOW:
                 error.refresh_worker = True
@@ -148,11 +202,18 @@ class Generator:
     # -- start: the tries, and each of them
 
     def _generate(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
+        def generate_once() -> StartedGeneration:
+            self._prove_upscalers(plan)
+            return self._generate_once(plan, context)
+
+        return self._try(generate_once, plan.task, context)
+
+    def _try(self, once: Callable[[], T], task: Task, context: JobContext) -> T:
+        """What `once` returns, with the tries of this module's table."""
         for attempt in range(1, MAX_TRIES + 1):
             is_last = attempt == MAX_TRIES
             try:
-                self._prove_upscalers(plan)
-                return self._generate_once(plan, context)
+                return once()
             except WebUIRefused:
                 self._readiness.invalidate()
                 if is_last:
@@ -162,7 +223,7 @@ class Generator:
                 if is_last:
                     raise
                 pause = self._readiness.timings.recovery_pause
-                log.warning("the WebUI has no %s (a bare 404); trying again in %.0f s", plan.task.value, pause)
+                log.warning("the WebUI has no %s (a bare 404); trying again in %.0f s", task.value, pause)
                 context.deadline.wait(pause)
                 self._readiness.wait_until_up(context.deadline)
             except WebUIBroken as error:
@@ -180,10 +241,6 @@ class Generator:
         self._readiness.prove_upscalers(used_upscalers(plan.body, self._limits.max_images, axes))
 
     def _generate_once(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
-        timings = self._readiness.timings
-        # The request itself times out last: before that, the worker has decided whether the WebUI hangs.
-        timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
-        limit = context.deadline.within(self._generation_timeout, what="a generation")
         progress = GenerationProgress(plan.body)
         send = self._webui.img2img if plan.task is Task.IMG2IMG else self._webui.txt2img
 
@@ -192,21 +249,31 @@ class Generator:
                 context.report(found)
 
         with context.timings.measure(Stage.GENERATE):
-            request = RunningRequest(
-                self._webui,
-                lambda: send(plan.body, timeout=timeout),
-                activity="generates",
-                timings=timings,
-            )
-            try:
-                has_ended = request.wait(limit, report, previews=plan.preview)
-            except WebUISilent as error:
-                raise self._kill(request, error) from error
-            if not has_ended:
-                self._interrupt(request, context)
-                limit.check()
-            answer = request.result()
+            answer = self._run(lambda timeout: send(plan.body, timeout=timeout), context, report, previews=plan.preview)
             return StartedGeneration(answer, plan, self._readiness.checkpoint, self._readiness.find_interrupted_job())
+
+    def _run(
+        self,
+        send: Callable[[float], WebUIResponse],
+        context: JobContext,
+        report: Callable[[WebUIProgress], None] | None = None,
+        *,
+        previews: bool = False,
+    ) -> WebUIResponse:
+        """The answer to a long request, which `send` sends with a timeout. Interrupted if its time is up."""
+        timings = self._readiness.timings
+        # The request itself times out last: before that, the worker has decided whether the WebUI hangs.
+        timeout = self._generation_timeout + 2 * timings.interrupt_grace + 1.0
+        limit = context.deadline.within(self._generation_timeout, what="a generation")
+        request = RunningRequest(self._webui, lambda: send(timeout), activity="generates", timings=timings)
+        try:
+            has_ended = request.wait(limit, report, previews=previews)
+        except WebUISilent as error:
+            raise self._kill(request, error) from error
+        if not has_ended:
+            self._interrupt(request, context)
+            limit.check()
+        return request.result()
 
     # -- the interruption of a generation whose time is up, or whose job was cancelled
 

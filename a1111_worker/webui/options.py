@@ -37,11 +37,15 @@ SHOW_PROOFS = {
 NOTHING_UNASKED = {"sd_lora": "None", "sd_checkpoints_limit": 1, "lora_in_memory_limit": 0}
 """No LoRA in every prompt, and no model in memory that is older than its file (A1111's own defaults)."""
 
+KEEP_NO_PICTURES = {"upscaling_max_images_in_cache": 0}
+"""Extras keep what they have made, also if they were interrupted or failed, and answer with it again."""
+
 RESET_OPTIONS: Mapping[str, Any] = {
     **{key: option.default for key, option in OVERRIDABLE_OPTIONS.items()},
     **SAVE_NO_FILES,
     **SHOW_PROOFS,
     **NOTHING_UNASKED,
+    **KEEP_NO_PICTURES,
 }
 
 CHECKPOINT_OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")  # set by a switch, never reset

@@ -355,6 +355,7 @@ class Readiness:
             vaes=("Automatic", "None", *self._webui.vaes()),
             checkpoint_names=checkpoint_names(self.checkpoint),
             can_restore_faces=self._choose_restorer(flags) if self._is_ours else None,
+            face_restorers=usable_restorers(flags) if self._is_ours else None,
             extensions=read_lists(self._webui, scripts[Task.TXT2IMG], flags),
         )
 

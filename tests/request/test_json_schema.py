@@ -17,6 +17,7 @@ from a1111_worker.errors import InvalidRequest
 from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import parse_request
 from tests.request.helpers import LIMITS
+from tests.request.test_img2img import picture
 from tests.request.test_parse import JOBS
 from tests.support import DETAIL, ROOT, world
 from tests.webui.test_clients import bodies
@@ -77,6 +78,8 @@ INVALID = [
     ({"prompt": "x", "checkpoint": "other"}, "txt2img"),
     ({"prompt": "x", "task": "health"}, "txt2img"),
     ({"task": "img2img", "prompt": "x"}, "img2img"),
+    ({"task": "upscale", "image": 5}, "upscale"),
+    ({"task": "upscale", "imageList": [{"name": "no data"}]}, "upscale"),
     ({"task": "prefetch", "loras": "x"}, "prefetch"),
     ({"task": "health", "prompt": "x"}, "health"),
 ]
@@ -88,10 +91,28 @@ def test_what_no_worker_takes_is_invalid(job: dict[str, Any], task: str) -> None
     assert not JOB.is_valid({"input": job})
 
 
+UPSCALE = {"task": "upscale", "upscaler_1": "Lanczos"}
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"task": "img2img", "init_images": [picture()], "mask": picture(), "mask_blur": "4", "denoising_strength": 0.5},
+        {**UPSCALE, "image": picture(), "upscaling_resize": 1.5},
+        {**UPSCALE, "imageList": [{"data": picture(), "name": "x"}, picture()], "output": {"format": "webp"}},
+    ],
+)
+def test_a_job_with_pictures_is_valid(job: dict[str, Any]) -> None:
+    parse_request(job, LIMITS)
+
+    JOB.validate({"input": job})
+
+
 def test_real_answers_are_valid(tmp_path: Path) -> None:
     with world(tmp_path) as it:
         answers = {
             "generation_answer": it.ask(loras=[{"version_id": DETAIL}, {"name": "nobody"}], on_lora_error="warn"),
+            "upscale_answer": it.run({"id": "4", "input": {**UPSCALE, "image": picture()}}),
             "models_answer": it.run({"id": "1", "input": {"task": "models"}}),
             "prefetch_answer": it.run({"id": "2", "input": {"task": "prefetch", "loras": [DETAIL, "nobody"]}}),
             "health_answer": it.run({"id": "3", "input": {"task": "health"}}),
