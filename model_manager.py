@@ -39,6 +39,7 @@ from a1111_worker.errors import (
     VolumeFull,
     WorkerError,
 )
+from a1111_worker.models import care
 from a1111_worker.models.cache import CacheSettings, CheckpointSpec
 from a1111_worker.models.civitai import CivitAI
 from a1111_worker.models.eviction import Entry
@@ -282,7 +283,7 @@ class _Command:
 
     def _verify(self) -> int:
         results = []
-        for result in self._manager.verify(self._deadline, repair=self._options.repair):
+        for result in care.verify(self._manager, self._deadline, repair=self._options.repair):
             results.append(result)
             if not self._options.json:
                 mark = "ok " if result.ok else "BAD"
@@ -293,7 +294,7 @@ class _Command:
         return 0 if all(result.ok for result in results) else 1
 
     def _evict(self) -> int:
-        self._print_removed(self._try_twice(functools.partial(self._manager.shrink, self._options.to_gb)))
+        self._print_removed(self._try_twice(functools.partial(care.shrink, self._manager.cache, self._options.to_gb)))
         return 0
 
     def _remove(self) -> int:
@@ -301,7 +302,7 @@ class _Command:
         failed: dict[str, str] = {}
         for name in self._options.names:
             try:
-                removed += self._try_twice(functools.partial(self._manager.remove, name))
+                removed += self._try_twice(functools.partial(care.remove, self._manager.cache, name))
             except ModelError as error:
                 failed[name] = _format_error(error)
         if removed or self._options.json:

@@ -2,7 +2,8 @@
 
 The modules, the public one first:
 
-    manager             the models of one worker: `hold` and the checkpoint, and what the command line does
+    manager             the models of one worker: `hold` and the checkpoint
+    care                what the command line does: verify, remove, shrink
     references          the ways to name a model, each reduced to ids
     cache               the models that are on disk: found, held, shown to the WebUI, evicted
     fetcher             how a missing model gets into the cache: once in this process, once in the fleet, verified

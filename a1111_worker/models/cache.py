@@ -21,7 +21,7 @@ from a1111_worker.models.liveness import state_of
 from a1111_worker.models.names import SUFFIX, digest_file, is_named, short_name
 from a1111_worker.models.safetensors import read_header
 from a1111_worker.models.sidecars import ModelRecord, Sidecars
-from a1111_worker.models.volume import CacheDirectories, CacheDirectory
+from a1111_worker.models.volume import CacheDirectories, CacheDirectory, UnfinishedDownload
 from a1111_worker.models.webui_folder import WebUIFolder, make_link
 from a1111_worker.similar import nearest
 from a1111_worker.webui_names import split_hash
@@ -355,13 +355,21 @@ class ModelCache:
         for unfinished in directory.unfinished_downloads():
             path = unfinished.path
             keep = BEING_FETCHED if self._is_being_fetched(directory, path) else None
-            yield Entry(directory.kind, path.name, path, unfinished.size, unfinished.written, keep)
+            to_come = self._to_come(directory, unfinished) if keep else 0
+            yield Entry(directory.kind, path.name, path, unfinished.size, unfinished.written, keep, to_come)
         for path, size in directory.trashed_files():
             keep = "being removed" if self._leases.is_alive(path) else None  # its worker was killed meanwhile
             yield Entry(directory.kind, path.name, path, size, 0.0, keep)
 
     def _is_being_fetched(self, directory: CacheDirectory, partial_file: Path) -> bool:
         return self._leases.is_alive(directory.sign_of_life(partial_file))
+
+    def _to_come(self, directory: CacheDirectory, unfinished: UnfinishedDownload) -> int:
+        """Bytes that another worker is still adding to a partial file. What this one adds has its room reserved."""
+        note = self._leases.read(directory.sign_of_life(unfinished.path))
+        if note is None or note.owner == self._owner or note.total is None:
+            return 0
+        return max(0, note.total - unfinished.size)
 
     def is_checkpoint(self, kind: ModelKind, file: str) -> bool:
         """Whether this is the file name of the fixed checkpoint."""

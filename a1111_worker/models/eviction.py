@@ -17,7 +17,10 @@ IN_USE, BEING_FETCHED = "in use", "being fetched"
 
 @dataclass(frozen=True)
 class Entry:
-    """A file that takes room. `last_used` is by the volume's clock. `keep` is why it must stay, or None."""
+    """A file that takes room. `last_used` is by the volume's clock. `keep` is why it must stay, or None.
+
+    `to_come` is bytes that another worker is still adding to it.
+    """
 
     kind: ModelKind
     file: str
@@ -25,6 +28,7 @@ class Entry:
     size: int
     last_used: float
     keep: str | None = None
+    to_come: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Room:
 
     `needed` bytes more than there are now, and at most `limit` bytes in all (None: any number). `free` bytes are free
     on the disk, an upper bound; `margin` of them stay free. `promised` bytes are, or will be, other jobs' downloads.
-    `own` are files that are not evicted, and that others cannot release.
+    `own` are files that are not evicted, and that others cannot release. What is still to come of them is `needed`.
     """
 
     needed: int
@@ -61,7 +65,9 @@ class Eviction:
 def plan_eviction(entries: Iterable[Entry], room: Room) -> Eviction:
     """Make room: the least recently used first, nothing that must stay, nothing without need."""
     by_age = sorted(entries, key=lambda entry: (entry.last_used, entry.file))
-    over_limit = 0 if room.limit is None else sum(entry.size for entry in by_age) + room.needed - room.limit
+    to_come = sum(entry.to_come for entry in by_age if entry.path not in room.own)
+    total = sum(entry.size for entry in by_age) + to_come + room.needed
+    over_limit = 0 if room.limit is None else total - room.limit
     over_disk = room.needed + (room.margin if room.needed else 0) - room.free
     missing = max(over_limit, over_disk)
     if missing <= 0:
@@ -81,7 +87,7 @@ def plan_eviction(entries: Iterable[Entry], room: Room) -> Eviction:
             missing -= entry.size
     if missing <= 0:
         return Eviction(tuple(chosen), 0, why)
-    in_use = room.promised + sum(entry.size for entry in others if entry.keep in (IN_USE, BEING_FETCHED))
+    in_use = room.promised + to_come + sum(entry.size for entry in others if entry.keep in (IN_USE, BEING_FETCHED))
     return Eviction((), missing, why, is_in_use=missing <= in_use)
 
 

@@ -22,8 +22,6 @@ from typing import TypeVar
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import (
-    DownloadFailed,
-    InvalidRequest,
     JobCancelled,
     JobTimeout,
     ModelError,
@@ -36,20 +34,15 @@ from a1111_worker.errors import (
 from a1111_worker.files import error_name, look
 from a1111_worker.heartbeat import Heartbeat
 from a1111_worker.models.cache import CacheHit, CacheSettings, CheckpointSpec, ModelCache, is_meant
-from a1111_worker.models.eviction import Entry
 from a1111_worker.models.fetcher import Fetcher
 from a1111_worker.models.fit import Fit
 from a1111_worker.models.holds import Holds
-from a1111_worker.models.hub_files import hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import LivenessMonitor, new_owner
-from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.progress import AggregateProgress, ReportFile, report_bytes
-from a1111_worker.models.sidecars import ModelRecord
 from a1111_worker.models.sites import ModelSite
-from a1111_worker.models.space import CacheSpace, RoomWait
+from a1111_worker.models.space import RoomWait
 from a1111_worker.models.targets import FetchTarget
-from a1111_worker.models.volume import CacheDirectory
 from a1111_worker.transfer.download import Downloader
 
 log = logging.getLogger(__name__)
@@ -63,8 +56,6 @@ MAX_THREADS = 16
 PARTIAL_FILE_SECONDS = 24 * 3600.0
 """After this time an unfinished download that nobody has gone on with is removed."""
 
-REPLACED = "; replaced"
-
 
 @dataclass(frozen=True)
 class CacheTimings:
@@ -76,16 +67,6 @@ class CacheTimings:
     room_wait: float = 60.0  # how long a job waits until others release the models that take its room
     room_poll: float = 1.0  # between two looks meanwhile
     sweep: float = 3600.0  # between two removals of what nobody needs any more
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """What `verify` found out about one model."""
-
-    entry: Entry
-    sha256: str | None
-    finding: str
-    ok: bool
 
 
 class ModelManager:
@@ -105,7 +86,7 @@ class ModelManager:
         leases = Leases(self.owner, self._heartbeat, liveness)
         self.cache = ModelCache(settings, self._holds, leases)
         self._fetcher = Fetcher(self.cache, site, downloader, leases, poll=timings.poll)
-        self._checkpoint_spec = settings.checkpoint
+        self.checkpoint_spec = settings.checkpoint
         self._checkpoint: Model | None = None
         self._checkpoint_lock = threading.Lock()
         self._fit = Fit()
@@ -141,7 +122,7 @@ class ModelManager:
         If it is on disk under its name, it is used without asking anybody. Raises VolumeFailed, before a byte is
         fetched, if nothing can be shown to the WebUI.
         """
-        spec = self._checkpoint_spec
+        spec = self.checkpoint_spec
         if spec is None:
             raise ModelNotFound("no checkpoint is configured")
         if self._webui_folder_error is not None:
@@ -422,84 +403,6 @@ class ModelManager:
             return model
         return self._fit.check(model, self._checkpoint)
 
-    # -- care of the cache
-
-    def verify(self, deadline: Deadline, *, repair: bool = False) -> Iterator[VerifyResult]:
-        """Read every model of the cache and compare it with what is known. `repair` replaces what is damaged."""
-        for directory, entry in self.cache.list_models():
-            if directory.is_writable:
-                yield self._verify(directory, entry, deadline, repair=repair)
-
-    def _verify(self, directory: CacheDirectory, entry: Entry, deadline: Deadline, *, repair: bool) -> VerifyResult:
-        sidecars = self.cache.sidecars
-        spec = self._checkpoint_spec if self.cache.is_checkpoint(entry.kind, entry.file) else None
-        known: ModelRecord | None = None
-        is_damaged = True
-        try:
-            known = sidecars.find(directory, entry.file) or sidecars.find_for_changed_file(directory, entry.file)
-            found = sidecars.rebuild(directory, entry.file, deadline, keep=known is None)
-        except (VolumeFailed, ModelNotFound) as error:  # nothing was read, so nothing is known to be wrong
-            return VerifyResult(entry, None, f"unknown: {error.message}", ok=False)
-        except ModelError as error:
-            problem = f"damaged: {error.message}"
-        else:
-            if known is not None and known.sha256 != found.sha256:
-                problem = f"damaged: its SHA-256 is {found.sha256[:12]}…, and was {known.sha256[:12]}…"
-            elif spec is not None and not spec.accepts(found):
-                is_damaged = False
-                problem = f"another model: its SHA-256 is {found.sha256[:12]}…, not {(spec.sha256 or '')[:12]}…"
-            else:
-                return VerifyResult(entry, found.sha256, "proven" if known else "read for the first time", ok=True)
-        outcome = ""
-        if repair:
-            try:
-                is_free = not is_damaged or self._evict_damaged(entry, deadline)
-                outcome = self._fetch_again(entry, known, deadline) if is_free else "; in use, and left alone"
-            except VolumeFailed as error:
-                outcome = f"; left alone: {error.message}"
-        return VerifyResult(entry, None, f"{problem}{outcome}", ok=outcome == REPLACED)
-
-    def _evict_damaged(self, entry: Entry, deadline: Deadline) -> bool:
-        """Remove a damaged model. If it seems in use, find out first whether its user is alive."""
-        why = "it is damaged"
-        return self.cache.evict(entry, why, even_checkpoint=True) or (
-            self.cache.observe_other_workers(deadline) and self.cache.evict(entry, why, even_checkpoint=True)
-        )
-
-    def _fetch_again(self, entry: Entry, known: ModelRecord | None, deadline: Deadline) -> str:
-        """Replace a model that was removed, if its source is known. Returns the end of the finding."""
-        ref = None if known is None else _source_of(known)
-        try:
-            if self.cache.is_checkpoint(entry.kind, entry.file):
-                self.prepare_checkpoint(JobContext(deadline))
-            elif ref is not None:
-                with self.hold([ref], JobContext(deadline)):
-                    pass
-            else:
-                return "; removed"
-        except (ModelError, InvalidRequest) as error:
-            removed = "" if entry.path.exists() else "removed, and "
-            return f"; {removed}not to be had again: {error.message}"
-        return REPLACED
-
-    def remove(self, name: str) -> list[Entry]:
-        """Remove models by their file name or stem, of either kind. Raises ModelNotFound, or ModelError if in use."""
-        stem = name.removesuffix(SUFFIX)
-        chosen = [entry for entry in self.cache.list_entries() if entry.file == f"{stem}{SUFFIX}"]
-        if not chosen:
-            raise ModelNotFound(f"there is no {stem}{SUFFIX} in the cache")
-        for entry in chosen:
-            if not self.cache.evict(entry, "asked for", even_checkpoint=True):
-                raise DownloadFailed(f"{entry.file} is in use")
-        return chosen
-
-    def shrink(self, to_bytes: int) -> tuple[Entry, ...]:
-        """Evict until the cache takes no more than `to_bytes`. Raises VolumeFull if what must stay takes more."""
-        before = self.cache.list_entries()
-        CacheSpace(self.cache).shrink(to_bytes)
-        after = {entry.path for entry in self.cache.list_entries()}
-        return tuple(entry for entry in before if entry.path not in after)
-
     def _look_after(self) -> None:
         try:
             self.cache.look_after()
@@ -534,14 +437,3 @@ def _raise_worst(errors: Sequence[BaseException], deadline: Deadline) -> None:
         if isinstance(error, JobTimeout):
             deadline.wait(1.0)  # the job's own deadline ends a moment later, and its error names the right time
         raise error
-
-
-def _source_of(known: ModelRecord) -> ModelRef | None:
-    """Where a model's file can be fetched again, if it was not put there by hand."""
-    if known.version_id is not None:
-        return ModelRef(known.kind, known.version_id, None if known.primary else known.file_id)
-    if (hub := hub_file_of(known.url)) is not None:
-        return ModelRef(known.kind, hub=hub, name=known.name, sha256=known.sha256)
-    if known.url is not None:
-        return ModelRef(known.kind, url=known.url, name=known.name, sha256=known.sha256)
-    return None

@@ -53,11 +53,6 @@ class Supervisor:
         state, _ = self._read()
         return state
 
-    def is_running(self) -> bool:
-        """Whether the process that the state file names lives. False if the file names none."""
-        _, process = self._read()
-        return process is not None and process.is_alive()
-
     @property
     def failure(self) -> str:
         """Why start.sh has given up; empty if it has not, or did not say."""

@@ -67,7 +67,9 @@ def main() -> None:
     for folder in (data / "cache", HERE / "config_states"):  # A1111 makes these at each start
         folder.mkdir(exist_ok=True)
         (folder / "written").touch()
-    log(f"settings: {(data / 'config.json').read_text(encoding='utf-8') if (data / 'config.json').exists() else None}")
+    settings = data / "config.json"
+    config = json.loads(settings.read_bytes()) if settings.exists() else None
+    log(f"settings: {json.dumps(config)}")
     if importlib.util.find_spec("torch"):  # it takes as long as A1111's own imports
         log(f"torch {importlib.import_module('torch').__version__}")
     models = Path(options.ckpt_dir).parent
@@ -78,6 +80,7 @@ def main() -> None:
         initial_checkpoint=initial,
         own_models_dir=data / "models",
         step_seconds=0.05,
+        config_json=config,
         extensions=extensions,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -13,6 +13,7 @@ import pytest
 
 from a1111_worker.context import JobContext
 from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFailed
+from a1111_worker.models import care
 from sandbox.civitai import NO_MODEL
 from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
 from tests.disks import read_only
@@ -200,7 +201,7 @@ def test_what_is_no_regular_file_is_no_model(fleet: Fleet, oddity: Callable[[Pat
     assert model.sha256 == sha256_of(served)
     assert other.file == "Model-77_77.safetensors"
     assert (fleet.loras / "detail_tweaker_xl.safetensors.not-a-model").exists()
-    assert [result.ok for result in worker.verify(soon(), repair=True)] == [True, True]
+    assert [result.ok for result in care.verify(worker, soon(), repair=True)] == [True, True]
     assert (fleet.loras / "by hand.safetensors").exists()
 
 
@@ -227,7 +228,7 @@ def test_what_is_no_regular_file_is_no_sidecar(fleet: Fleet, oddity: Callable[[P
 
     model = fetch(worker, named("by hand"))
     worker.cache.list_entries()
-    removed = worker.remove("by hand")
+    removed = care.remove(worker.cache, "by hand")
 
     assert model.sha256 == sha256
     assert [entry.path for entry in removed] == [path]
@@ -260,7 +261,7 @@ def test_a_name_of_any_length_is_a_name(fleet: Fleet, length: int, letter: str) 
         (entry,) = other.cache.list_entries()
         was_evicted = other.cache.evict(entry, "a test")
     again = other.cache.find(named(stem))
-    removed = other.remove(stem)
+    removed = care.remove(other.cache, stem)
 
     assert model.sha256 == held.models[named(stem)].sha256
     assert linked

@@ -31,6 +31,17 @@ OLD, MIDDLE, NEW = entry("old", 2 * GB, 1.0), entry("middle", GB, 2.0), entry("n
 HELD, FIXED = entry("held", 5 * GB, 0.0, "in use"), entry("fixed", 6 * GB, 0.0, "the checkpoint")
 
 
+def test_what_is_still_to_come_counts_towards_the_limit_unless_it_is_needed_anyway() -> None:
+    running = Entry(ModelKind.LORA, "running", Path("running"), GB, 9.0, BEING_FETCHED, to_come=GB)
+
+    plans = [
+        plan_eviction([OLD, running], Room(GB, 4 * GB, 99 * GB, margin=1, own=frozenset(own)))
+        for own in ((), (running.path,))
+    ]
+
+    assert [plan.remove for plan in plans] == [(OLD,), ()]
+
+
 def freed(plan: Eviction) -> int:
     return sum(entry.size for entry in plan.remove)
 

@@ -6,11 +6,13 @@ Every text here is what that version wrote. Do not change one of them to make a 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
+from a1111_worker.models import care
 from sandbox.models import sha256_of
 from sandbox.storage import ServerFault
 from tests.fleet import Fleet, fetch, lora, named, soon, timings
@@ -32,6 +34,10 @@ SIDECAR_OF_A_URL = """{"schema": 1, "kind": "lora", "name": "My own", "file": "M
 "sha256": "SHA256", "size": SIZE, "mtime": 1795282160, "url": "https://models.example/own.safetensors",
 "version_id": null, "file_id": null, "primary": true, "wishes": [], "base_model": null, "family": "sdxl",
 "lora_hash": "c99c27acb051", "trained_words": [], "downloaded_at": "2026-11-21T17:29:20Z"}"""
+
+SIDECAR_BY_HAND = """{"schema": 1, "kind": "lora", "name": "my own", "file": "my own.safetensors", "sha256": "SHA256",
+"size": SIZE, "mtime": 1795282160, "url": null, "version_id": null, "file_id": null, "primary": true, "wishes": [],
+"base_model": null, "family": "sdxl", "lora_hash": "5a1f0e4c2b77", "trained_words": [], "downloaded_at": null}"""
 
 URL, DIGEST_OF_URL = "https://models.example/own.safetensors", "a1195b8489ba29a7a83fd7b5bf92951d"
 
@@ -62,6 +68,18 @@ def test_models_are_known_by_their_sidecars(fleet: Fleet) -> None:
     assert (snow.name, snow.version_id, snow.base_model, snow.family) == ("Snow & Ice", 1, "SDXL 1.0", "sdxl")
     assert (snow.lora_hash, snow.trained_words, snow.downloaded) == ("08bf7b1e76e0", ("snow",), False)
     assert fleet.asked() == []
+
+
+def test_what_was_put_there_by_hand_is_not_read_again_and_has_a_name_of_its_content(fleet: Fleet) -> None:
+    path = put(fleet, "my own.safetensors", 3, SIDECAR_BY_HAND)
+    os.utime(path, (1795282160, 1795282160))
+
+    with fleet.start(name="1").hold([named("my own")], JobContext(soon())) as held:
+        (model,) = held.models.values()
+        links = [link.name for link in (fleet.folder / "container1/webui/Lora").iterdir()]
+
+    assert model.lora_hash == "5a1f0e4c2b77"  # as the sidecar says: the file has another one
+    assert links == [f"my own_{sha256_of(path)[:8]}.safetensors"]
 
 
 def test_a_sidecar_that_is_written_again_has_the_same_keys_and_the_new_one(fleet: Fleet) -> None:
@@ -155,7 +173,7 @@ def test_what_an_evictor_left_is_cleared_away(fleet: Fleet) -> None:
 
     wait_until(lambda: not any((fleet.loras / name).exists() for name in left[1:]), "the removal")
     model = fetch(worker, lora(1))
-    removed = worker.remove("Snow_Ice_1")
+    removed = care.remove(worker.cache, "Snow_Ice_1")
 
     assert (model.file, model.downloaded) == (path.name, False)
     assert [entry.path for entry in removed] == [path]

@@ -16,6 +16,7 @@ from a1111_worker.config import Config
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelRef
 from a1111_worker.errors import DownloadFailed, ModelError, VolumeFailed
+from a1111_worker.models import care
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sdxl_lora, sha256_of
 from tests.fleet import Fleet, fetch, lora, soon, timings
@@ -132,12 +133,12 @@ def test_a_model_that_could_not_be_read_is_not_repaired(
     served = fleet.serve(2)
     worker = fleet.start(checkpoint=None)
     fetch(worker, lora(2))
-    before = [(result.entry.file, result.ok) for result in worker.verify(soon())]
+    before = [(result.entry.file, result.ok) for result in care.verify(worker, soon())]
 
     volume.fail(call, number, on="loras/*.safetensors")
-    during = list(worker.verify(soon(), repair=True))
+    during = list(care.verify(worker, soon(), repair=True))
     volume.heal()
-    after = [(result.entry.file, result.ok) for result in worker.verify(soon())]
+    after = [(result.entry.file, result.ok) for result in care.verify(worker, soon())]
 
     assert sorted(before) == sorted(after) == [("Model-2_2.safetensors", True), ("by hand.safetensors", True)]
     assert [result.ok for result in during] == [False, False]
@@ -306,9 +307,9 @@ def full(fleet: Fleet, volume: FaultyVolume) -> FaultyVolume:
 def test_models_can_be_removed_by_hand_from_a_volume_that_takes_no_new_file(fleet: Fleet, full: FaultyVolume) -> None:
     worker = fleet.start(checkpoint=None)
 
-    removed = worker.remove("Model-2_2")
+    removed = care.remove(worker.cache, "Model-2_2")
     with pytest.raises(ModelError, match="in use"):
-        worker.remove("Model-1_1")
+        care.remove(worker.cache, "Model-1_1")
 
     assert [entry.file for entry in removed] == ["Model-2_2.safetensors"]
     assert fleet.models_there() == ["Model-1_1.safetensors"]
@@ -318,7 +319,7 @@ def test_models_can_be_removed_by_hand_from_a_volume_that_takes_no_new_file(flee
 def test_models_can_be_removed_though_not_even_a_rename_is_possible(fleet: Fleet, full: FaultyVolume) -> None:
     full.fail("rename", errno.EDQUOT)
 
-    removed = fleet.start(checkpoint=None).shrink(MB)
+    removed = care.shrink(fleet.start(checkpoint=None).cache, MB)
 
     assert [entry.file for entry in removed] == ["Model-2_2.safetensors"]
     assert fleet.models_there() == ["Model-1_1.safetensors"]
@@ -339,7 +340,7 @@ def test_a_cache_without_our_folders_is_used_though_they_cannot_be_made(fleet: F
         volume.fail(call, errno.EDQUOT)
     worker = fleet.start(checkpoint=None)
 
-    removed = worker.remove("by hand")
+    removed = care.remove(worker.cache, "by hand")
 
     assert [entry.path for entry in removed] == [path]
     assert not path.exists()
@@ -357,7 +358,7 @@ def test_a_dead_claim_blocks_nobody_on_a_full_volume(fleet: Fleet, full: FaultyV
     while not removed:
         soon_dead.wait(0.02)
         with contextlib.suppress(DownloadFailed):  # it seems in use
-            removed = [entry.file for entry in worker.remove("Model-2_2")]
+            removed = [entry.file for entry in care.remove(worker.cache, "Model-2_2")]
 
     assert removed == ["Model-2_2.safetensors"]
 
@@ -390,12 +391,12 @@ def test_links_to_models_stay_while_the_volume_does_not_answer(fleet: Fleet, vol
 def test_a_sidecar_that_cannot_be_read_is_not_taken_for_a_missing_one(fleet: Fleet, volume: FaultyVolume) -> None:
     path = sdxl_lora(fleet.loras / "by hand.safetensors", 1)
     worker = fleet.start(checkpoint=None)
-    worker.verify(soon())
-    list(worker.verify(soon()))
+    care.verify(worker, soon())
+    list(care.verify(worker, soon()))
     before = Path(f"{path}.json").read_bytes()
     volume.fail("open", errno.EIO, on="*.json")
 
-    results = list(fleet.start(checkpoint=None).verify(soon(), repair=True))
+    results = list(care.verify(fleet.start(checkpoint=None), soon(), repair=True))
     volume.heal()
 
     assert [result.ok for result in results] == [False]
@@ -421,10 +422,10 @@ def test_a_file_that_cannot_be_read_is_listed_and_can_be_removed(
     status = model_manager._Command(manager, Config.from_env({}), options, soon()).run()
     listed = capsys.readouterr().out
     with pytest.raises(VolumeFailed):
-        manager.remove("Model-1_1")
+        care.remove(manager.cache, "Model-1_1")
     volume.heal(fault)
     volume.fail("read", errno.EIO, on="loras/Model-1*")
-    manager.remove("Model-1_1")
+    care.remove(manager.cache, "Model-1_1")
 
     assert status == 0
     assert "Model-1_1.safetensors  (cannot be read)" in listed
@@ -437,7 +438,7 @@ def test_a_damaged_file_that_cannot_be_removed_ends_no_verification(fleet: Fleet
     (fleet.loras / "Model-1_1.safetensors").write_bytes(b"<html>")
     volume.fail("rename", errno.EIO, on="loras/Model-1*")
 
-    results = {result.entry.file: result for result in worker.verify(soon(), repair=True)}
+    results = {result.entry.file: result for result in care.verify(worker, soon(), repair=True)}
 
     assert results["Model-2_2.safetensors"].ok
     assert "left alone" in results["Model-1_1.safetensors"].finding

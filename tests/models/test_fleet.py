@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import HeldModels, Model
 from a1111_worker.errors import VolumeFull
+from a1111_worker.models import care
 from a1111_worker.models.manager import ModelManager
 from sandbox.models import sha256_of
 from tests.fleet import Fleet, lora, timings
@@ -77,7 +78,7 @@ class Cache(RuleBasedStateMachine):
     def evict(self, worker: int, models: int) -> None:
         held = self.held_files()
         try:
-            self.workers[worker].shrink(models * SIZE)
+            care.shrink(self.workers[worker].cache, models * SIZE)
         except VolumeFull:
             assert len(held) > models
         else:
@@ -154,7 +155,7 @@ with manager(Path(folder), api, storage, **how) as worker:
     for _ in range(int(operations)):
         if chance.random() < 0.15:
             try:
-                worker.shrink(chance.randrange(int(limit)))
+                care.shrink(worker.cache, chance.randrange(int(limit)))
             except VolumeFull:
                 refused += 1
             continue

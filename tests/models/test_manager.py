@@ -12,6 +12,7 @@ import pytest
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelKind, ModelRef, Progress
 from a1111_worker.errors import ModelNotFound, ModelRejected
+from a1111_worker.models import care
 from a1111_worker.models.manager import ModelManager
 from sandbox.civitai import NOT_FOUND
 from sandbox.models import sd15_lora, sdxl_checkpoint, sdxl_lora, sha256_of, tensor_hash
@@ -245,7 +246,7 @@ def test_the_fixed_checkpoint_is_its_version_too(fleet: Fleet) -> None:
 
 
 def findings(worker: ModelManager) -> list[tuple[str, bool]]:
-    return [(result.finding.split(":")[0], result.ok) for result in worker.verify(soon(), repair=True)]
+    return [(result.finding.split(":")[0], result.ok) for result in care.verify(worker, soon(), repair=True)]
 
 
 def test_a_damaged_checkpoint_is_fetched_again_though_it_was_put_there_by_hand(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from a1111_worker.context import JobContext
 from a1111_worker.domain import ModelRef, Progress
 from a1111_worker.errors import VolumeFull
+from a1111_worker.models import care
 from tests.disks import small_disk
 from tests.fleet import Fleet, fetch, lora, soon, timings
 from tests.support import wait_until
@@ -248,6 +250,18 @@ def test_what_a_killed_evictor_left_in_the_trash_is_removed_by_those_who_live(fl
     wait_until(lambda: not trashed.exists(), "its removal")
 
 
+def test_what_another_worker_is_still_downloading_counts_towards_the_limit(fleet: Fleet) -> None:
+    first, second = sizes(fleet, 1, 2)
+    worker = fleet.start(checkpoint=None, limit=3 * MB + 200_000)
+    fetch(worker, first)
+    (fleet.loras / ".parts/v9.another.part").write_bytes(bytes(100_000))
+    (fleet.loras / ".leases/v9").write_text(json.dumps({"owner": "another", "done": 100_000, "total": 2 * MB}))
+
+    fetch(worker, second)
+
+    assert fleet.models_there() == ["Model-2_2.safetensors"]  # with all three the cache would be too large
+
+
 def test_the_file_of_a_living_worker_without_a_lease_is_not_evicted(fleet: Fleet) -> None:
     (ref,) = sizes(fleet, 1)
     worker = fleet.start(
@@ -312,7 +326,7 @@ def test_a_cache_whose_own_folders_were_deleted_goes_on(fleet: Fleet) -> None:
 
     model = fetch(worker, second)
     shutil.rmtree(fleet.loras / ".trash")
-    removed = worker.remove(model.file)
+    removed = care.remove(worker.cache, model.file)
 
     assert model.downloaded
     assert [entry.file for entry in removed] == [model.file]

@@ -136,3 +136,11 @@ def silence(it: World) -> None:
         return True
 
     it.webui.before.append(hold)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process lives: it is no zombie."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

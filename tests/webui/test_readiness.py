@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.errors import CheckpointNotLoaded, WebUINotReady
-from a1111_worker.webui.supervisor import Supervisor
 from sandbox.server import Exchange
 from sandbox.webui import WebUIFault
 from tests.support import QUICK, wait_until, world
-from tests.webui.supervised import HeldRequest, silence, supervised, when_asked
+from tests.webui.supervised import HeldRequest, runs, silence, supervised, when_asked
 
 
 def test_a_webui_that_dies_idle_costs_no_job(tmp_path: Path) -> None:
@@ -92,9 +91,10 @@ def test_a_webui_that_dies_during_the_boot_is_waited_for(tmp_path: Path) -> None
 
 def test_a_webui_that_start_sh_gives_up_on_ends_the_job_and_the_worker(tmp_path: Path) -> None:
     with supervised(tmp_path) as (it, start_sh):
+        pid = int((tmp_path / "webui.state").read_text())
         start_sh.may_restart.clear()
         start_sh.kill()
-        wait_until(lambda: not Supervisor(tmp_path / "webui.state").is_running(), "the WebUI's end")
+        wait_until(lambda: not runs(pid), "the WebUI's end")
         (tmp_path / "webui.state").write_text("failed")
 
         answer = it.ask()

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from a1111_worker.webui.supervisor import Ownership, Supervisor, boot_time
+from tests.support import wait_until
+from tests.webui.supervised import runs
 
 
 def a_dead_pid() -> str:
@@ -44,11 +45,13 @@ def test_the_state_file_tells_who_owns_the_webui(tmp_path: Path, state: str, own
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_the_webui_runs_if_the_process_of_the_pid_lives(tmp_path: Path, end: str) -> None:
+def test_the_process_of_the_pid_is_killed(tmp_path: Path, end: str) -> None:
     file = tmp_path / "webui.state"
-    file.write_text(f"{os.getpid()}{end}")
+    webui = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    file.write_text(f"{webui.pid}{end}")
 
-    assert Supervisor(file).is_running()
+    assert Supervisor(file).kill(wait=0.0)
+    assert webui.wait() == -signal.SIGKILL
 
 
 def test_a_process_that_got_the_pid_later_is_not_the_webui(tmp_path: Path) -> None:
@@ -59,28 +62,26 @@ def test_a_process_that_got_the_pid_later_is_not_the_webui(tmp_path: Path) -> No
 
     supervisor = Supervisor(file)
 
-    assert not supervisor.is_running()
     assert supervisor.kill(wait=0.0)
     assert other.poll() is None
     other.kill()
     other.wait()
 
 
-def test_a_clock_that_jumps_does_not_change_whether_the_webui_runs(tmp_path: Path) -> None:
+def test_a_clock_that_jumps_does_not_change_which_process_is_the_webui(tmp_path: Path) -> None:
     file = tmp_path / "webui.state"
     webui = subprocess.Popen(["sleep", "60"], start_new_session=True)
     file.write_text(str(webui.pid))
     jumps = [0.0, 3600.0, -3600.0]
     supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
 
-    before = supervisor.is_running()
-    after = []
+    owned = [supervisor.ownership]
     for _ in range(2):
         del jumps[0]
-        after.append(supervisor.is_running())
+        owned.append(supervisor.ownership)
     killed = supervisor.kill(wait=0.0)
 
-    assert (before, after) == (True, [True, True])
+    assert owned == [Ownership.START_SH] * 3
     assert killed and webui.wait() == -signal.SIGKILL
 
 
@@ -106,10 +107,9 @@ def test_a_process_that_got_the_pid_stays_another_one_whatever_the_clock_says_la
     jumps = [0.0, -2e9]
     supervisor = Supervisor(file, boot_time=lambda: boot_time() + jumps[0])
 
-    before = supervisor.is_running()
+    assert supervisor.instance_id == str(other.pid)
     del jumps[0]
 
-    assert (before, supervisor.is_running()) == (False, False)
     assert supervisor.kill(wait=0.0)
     assert other.poll() is None
     other.kill()
@@ -130,16 +130,7 @@ def test_a_killed_webui_takes_its_children_along(tmp_path: Path) -> None:
     leader.stdout.close()
 
     assert killed
-    assert not Supervisor(file).is_running()
-    while runs(child):  # it dies when the kernel gets to it; the test's own timeout ends one that does not
-        threading.Event().wait(0.01)
-
-
-def runs(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
+    wait_until(lambda: not runs(child), "the child's end")  # it dies when the kernel gets to it
 
 
 @pytest.mark.parametrize("state", ["failed", "failed: 4242", "", "1", "-1"])
@@ -158,7 +149,7 @@ def test_a_webui_whose_process_has_ended_is_still_owned_by_start_sh(tmp_path: Pa
     supervisor = Supervisor(file)
 
     assert supervisor.ownership is Ownership.START_SH
-    assert not supervisor.is_running()
+    assert supervisor.kill(wait=0.0)  # start.sh is starting the next one
 
 
 def test_every_process_of_the_webui_has_its_own_id(tmp_path: Path) -> None:
@@ -177,4 +168,3 @@ def test_every_process_of_the_webui_has_its_own_id(tmp_path: Path) -> None:
 def test_without_a_state_file_start_sh_does_not_own_the_webui(tmp_path: Path) -> None:
     for supervisor in (Supervisor(None), Supervisor(tmp_path / "none")):
         assert supervisor.ownership is Ownership.NOBODY
-        assert not supervisor.is_running()
