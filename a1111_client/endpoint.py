@@ -49,7 +49,7 @@ def runpod_url(endpoint_id: str) -> str:
 class Timings:
     """Periods in seconds. RunPod takes 2000 questions for a status in 10 s, all jobs of an endpoint together."""
 
-    quick: float = 0.04  # between two questions about a job that is younger than `young`
+    quick: float = 0.025  # between two questions about a job that is younger than `young`
     young: float = 5.0
     slow: float = 1.0  # … about an older one
     questions_per_second: float = 100.0  # about all young jobs together

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MakeInput = Callable[[Snapshot], Input]
 
+_LOOKS_PER_LINE = 10  # of the log, while a job waits for the same reason
 _QUOTED = re.compile(r"['\"]([^'\"]+)['\"]")
 _ABOUT_NAMES = ("INVALID_REQUEST", "MODEL_NOT_FOUND")
 
@@ -115,12 +117,12 @@ class Runner:
 
     async def _watch_queue(self, opened: OpenJob, job: Job) -> None:
         """Say why a job waits: cold starts take minutes, and look like a fault."""
-        while True:
+        for look in itertools.count():
             await asyncio.sleep(self.endpoint.timings.queue_look)
             with contextlib.suppress(EndpointError):
                 place = await self.endpoint.describe_queue()
-                if place != opened.place:
-                    opened.place = place
+                is_new, opened.place = place != opened.place, place
+                if is_new or look % _LOOKS_PER_LINE == 0:
                     log.info("job %s: %s", job.id, opened.describe())
 
     def _learn(self, answer: Mapping[str, Any]) -> None:

@@ -101,6 +101,27 @@ def test_webuiapi_draws_a_second_pass_and_several_pictures(api: Any) -> None:
     assert len(several.images) == 2
 
 
+def test_webuiapi_draws_from_a_picture_and_repaints_a_part_of_one(api: Any) -> None:
+    picture, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+
+    changed = api.img2img(images=[picture], prompt="a door", denoising_strength=0.5, **SMALL)
+    repainted = api.img2img(
+        images=[picture],
+        mask_image=mask,
+        mask_blur=4,
+        inpainting_fill=1,
+        prompt="a door",
+        inpaint_full_res=False,
+        **SMALL,
+    )
+
+    assert changed.image.size == repainted.image.size == (64, 64)
+    assert "Denoising strength: 0.5" in changed.info["infotexts"][0]
+    assert "Mask blur: 4" in repainted.info["infotexts"][0]
+    assert changed.parameters["init_images"] is None
+
+
 def test_webuiapi_uses_a_lora_by_its_tag(api: Any) -> None:
     names = [entry["name"] for entry in api.get_loras()]
 

@@ -43,8 +43,8 @@ async def endpoint_of(queue: SandboxRunPod, key: str = KEY) -> AsyncIterator[End
 @pytest.mark.parametrize(
     ("age", "open_jobs", "pause"),
     [
-        (0.0, 1, 0.04),  # a short job costs the poll's half at most
-        (4.9, 1, 0.04),
+        (0.0, 1, 0.025),  # so a short job waits 12 ms for the question, on average
+        (4.9, 1, 0.025),
         (5.0, 1, 1.0),
         (0.0, 10, 0.1),  # 100 questions a second, of the 200 that RunPod takes
         (0.0, 500, 1.0),
