@@ -35,6 +35,7 @@ from a1111_worker.domain import (
     HealthRequest,
     ModelsRequest,
     OnLoraError,
+    PngInfoRequest,
     PrefetchRequest,
     Request,
     Stage,
@@ -52,6 +53,7 @@ from a1111_worker.pictures.fetch import PictureFetcher
 from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.queries.health import HealthQuery
 from a1111_worker.queries.models import ModelsQuery
+from a1111_worker.queries.png_info import PngInfoQuery
 from a1111_worker.queries.prefetch import PrefetchQuery
 from a1111_worker.request.extensions import fill_units
 from a1111_worker.request.fields import Limits
@@ -99,6 +101,11 @@ async def upscale(worker: Worker, request: UpscaleRequest, context: JobContext) 
     return await jobs.run(context, worker.delivery.deliver, upscaling, request.output)
 
 
+async def png_info(worker: Worker, request: PngInfoRequest, context: JobContext) -> dict[str, Any]:
+    """What a picture's file says of how it was made."""
+    return await worker.jobs.run(context, worker.png_info_query.answer, request)
+
+
 async def models(worker: Worker, _request: ModelsRequest, context: JobContext) -> dict[str, Any]:
     """What a client's menus show."""
     return await worker.jobs.run(context, worker.models_query.answer)
@@ -117,6 +124,7 @@ async def health(worker: Worker, _request: HealthRequest, context: JobContext) -
 _TASKS: Mapping[type, Callable[[Worker, Any, JobContext], Awaitable[dict[str, Any]]]] = {
     GenerationRequest: generate,
     UpscaleRequest: upscale,
+    PngInfoRequest: png_info,
     ModelsRequest: models,
     PrefetchRequest: prefetch,
     HealthRequest: health,
@@ -165,6 +173,7 @@ class Worker:
         self.shutdown = Shutdown(config.shutdown_grace)
         self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
         self.models_query = ModelsQuery(self._webui, self.readiness, self.generator, self.models, self.limits)
+        self.png_info_query = PngInfoQuery(self.pictures, self.models_query)
         self.prefetch_query = PrefetchQuery(self.models, self.readiness, self.models_query)
         self.health_query = HealthQuery(self.health, self.generator, self.models)
         self.broken: WorkerError | None = None

@@ -241,6 +241,7 @@ class Task(str, Enum):
     TXT2IMG = "txt2img"
     IMG2IMG = "img2img"
     UPSCALE = "upscale"
+    PNG_INFO = "png_info"
     MODELS = "models"
     PREFETCH = "prefetch"
     HEALTH = "health"
@@ -334,11 +335,18 @@ class UpscaleRequest:
 
 
 @dataclass(frozen=True)
+class PngInfoRequest:
+    """A picture whose texts are asked for."""
+
+    image: PictureSource
+
+
+@dataclass(frozen=True)
 class HealthRequest:
     """How the worker is. It has no fields."""
 
 
-Request = GenerationRequest | UpscaleRequest | ModelsRequest | PrefetchRequest | HealthRequest
+Request = GenerationRequest | UpscaleRequest | PngInfoRequest | ModelsRequest | PrefetchRequest | HealthRequest
 """What a job's input becomes: the request of its task."""
 
 

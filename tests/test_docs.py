@@ -36,7 +36,6 @@ from a1111_worker.request.fields import (
 from a1111_worker.request.img2img import img2img_fields
 from a1111_worker.request.json_schema import job_schema
 from a1111_worker.request.parse import FORMS, parse_request
-from a1111_worker.request.queries import prefetch_fields
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.request.upscale import upscale_fields
 from a1111_worker.request.values import ValueType
@@ -61,6 +60,8 @@ FLOW = DOCS / "workflows" / "request-flow.md"
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
+
+JOB = Draft202012Validator(job_schema())
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
@@ -208,13 +209,21 @@ def test_every_field_of_upscale_is_described() -> None:
 
 
 def test_every_task_is_described() -> None:
-    assert set(table(API, "Tasks", "task")) == {task.value for task in Task} == {task.value for task in FORMS}
+    rows = table(API, "Tasks", "task")
+
+    assert set(rows) == {task.value for task in Task} == {task.value for task in FORMS}
+    for task, (example, *_) in rows.items():
+        given = json.loads(example.strip("`"))
+        assert given.get("task", "txt2img") == task
+        parse_request(given, Limits())
+        JOB.validate({"input": given})
 
 
-def test_every_field_of_prefetch_is_described_with_its_type_and_range() -> None:
-    rows = {name: cells[:2] for name, cells in table(API, "Prefetch", "field").items()}
+@pytest.mark.parametrize(("heading", "task"), [("PNG info", Task.PNG_INFO), ("Prefetch", Task.PREFETCH)])
+def test_every_field_of_a_query_is_described_with_its_type_and_range(heading: str, task: Task) -> None:
+    rows = {name: cells[:2] for name, cells in table(API, heading, "field").items()}
 
-    fields = {name: field.value for name, field in prefetch_fields(Limits()).items() if name != "task"}
+    fields = {name: field.value for name, field in FORMS[task].fields(Limits()).items() if name != "task"}
     assert rows == {name: (value.type, value.expected) for name, value in fields.items()}
 
 
@@ -509,9 +518,6 @@ def test_no_page_names_the_place_in_which_it_was_written(page: Path) -> None:
 
 
 # -- examples
-
-
-JOB = Draft202012Validator(job_schema())
 
 
 def jobs() -> Iterator[tuple[str, dict[str, object]]]:

@@ -44,7 +44,7 @@ class PreparedPicture:
 
 def count_pixels(data: bytes) -> int:
     """The pixels of a picture, by its header. Raises BadPicture if it is no picture, or has more than are allowed."""
-    with _opened(data) as image:
+    with opened(data) as image:
         width, height = image.size
     pixels: int = width * height
     if pixels > MAX_PICTURE_PIXELS:
@@ -54,7 +54,7 @@ def count_pixels(data: bytes) -> int:
 
 def decode_picture(data: bytes) -> PreparedPicture:
     """A picture as 8-bit RGB: turned, without transparency. Raises BadPicture. Its pixels were counted before."""
-    with _opened(data) as image:
+    with opened(data) as image:
         is_first = _has_several(image)
         plain = _turned(image, _on_white(_as_8_bit(image)))
         return PreparedPicture(_to_png(plain), PictureSize(*plain.size), is_first)
@@ -70,7 +70,7 @@ def decode_mask(data: bytes, size: PictureSize | None, *, is_rounded: bool) -> P
     """
     from PIL.Image import Resampling
 
-    with _opened(data) as image:
+    with opened(data) as image:
         is_first = _has_several(image)
         picture = _as_8_bit(image)
         mask = picture.convert("RGB").convert("L")
@@ -91,7 +91,7 @@ def first_of_several(pictures: Mapping[str, PreparedPicture]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image]:
+def opened(data: bytes) -> Iterator[Image]:
     """A picture whose header is read. Whatever Pillow raises inside the block becomes a BadPicture."""
     from PIL import Image, UnidentifiedImageError
 

@@ -67,6 +67,13 @@ class PicturePreparer:
         log.info("%d pictures are prepared after %.1f s", len(prepared), time.monotonic() - began)
         return prepared
 
+    def read(self, path: str, source: PictureSource, context: JobContext) -> bytes:
+        """The file of one picture, as it is. Raises InvalidRequest, DownloadFailed."""
+        complaints = _Complaints()
+        files = self._read({path: source}, complaints, context.deadline)
+        complaints.check([path])
+        return files[path]
+
     def _read(
         self, sources: Mapping[str, PictureSource], complaints: _Complaints, deadline: Deadline
     ) -> dict[str, bytes]:

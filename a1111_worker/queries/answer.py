@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from a1111_worker import __version__
 from a1111_worker.context import JobContext
+from a1111_worker.delivery.answer import MB, serialised_size, size_limit
+from a1111_worker.errors import ResultTooLarge
 
 
 def versions(webui_version: str | None) -> dict[str, str | None]:
     """The versions of this worker and of A1111, as every `worker` block has them. A1111's is None until it is known."""
     return {"worker": __version__, "webui": webui_version}
+
+
+def check_size(answer: Mapping[str, Any], context: JobContext) -> None:
+    """Raise ResultTooLarge if RunPod would not take an answer."""
+    limit = size_limit(context.job_id)
+    if serialised_size(answer) > limit:
+        raise ResultTooLarge(
+            f"the answer is larger than {limit / MB:.0f} MB", hint="/runsync takes 20 MB; or ask for less"
+        )
 
 
 def worker_block(webui_version: str | None, context: JobContext) -> dict[str, Any]:

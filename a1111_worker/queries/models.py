@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from a1111_worker import __version__
 from a1111_worker.catalog import LORAS, lora_of_version
 from a1111_worker.context import JobContext
-from a1111_worker.delivery.answer import MB, RUN_LIMIT, serialised_size, size_limit
 from a1111_worker.domain import (
     AppliedLora,
     Generation,
@@ -32,15 +31,15 @@ from a1111_worker.domain import (
     UpscaleRequest,
     Upscaling,
 )
-from a1111_worker.errors import ResultTooLarge, VolumeFailed, WorkerError
+from a1111_worker.errors import VolumeFailed, WorkerError
 from a1111_worker.models.manager import ModelManager
-from a1111_worker.queries.answer import versions, worker_block
+from a1111_worker.queries.answer import check_size, versions, worker_block
 from a1111_worker.request.fields import OVERRIDABLE_OPTIONS, Limits
 from a1111_worker.webui.checkpoint import title_of
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.generation import Generator
 from a1111_worker.webui.readiness import Readiness
-from a1111_worker.webui.responses import MENUS
+from a1111_worker.webui.responses import MENUS, Sampler
 
 R = TypeVar("R", Generation, Upscaling)
 
@@ -83,10 +82,7 @@ class ModelsQuery:
             "models": menus,
             "worker": self.add_fingerprint(worker_block(self.webui_version, context)),
         }
-        if serialised_size(answer) > size_limit(context.job_id):
-            raise ResultTooLarge(
-                f"the lists are larger than {RUN_LIMIT / MB:.0f} MB", hint="fewer models in the cache; or /runsync"
-            )
+        check_size(answer, context)
         return answer
 
     def add_menus(self, result: R, request: GenerationRequest | UpscaleRequest, _context: JobContext) -> R:
@@ -102,6 +98,11 @@ class ModelsQuery:
     def add_fingerprint(self, worker: dict[str, Any]) -> dict[str, Any]:
         """A `worker` block with the fingerprint of the menus."""
         return {**worker, "lists": self._fingerprint()}
+
+    @property
+    def samplers(self) -> Sequence[Sampler]:
+        """The WebUI's samplers, as of its last preparation."""
+        return self._readiness.lists.samplers
 
     @property
     def webui_version(self) -> str | None:

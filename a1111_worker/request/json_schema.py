@@ -164,6 +164,9 @@ _HEALTH = _object(
 ANSWERS: Mapping[str, Schema] = {
     "generation_answer": _object(images=_list(_TEXT), parameters={"type": "object"}, info=_TEXT, worker=_WORKER),
     "upscale_answer": _object(images=_list(_TEXT), html_info=_TEXT, worker=_object(**_DELIVERED)),
+    "png_info_answer": _object(
+        info=_TEXT, items=_map(_TEXT), parameters=_map({"type": ["boolean", "number", "string"]}), worker=_QUERY_WORKER
+    ),
     "models_answer": _object(models=_MENUS, worker=_QUERY_WORKER),
     "prefetch_answer": _object(
         prefetch=_map(_list({"anyOf": [_PREFETCHED, _object(name=_TEXT, code=_TEXT, message=_TEXT)]})),

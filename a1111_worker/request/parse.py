@@ -15,7 +15,7 @@ from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import TASK, Field, Limits
 from a1111_worker.request.generating import read_img2img, read_txt2img
 from a1111_worker.request.img2img import img2img_fields
-from a1111_worker.request.queries import no_fields, prefetch_fields, read_prefetch
+from a1111_worker.request.queries import no_fields, png_info_fields, prefetch_fields, read_png_info, read_prefetch
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.txt2img import txt2img_fields
 from a1111_worker.request.upscale import read_upscale, upscale_fields
@@ -49,6 +49,7 @@ FORMS: Mapping[Task, Form] = {
     Task.TXT2IMG: Form(txt2img_fields, read_txt2img),
     Task.IMG2IMG: Form(img2img_fields, read_img2img),
     Task.UPSCALE: Form(upscale_fields, read_upscale),
+    Task.PNG_INFO: Form(png_info_fields, read_png_info),
     Task.MODELS: Form(no_fields, lambda _reader: ModelsRequest()),
     Task.PREFETCH: Form(prefetch_fields, read_prefetch),
     Task.HEALTH: Form(no_fields, lambda _reader: HealthRequest()),

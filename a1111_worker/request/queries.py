@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from a1111_worker.domain import ModelKind, ModelRef, PrefetchRequest
+from a1111_worker.domain import ModelKind, ModelRef, PictureSource, PngInfoRequest, PrefetchRequest
 from a1111_worker.models.references import BadReference, parse_reference
 from a1111_worker.request.fields import LORA_KEYS, TASK, Field, FieldClass, Limits
+from a1111_worker.request.picture_fields import picture
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.unknown import unknown_lora_key
 from a1111_worker.request.values import InvalidValue, ValueType, as_integer, list_of, mismatch, shown
@@ -21,6 +22,16 @@ PREFETCHED: Mapping[str, ModelKind] = {"loras": ModelKind.LORA, "checkpoints": M
 def no_fields(_limits: Limits) -> Mapping[str, Field]:
     """The table of a task that takes nothing but its name."""
     return {"task": TASK}
+
+
+def png_info_fields(limits: Limits) -> Mapping[str, Field]:
+    """The table of png_info: a picture."""
+    return {"task": TASK, "image": Field(FieldClass.OURS, picture(limits), is_required=True)}
+
+
+def read_png_info(reader: InputReader) -> PngInfoRequest:
+    """The picture of a png_info job. Without a valid one there is a complaint already."""
+    return PngInfoRequest(reader.given.get("image", PictureSource()))
 
 
 def prefetch_fields(limits: Limits) -> Mapping[str, Field]:

@@ -113,6 +113,7 @@ def test_real_answers_are_valid(tmp_path: Path) -> None:
         answers = {
             "generation_answer": it.ask(loras=[{"version_id": DETAIL}, {"name": "nobody"}], on_lora_error="warn"),
             "upscale_answer": it.run({"id": "4", "input": {**UPSCALE, "image": picture()}}),
+            "png_info_answer": it.run({"id": "0", "input": {"task": "png_info", "image": it.ask()["images"][0]}}),
             "models_answer": it.run({"id": "1", "input": {"task": "models"}}),
             "prefetch_answer": it.run({"id": "2", "input": {"task": "prefetch", "loras": [DETAIL, "nobody"]}}),
             "health_answer": it.run({"id": "3", "input": {"task": "health"}}),
