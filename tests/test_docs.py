@@ -323,7 +323,7 @@ def test_the_time_of_a_job_with_a_short_policy_is_as_described() -> None:
 
 def test_every_stage_is_described_with_what_status_shows() -> None:
     assert set(table(FLOW, "Progress", "stage")) == {stage.value for stage in Stage}
-    assert {"parse", "names", *(stage.value for stage in Stage)} == set(table(FLOW, "Stages", "stage"))
+    assert {"parse", "pictures", "names", *(stage.value for stage in Stage)} == set(table(FLOW, "Stages", "stage"))
 
 
 def test_every_answer_of_civitai_is_described_with_what_it_ends_as() -> None:

@@ -22,6 +22,7 @@ from a1111_worker.request.extensions import is_idle, read_units
 from a1111_worker.request.fields import INERT_OPTIONS
 from a1111_worker.request.img2img import FIRST
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
+from a1111_worker.request.picture_scripts import is_sd_upscale
 from a1111_worker.request.reader import InputReader
 from a1111_worker.request.scripts import TAKE_ONE_PICTURE, check_script
 from a1111_worker.request.size import final_size, size_problem
@@ -260,6 +261,8 @@ def _pictures(reader: InputReader) -> dict[str, PictureSource]:
 def _check_init_images(reader: InputReader, body: Mapping[str, Any]) -> None:
     """Several pictures: A1111 takes one for each picture of a batch, and a script of its own takes one in all."""
     count, batch_size = len(reader.given.get("init_images", ())), body.get("batch_size", 1)
+    if "mask" in reader.given and is_sd_upscale(body):
+        reader.complain("mask", "cannot be used with sd upscale: the WebUI would lay it over each tile")
     if count <= 1:
         return
     script = str(body.get("script_name") or "").strip().lower()

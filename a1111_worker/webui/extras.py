@@ -22,7 +22,7 @@ def resolve_extras(request: UpscaleRequest, lists: WebUILists) -> UpscaleRequest
     """The request with its upscalers in the WebUI's own spelling. InvalidRequest if the files of one are not there."""
     body, complaints = dict(request.body), list[Complaint]()
     for field in UPSCALERS:
-        if name := body.pop(field, "").strip():
+        if (name := body.pop(field, "").strip()) and name.lower() != NO_UPSCALER.lower():
             try:
                 body[field] = resolve_upscaler(name, lists, path=field)
             except InvalidRequest as error:

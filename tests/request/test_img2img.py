@@ -98,6 +98,10 @@ def test_a_prompt_may_be_missing() -> None:
         ({"script_name": "Loopback", "script_args": [0, 3, "", "None"]}, "script_args[0]: must be a whole number"),
         ({"script_name": "SD upscale", "script_args": [None, 16, 1, 2]}, "script_args[2]: must be text, not 1"),
         (
+            {"script_name": "SD upscale", "script_args": [None, 64, "Lanczos", 2], "mask": picture()},
+            "mask: cannot be used with sd upscale",
+        ),
+        (
             {"script_name": "SD upscale", "script_args": [None, 64, "Lanczos", 2], "width": 64, "height": 512},
             "script_args[1]: must be a whole number from 0 to 56, not 64",
         ),

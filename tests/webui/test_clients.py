@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from a1111_worker.domain import GenerationRequest, Model, ModelKind
+from a1111_worker.context import JobContext
+from a1111_worker.domain import GenerationRequest, Model, ModelKind, UpscaleRequest
 from a1111_worker.errors import InvalidRequest
+from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.request.fields import Limits
+from a1111_worker.request.img2img import fit_pictures
+from a1111_worker.request.parse import parse_request
+from a1111_worker.request.upscale import fit_upscale
 from a1111_worker.webui.checkpoint import checkpoint_names
 from a1111_worker.webui.composition import resolve
+from a1111_worker.webui.extras import resolve_extras
 from a1111_worker.webui.responses import Style
 from tests.support import DATA, parse_generation
 from tests.webui.test_composition import lists
@@ -47,6 +53,25 @@ def test_what_a_client_sends_is_a_job(body: dict[str, Any]) -> None:
 
     assert len(request.warnings) <= 1
     assert "user:pass" not in json.dumps([request.body, request.warnings])  # the password that SillyTavern sends along
+
+
+@pytest.mark.parametrize("name", ["img2img", "inpaint", "extra_single_image", "extra_batch_images"])
+def test_what_a_client_sends_with_pictures_is_a_job(name: str) -> None:
+    recorded = json.loads((DATA / "clients" / f"webuiapi_{name}.json").read_text())
+    (body,) = (exchange["body"] for exchange in recorded["requests"])
+    prepare = PicturePreparer().prepare
+
+    if name in ("img2img", "inpaint"):
+        request = parse_generation({"task": "img2img", **body}, Limits())
+        found = resolve(fit_pictures(request, prepare(request.pictures, JobContext()), Limits()), LISTS)
+        assert len(found.body["init_images"]) == 1
+        assert len(found.warnings) == 1  # what is dropped
+    else:
+        upscale = parse_request({"task": "upscale", **body}, Limits())
+        assert isinstance(upscale, UpscaleRequest)
+        fitted = fit_upscale(resolve_extras(upscale, LISTS), prepare(upscale.pictures, JobContext()), Limits())
+        assert len(fitted.images) == len(body.get("imageList", [1]))
+        assert len(fitted.warnings) == 1
 
 
 def test_what_cannot_be_done_is_refused() -> None:

@@ -54,6 +54,33 @@ def test_every_report_can_be_believed(path: Path) -> None:
             assert report.eta_s is None
 
 
+# each with what its job asks for, and the last details
+IMG2IMG = [
+    ("progress", {}, "step 30 of 31, image 1 of 1"),
+    ("progress_batch", {"n_iter": 2}, "step 7 of 8, image 2 of 2"),
+    ("progress_sd_upscale", {"script_name": "sd upscale"}, "step 4 of 5, image 1 of 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "body", "last"), IMG2IMG)
+def test_the_steps_of_an_img2img_are_those_that_are_done(name: str, body: dict[str, Any], last: str) -> None:
+    """Of 40 steps with a strength of 0.75 A1111 does 31, and `info` says 40."""
+    case = json.loads((DATA / "webui-1.10.1" / "img2img" / f"{name}.json").read_text())
+    progress = GenerationProgress(body)
+    keys = ("job", "job_count", "job_no", "sampling_step", "sampling_steps")
+
+    found = []
+    for done, *state in case["seen"]:
+        look = {"progress": done, "eta_relative": 1.0, "state": dict(zip(keys, state, strict=True))}
+        if (report := progress.report(parse_progress(look))) is not None:
+            found.append(report)
+
+    percents = [report.percent or 0 for report in found]
+    assert percents == sorted(percents) and percents[-1] > 80
+    assert found[0].detail == "before the first step"
+    assert found[-1].detail == last
+
+
 def test_an_adaptive_sampler_has_no_total_once_it_is_past_it() -> None:
     found = reports(DATA / "webui-1.10.1" / "progress" / "progress_4_steps_DPM_adaptive.json")
 
