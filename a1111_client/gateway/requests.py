@@ -96,7 +96,7 @@ class Gateway:
                 except Interrupted:
                     answer = {"images": [], "info": json.dumps(_empty_info(name, given))}
             shown = {
-                "images": answer.get("images", []),
+                "images": [] if given.get("send_images") is False else answer.get("images", []),
                 "parameters": _parameters(name, given),
                 "info": answer.get("info", "{}"),
             }

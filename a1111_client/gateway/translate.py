@@ -30,12 +30,11 @@ _BUILT_IN_SCRIPTS = ("refiner", "sampler", "seed", "extra options")  # by API th
 _DROPPED = frozenset(
     [
         *("save_images", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards"),
-        *("force_task_id", "include_init_images", "latent_mask", "sampler_index", "comments"),
+        *("force_task_id", "include_init_images", "latent_mask", "sampler_index", "comments", "send_images"),
     ]
 )
 # They have a meaning for the worker only at another value than this, and it says what it thinks of that.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "send_images": (True,),
     "disable_extra_networks": (False,),
     "infotext": ("",),
     "firstpass_image": ("",),

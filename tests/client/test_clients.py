@@ -122,6 +122,18 @@ def test_webuiapi_draws_from_a_picture_and_repaints_a_part_of_one(api: Any) -> N
     assert changed.parameters["init_images"] is None
 
 
+def test_webuiapi_makes_pictures_larger(api: Any) -> None:
+    picture = Image.new("RGB", (32, 24), "red")
+
+    single = api.extra_single_image(image=picture, upscaling_resize=2, upscaler_1=webuiapi.Upscaler.Lanczos)
+    batch = api.extra_batch_images(images=[picture, picture], upscaling_resize=3, upscaler_1="Lanczos")
+
+    assert single.image.size == (64, 48)
+    assert [image.size for image in batch.images] == [(96, 72), (96, 72)]
+    with pytest.raises(RuntimeError, match=r"the nearest|these are there"):
+        api.extra_single_image(image=picture, upscaler_1="ESRGAN_4x")
+
+
 def test_webuiapi_uses_a_lora_by_its_tag(api: Any) -> None:
     names = [entry["name"] for entry in api.get_loras()]
 
@@ -178,7 +190,7 @@ def test_webuiapi_reads_pictures(api: Any) -> None:
     read = api.png_info(drawn.image)
     api.util_wait_for_ready(check_interval=0.05)
 
-    assert read.info == "" or "a lighthouse" in read.info  # Pillow writes no texts unless asked to
+    assert read.parameters["Prompt"] in ("", "a lighthouse")  # Pillow writes no texts unless it is asked to
 
 
 def test_a_refusal_reaches_the_client_with_the_workers_sentence(api: Any) -> None:

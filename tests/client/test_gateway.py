@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from a1111_client.gateway.bodies import fields
 from sandbox.runpod import CANCELLED, COMPLETED
 from sandbox.storage import json_fault
 from tests.client.scripted import CHECKPOINT, KEY, PNG, SHA256, Desk, Taken, desk, models_answer, picture_answer
@@ -72,6 +73,12 @@ def test_who_wants_it_gets_what_the_worker_tells_beside_the_picture(awake: Desk)
     answer = awake.post("txt2img?worker=1", SMALL).json()
 
     assert answer["worker"]["delivery"]["mode"] == "inline"
+
+
+def test_who_wants_no_pictures_gets_what_is_said_about_them(awake: Desk) -> None:
+    answer = awake.post("txt2img", {**SMALL, "send_images": False}).json()
+
+    assert (answer["images"], json.loads(answer["info"])["seed"]) == ([], 42)
 
 
 def test_img2img_echoes_its_pictures_only_if_asked(awake: Desk) -> None:
@@ -595,5 +602,32 @@ def test_what_a_client_sends_is_answered_as_it_needs_it(fresh: Desk, path: Path)
         elif request["path"] == "/sdapi/v1/options" and request["method"] == "GET":
             assert answer.json()["sd_model_checkpoint"] == title
     for given in fresh.worker.inputs:
-        dropped = {"sampler_index", "override_settings_restore_afterwards", "do_not_save_samples", "save_images"}
-        assert not dropped & set(given)
+        assert_says_no_more_than_it_must(given)
+
+
+SOURCES = json.loads(
+    (DATA / "clients" / "read_in_sources.json")
+    .read_text(encoding="utf-8")
+    .replace("tiny.safetensors [0123456789]", TITLE)
+)
+
+
+@pytest.mark.parametrize("entry", SOURCES, ids=lambda entry: f"{entry['client']} {entry['version']}")
+def test_the_bodies_of_clients_that_were_read_in_their_sources_become_pictures(
+    awake: Desk, entry: dict[str, Any]
+) -> None:
+    body = entry["body"]
+
+    answer = awake.post("img2img" if "init_images" in body else "txt2img", body)
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["images"] and json.loads(answer.json()["info"])
+    assert not {"url", "auth"} & set(answer.json()["parameters"])
+    assert_says_no_more_than_it_must(awake.worker.inputs[-1])
+
+
+def assert_says_no_more_than_it_must(given: dict[str, Any]) -> None:
+    """What cannot change a picture is not in the job."""
+    known = {*fields("img2img"), *fields("txt2img"), "task", "checkpoint", "output"}
+    dropped = {"sampler_index", "override_settings_restore_afterwards", "do_not_save_samples", "save_images"}
+    assert set(given) <= known - dropped
