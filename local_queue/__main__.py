@@ -24,7 +24,7 @@ from local_queue.routes import CallerRoutes, WorkerRoutes
 from local_queue.server import QueueServer
 from local_queue.worker import WorkerProcess, new_key, worker_environment
 
-LONG_POLL = 20.0
+LONG_POLL = 60.0
 """Seconds for which the worker's request for a job is held open."""
 
 log = logging.getLogger("local_queue")

@@ -45,6 +45,7 @@ class RunPodPlatform(Server):
         self.volumes: dict[str, dict[str, Any]] = {}
         self.workers: list[dict[str, Any]] = []
         self.log_lines: dict[str, list[str]] = {}
+        self.log_goes_on = True  # as at RunPod; False: the stream ends with its last line
         self.gpus = [
             gpu("NVIDIA GeForce RTX 4090", "ADA_24", 1.12),
             gpu("NVIDIA L4", "AMPERE_24", 0.69),
@@ -239,7 +240,8 @@ class RunPodPlatform(Server):
             event = json.dumps({"source": "container", "line": line, "ts": at})
             exchange.write(f"id: {at}\ndata: {event}\n\n".encode())
         exchange.flush()
-        exchange.hold()
+        if self.log_goes_on:
+            exchange.hold()
 
 
 def gpu(name: str, pool: str | None, price: float, *, stock: str = "HIGH", cuda: str = "12.8") -> dict[str, Any]:

@@ -253,12 +253,13 @@ def test_a_create_that_fails_half_way_removes_what_it_made_and_nothing_else(
     api: RunPodApi, platform: RunPodPlatform, path: str, what: int | str
 ) -> None:
     others = api.create_volume({"name": WITH_VOLUME.name, "size": 20, "dataCenter": "US-TX-3"})["id"]
+    another = api.create_endpoint(endpoint_body(Deployment(IMAGE), None))["id"]
     platform.fail("POST", path, what)
 
     with pytest.raises(EndpointError) as caught:
         create(api, WITH_VOLUME)
 
-    assert platform.endpoints == {}
+    assert list(platform.endpoints) == [another]
     assert list(platform.volumes) == [others]
     assert "nothing was left behind" in caught.value.hint
 

@@ -202,6 +202,7 @@ def test_show_lists_all_and_shows_one_without_secrets(deployed: Account) -> None
 
 def test_workers_and_logs_are_shown(deployed: Account) -> None:
     deployed.platform.workers = [worker("w1"), worker("w2", "IDLE", isStale=True)]
+    deployed.platform.log_goes_on = False
     deployed.platform.log_lines = {"w1": ["ready for jobs"], "w2": ["one", "two"]}
 
     workers = deployed.run("endpoint", "workers", "ep1")
