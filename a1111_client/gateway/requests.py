@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_REQUEST = 128 * 1024 * 1024
 """Bytes of a request's body. RunPod takes a twelfth of it: pictures in it are made smaller."""
 
 _MOST_WATCHERS = 1000
+_ONE_WISH = 2.0
+"""Seconds after a connection was closed in which an interrupt of the same client means that connection's job."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -40,6 +43,7 @@ class Gateway:
         self.access = access
         self.jobs = OpenJobs()
         self._left: set[asyncio.Task[Any]] = set()
+        self._hung_up: dict[Client, float] = {}  # when
         self._watchers: set[Client] = set()  # who asks for progress with a picture: their jobs make previews
 
     def client_of(self, request: Request, *, bearer: bool = False) -> Client:
@@ -61,6 +65,8 @@ class Gateway:
             await asyncio.wait([working, interrupted, gone], return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
+            if not interrupted.done():
+                self._hung_up[opened.client] = time.monotonic()
             reason = "it was interrupted" if interrupted.done() else "its client hung up"
             log.info("%s ends after %s: %s", opened.name, opened.waited(), reason)
             raise Interrupted
@@ -145,8 +151,10 @@ class Gateway:
         return JSONResponse(job.progress(with_picture=not skip) if job else idle_progress())
 
     async def interrupt(self, request: Request) -> Response:
-        job = self.jobs.oldest_of(self.client_of(request))
-        if job:
+        client = self.client_of(request)
+        job = self.jobs.oldest_of(client)
+        # SillyTavern closes the connection and interrupts, at the same moment: that is one job, not two.
+        if job and time.monotonic() - self._hung_up.pop(client, -_ONE_WISH) >= _ONE_WISH:
             job.interrupted.set()
         return JSONResponse({})
 

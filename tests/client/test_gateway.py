@@ -330,6 +330,23 @@ def test_the_jobs_of_a_client_that_watches_make_previews(fresh: Desk) -> None:
     assert [given.get("preview") for given in fresh.worker.inputs] == [None, True, None]
 
 
+def test_an_interrupt_beside_a_dropped_line_ends_no_second_job(asleep: Desk) -> None:
+    """SillyTavern's stop button does both."""
+    other = in_background(asleep.post, "txt2img", {**SMALL, "prompt": "other"})
+    wait_until(lambda: len(asleep.queue.jobs) == 1, "the first job")
+    with pytest.raises(httpx.ReadTimeout):
+        asleep.post("txt2img", SMALL, timeout=httpx.Timeout(5, read=0.2))
+    first, second = asleep.queue.jobs.values()
+    wait_until(lambda: second.status == CANCELLED, "the cancellation")
+
+    asleep.post("interrupt")
+    still_there = asleep.get("progress").json()["state"]["job_count"]
+    asleep.post("interrupt")
+
+    assert (still_there, other.result(20).json()["images"]) == (1, [])
+    wait_until(lambda: first.status == CANCELLED, "the second cancellation")
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
