@@ -267,7 +267,8 @@ class Worker:
         with self._preparation.join() as place:
             context = replace(context, is_next=place.is_first)
             tolerate = request.on_lora_error is OnLoraError.WARN
-            with self.models.hold([lora.ref for lora in request.loras], context, tolerate=tolerate) as held:
+            refs = [*(lora.ref for lora in request.loras), *request.controlnet_models.values()]
+            with self.models.hold(refs, context, tolerate=tolerate) as held:
                 place.leave()
                 yield held
 

@@ -17,14 +17,21 @@ from a1111_worker.webui_names import stem_with_hash
 
 
 class ModelKind(str, Enum):
-    """What a model is to the WebUI. `folder` is the cache's folder for models of this kind."""
+    """What a model is to the WebUI."""
 
     CHECKPOINT = "checkpoint"
     LORA = "lora"
+    CONTROLNET = "controlnet"
 
     @property
     def folder(self) -> str:
-        return f"{self.value}s"
+        """The cache's folder for models of this kind."""
+        return self.value if self is ModelKind.CONTROLNET else f"{self.value}s"
+
+    @property
+    def plural(self) -> str:
+        """Under which name jobs and answers list models of this kind."""
+        return "controlnet_models" if self is ModelKind.CONTROLNET else f"{self.value}s"
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,12 @@ class HeldModels:
     is_tolerant: bool = False
     holds: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
+    def get(self, ref: ModelRef) -> Model:
+        """A model that the job cannot do without. Raises why it is missing."""
+        if ref in self.failures:
+            raise self.failures[ref]
+        return self.models[ref]
+
 
 class OnLoraError(str, Enum):
     """What happens to a job if a LoRA is not available, does not fit or was not loaded."""
@@ -280,18 +293,20 @@ class PictureSize:
 class GenerationRequest:
     """The input of a job that generates pictures, checked as far as that is possible without a WebUI.
 
-    `body` is A1111's body of the task as far as the caller (and our defaults) decide it: prompts are the caller's, and
-    sampler names are still in the caller's spelling. `pictures` are those of the job, each under its path, until they
-    are prepared and in `body`. `loras` holds the requests of the list first, in the caller's order, then those of tags
-    in prompts that no entry of the list names. `dropped` are the paths of what was taken and cannot change the
-    pictures. `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is not an error.
-    `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks are
-    appended to it.
+    `body` is A1111's body of the task as far as the caller (and our defaults) decide it: prompts are the caller's,
+    and sampler names are still in the caller's spelling. `pictures` are those of the job, each under its path,
+    until they are prepared and in `body`. `controlnet_models` are those of ControlNet's units, each by its unit's
+    place. `loras` holds the requests of the list first, in the caller's order, then those of tags in prompts that
+    no entry of the list names. `dropped` are the paths of what was taken and cannot change the pictures.
+    `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is not an error.
+    `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks
+    are appended to it.
     """
 
     body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
     task: Task = Task.TXT2IMG
     pictures: Mapping[str, PictureSource] = field(default_factory=dict)
+    controlnet_models: Mapping[int, ModelRef] = field(default_factory=dict)
     loras: tuple[LoraRequest, ...] = ()
     on_lora_error: OnLoraError = OnLoraError.FAIL
     warnings: tuple[str, ...] = ()

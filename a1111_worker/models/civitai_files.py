@@ -17,8 +17,12 @@ from a1111_worker.text import printable
 ANY_MODEL_FILE = {"type": "Model", "format": "SafeTensor"}
 """The query of a download if no file is known: any file of the model itself that is safetensors."""
 
-_LISTED_TYPES = {ModelKind.LORA: ("lora", "locon", "lycoris", "dora"), ModelKind.CHECKPOINT: ("checkpoint",)}
-_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
+_LISTED_TYPES = {
+    ModelKind.LORA: ("lora", "locon", "lycoris", "dora"),
+    ModelKind.CHECKPOINT: ("checkpoint",),
+    ModelKind.CONTROLNET: ("controlnet",),
+}
+_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint", ModelKind.CONTROLNET: "ControlNet model"}
 _MODEL_FILE_TYPES = ("Model", "Pruned Model")
 
 

@@ -39,8 +39,9 @@ _FORMS = "a URL of CivitAI or Hugging Face, an AIR (civitai:122359@135867), hf:O
 _AIR_TYPES = {
     ModelKind.LORA: frozenset({"lora", "lycoris", "locon", "dora"}),
     ModelKind.CHECKPOINT: frozenset({"checkpoint"}),
+    ModelKind.CONTROLNET: frozenset({"controlnet"}),
 }
-_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint"}
+_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint", ModelKind.CONTROLNET: "ControlNet model"}
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

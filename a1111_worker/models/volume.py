@@ -54,7 +54,11 @@ log = logging.getLogger(__name__)
 SIDECAR = ".json"
 USES = ".uses"
 
-SOURCE_FOLDERS = {ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"), ModelKind.LORA: ("loras", "Lora")}
+SOURCE_FOLDERS = {
+    ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"),
+    ModelKind.LORA: ("loras", "Lora"),
+    ModelKind.CONTROLNET: ("controlnet", "ControlNet"),
+}
 """The folders that a source may have for a kind: named like ours, or like the WebUI's. A source may also be flat."""
 
 _ALONE = "alone-"

@@ -3,6 +3,7 @@
     /tmp/webui-models/                                   WEBUI_MODELS_DIR: of this container alone
     ├── Stable-diffusion/jib_mix….safetensors       →    links to models, nothing else
     ├── Lora/detail_tweaker_xl_0d9bd1b8.safetensors →    models/loras/detail_tweaker_xl.safetensors
+    ├── ControlNet/…
     └── VAE/…
 
 A link's name is `Model.shown_file`: the same name never leads to other content.
@@ -21,7 +22,7 @@ from a1111_worker.errors import VolumeFailed
 from a1111_worker.files import look
 from a1111_worker.models.names import short_name
 
-_FOLDERS = {ModelKind.CHECKPOINT: "Stable-diffusion", ModelKind.LORA: "Lora"}
+_FOLDERS = {ModelKind.CHECKPOINT: "Stable-diffusion", ModelKind.LORA: "Lora", ModelKind.CONTROLNET: "ControlNet"}
 _VAE = "VAE"
 
 

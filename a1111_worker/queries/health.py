@@ -64,4 +64,4 @@ class HealthQuery:
             used = sum(entry.size for entry in cache.list_entries())
         except VolumeFailed:
             return None
-        return {**{kind.folder: kinds[kind] for kind in ModelKind}, "bytes": used, "limit": cache.limit}
+        return {**{kind.plural: kinds[kind] for kind in ModelKind}, "bytes": used, "limit": cache.limit}

@@ -162,12 +162,12 @@ class ModelsQuery:
     def _cached(self) -> dict[str, list[dict[str, Any]]]:
         """The models on disk, those of sources too. What is not known of one is None."""
         cache = self._models.cache
-        found: dict[str, list[dict[str, Any]]] = {kind.folder: [] for kind in ModelKind}
+        found: dict[str, list[dict[str, Any]]] = {kind.plural: [] for kind in ModelKind}
         try:
             for directory, entry in cache.list_models():
                 record = cache.sidecars.find(directory, entry.file)
                 model = record.model(entry.path) if record else None
-                found[entry.kind.folder].append(_cached_entry(entry.kind, entry.file, entry.size, model))
+                found[entry.kind.plural].append(_cached_entry(entry.kind, entry.file, entry.size, model))
         except VolumeFailed as error:
             log.warning("the models in the cache cannot be listed: %s", error.message)
         return {kind: sorted(entries, key=lambda entry: entry["file"]) for kind, entries in found.items()}

@@ -11,6 +11,7 @@ The modules, the public one first:
     generating       the request of a task that generates pictures: its fields, read as a whole
     queries          the tables of the tasks that generate nothing
     picture_fields   the types of fields that hold pictures
+    references       the type of a field that holds a reference to a model
     fields           what a field is; fields, output options and WebUI settings that several tasks share
     extensions       whether the units of ControlNet and ADetailer ask for anything
     unknown          the complaint about an unknown name, with the known one that was meant

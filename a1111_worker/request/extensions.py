@@ -7,16 +7,18 @@ fields. So a unit is read here key by key, and only what this module knows is pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from a1111_worker.domain import GenerationRequest, PictureSource
+from a1111_worker.domain import GenerationRequest, ModelKind, ModelRef, PictureSource
 from a1111_worker.pictures.decode import PreparedPicture
 from a1111_worker.prompt import find_tags
 from a1111_worker.request.fields import CHECKPOINT_REASON, MAX_CFG, MAX_NAME, MAX_PROMPT, MAX_SIDE, MIN_SIDE, Limits
 from a1111_worker.request.picture_fields import picture
+from a1111_worker.request.references import model_reference
 from a1111_worker.request.unknown import unknown_name
 from a1111_worker.request.values import (
     InvalidValue,
@@ -54,9 +56,11 @@ class Units:
     """The arguments of one script as A1111 gets them, and the pictures of its units.
 
     A picture is under its path below `args`. It is missing in its unit until it is prepared: see `fill_units`.
+    A model of ControlNet is under its unit's place; the unit has the job's name for it, or "" if that is no name.
     """
 
     args: list[Any] = field(default_factory=list)
+    models: dict[int, ModelRef] = field(default_factory=dict)
     pictures: dict[str, PictureSource] = field(default_factory=dict)
 
 
@@ -133,7 +137,7 @@ def controlnet_keys(limits: Limits) -> Mapping[str, ValueType]:
     return {
         "enabled": boolean(),
         "module": text(MAX_NAME),
-        "model": text(MAX_NAME),
+        "model": _controlnet_model(limits),
         "weight": number(0, 2),
         "image": picture(limits),
         "mask": picture(limits),
@@ -165,6 +169,9 @@ def _read_controlnet(args: Sequence[Any], limits: Limits) -> Units:
             continue
         problems += [(f"[{index}]{path}", message) for path, message in _contradictions(unit)]
         units.pictures |= {f"[{index}].{key}": unit.pop(key) for key in _PICTURES if key in unit}
+        if ref := unit.get("model"):
+            units.models[index] = ref
+            unit["model"] = ref.name if ref.is_bare_name else ""
         units.args.append({"module": "none", "model": NONE, "save_detected_map": False, **unit})
     if problems:
         raise InvalidValue(*problems)
@@ -299,6 +306,8 @@ def _checked(given: Mapping[str, Any], keys: Mapping[str, ValueType]) -> dict[st
     checked: dict[str, Any] = {}
     problems: list[Problem] = []
     for key, value in given.items():
+        if key == "model" and value in ("", NONE):
+            continue
         if key not in keys:
             problems.append((f".{shown(key)}", unknown_name(key, keys)))
         elif value is not None:
@@ -309,6 +318,21 @@ def _checked(given: Mapping[str, Any], keys: Mapping[str, ValueType]) -> dict[st
     if problems:
         raise InvalidValue(*problems)
     return checked
+
+
+def _controlnet_model(limits: Limits) -> ValueType:
+    """A reference to a model, or its name as ControlNet lists it. The checked value is a ModelRef."""
+    reference = model_reference(ModelKind.CONTROLNET, limits.model_hosts)
+
+    def check(value: object) -> ModelRef:
+        plain = _CONTROLNETS_HASH.sub("", value) if isinstance(value, str) else value
+        checked: ModelRef = reference.check(plain)
+        return checked
+
+    return replace(reference, check=check)
+
+
+_CONTROLNETS_HASH = re.compile(r" \[[0-9a-f]{8}\]$")
 
 
 def _choice(*choices: str) -> ValueType:

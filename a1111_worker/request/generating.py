@@ -80,6 +80,7 @@ def _request(
     return GenerationRequest(
         body=body,
         task=task,
+        controlnet_models=reader.controlnet_models,
         loras=loras,
         on_lora_error=OnLoraError(given.get("on_lora_error", OnLoraError.FAIL)),
         warnings=tuple(reader.warnings),
@@ -177,6 +178,7 @@ def _always_on_scripts(reader: InputReader) -> dict[str, Any]:
             continue
         if units is not None:
             scripts[name] = {"args": units.args}
+            reader.controlnet_models |= units.models
             reader.pictures |= _unit_pictures(f"{path}.args", units.pictures)
     return scripts
 

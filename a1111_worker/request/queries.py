@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from a1111_worker.domain import ModelKind, ModelRef, PictureSource, PngInfoRequest, PrefetchRequest
-from a1111_worker.models.references import BadReference, parse_reference
-from a1111_worker.request.fields import LORA_KEYS, TASK, Field, FieldClass, Limits
+from a1111_worker.domain import ModelKind, PictureSource, PngInfoRequest, PrefetchRequest
+from a1111_worker.request.fields import TASK, Field, FieldClass, Limits
 from a1111_worker.request.picture_fields import picture
 from a1111_worker.request.reader import InputReader
-from a1111_worker.request.unknown import unknown_lora_key
-from a1111_worker.request.values import InvalidValue, ValueType, as_integer, list_of, mismatch, shown
+from a1111_worker.request.references import model_reference
+from a1111_worker.request.values import list_of
 
 MAX_PREFETCH = 64  # models of one kind in one job
 
-PREFETCHED: Mapping[str, ModelKind] = {"loras": ModelKind.LORA, "checkpoints": ModelKind.CHECKPOINT}
+PREFETCHED: Mapping[str, ModelKind] = {
+    kind.plural: kind for kind in (ModelKind.LORA, ModelKind.CHECKPOINT, ModelKind.CONTROLNET)
+}
 """What a `prefetch` job may list, under the names that a generating job has for it."""
 
 
@@ -41,7 +41,7 @@ def prefetch_fields(limits: Limits) -> Mapping[str, Field]:
         **{
             name: Field(
                 FieldClass.OURS,
-                list_of(_reference(kind, limits.model_hosts), MAX_PREFETCH, name),
+                list_of(model_reference(kind, limits.model_hosts), MAX_PREFETCH, name),
                 is_webui_field=False,
             )
             for name, kind in PREFETCHED.items()
@@ -55,24 +55,3 @@ def read_prefetch(reader: InputReader) -> PrefetchRequest:
     if not refs and not reader.complaints:
         reader.complain("input", f"names no model: give {' or '.join(PREFETCHED)}")
     return PrefetchRequest(refs)
-
-
-def _reference(kind: ModelKind, model_hosts: Collection[str]) -> ValueType:
-    """A reference to a model, as an entry of a job's `loras` is one. Its `scale` means nothing here."""
-    expected = "text or an object"
-
-    def check(value: Any) -> ModelRef:
-        if (version_id := as_integer(value)) is not None:
-            value = {"version_id": version_id}
-        if not isinstance(value, (str, dict)):
-            raise mismatch(expected, value)
-        if isinstance(value, dict):
-            unknown = [(f".{shown(key)}", unknown_lora_key(key, LORA_KEYS)) for key in value if key not in LORA_KEYS]
-            if unknown:
-                raise InvalidValue(*unknown)
-        try:
-            return parse_reference(value, kind=kind, allowed_hosts=model_hosts)
-        except BadReference as error:
-            raise InvalidValue(*((f".{key}" if key else "", message) for key, message in error.problems)) from error
-
-    return ValueType("any", expected, check)

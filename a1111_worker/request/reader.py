@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from a1111_worker.domain import PictureSource
+from a1111_worker.domain import ModelRef, PictureSource
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.fields import Field, FieldClass, Limits, is_unset
 from a1111_worker.request.unknown import unknown_field
@@ -23,6 +23,7 @@ class InputReader:
 
     `given` holds the valid fields, as checked values, without those that are unset. `dropped` are the paths of what was
     taken and does nothing. `pictures` are those inside of fields, under their paths.
+    `controlnet_models` are those of ControlNet's units.
     """
 
     def __init__(self, raw: dict[Any, Any], table: Mapping[str, Field], limits: Limits) -> None:
@@ -30,6 +31,7 @@ class InputReader:
         self.warnings: list[str] = []
         self.dropped: list[str] = []
         self.pictures: dict[str, PictureSource] = {}
+        self.controlnet_models: dict[int, ModelRef] = {}
         self.raw = raw
         self.table = table
         self.limits = limits

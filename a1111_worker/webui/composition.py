@@ -24,7 +24,7 @@ from a1111_worker.request.scripts import check_script, read_script
 from a1111_worker.request.unknown import SURE
 from a1111_worker.similar import nearest
 from a1111_worker.text import printable, quoted, quoted_list
-from a1111_worker.webui.extensions import NO_EXTENSIONS, ExtensionLists, resolve_units
+from a1111_worker.webui.extensions import NO_EXTENSIONS, ExtensionLists, models_to_hold, resolve_units, with_models
 from a1111_worker.webui.responses import Sampler, Scheduler, Style
 from a1111_worker.webui.samplers import resolve_name, resolve_sampler, resolve_scheduler
 from a1111_worker.webui.verification import GenerationPlan
@@ -100,7 +100,9 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
             *warnings,
             "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders",
         )
-    resolved = _merge_styles_with_loras(replace(request, body=body, warnings=warnings), lists)
+    models = models_to_hold(body, request.controlnet_models)
+    resolved = replace(request, body=body, controlnet_models=models, warnings=warnings)
+    resolved = _merge_styles_with_loras(resolved, lists)
     if complaints := check_script(resolved.body, limits, lists.script_axes, request.task):
         raise InvalidRequest(complaints)
     plan = read_script(resolved.body, limits.max_images, lists.script_axes)
@@ -134,7 +136,8 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
     `script_axes` are those of WebUILists. Raises InvalidRequest for a script that would change a LoRA's name.
     """
     loras, warnings = _job_loras(request, held)
-    body = dict(request.body)
+    models = {index: held.get(ref) for index, ref in request.controlnet_models.items()}
+    body = with_models(request.body, models)
     placements = [lora.placement() for lora in loras]
     separator = separator_of(body)
     words = _append_trigger_words(body, loras, separator) if request.trigger_words else {}
@@ -163,6 +166,7 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
         allow_blank=request.allow_blank,
         preview=request.preview,
         task=request.task,
+        controlnet_models=tuple(model.shown for model in models.values()),
     )
 
 

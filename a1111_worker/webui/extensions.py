@@ -7,12 +7,13 @@ that a unit names is looked up before A1111 sees it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a1111_worker.errors import Complaint, InvalidRequest, RouteMissing
+from a1111_worker.domain import Model, ModelRef
+from a1111_worker.errors import Complaint, GenerationFailed, InvalidRequest, RouteMissing
 from a1111_worker.request.extensions import ADETAILER, CONTROLNET, DISABLED, NONE, unit_path
 from a1111_worker.request.values import shown
 from a1111_worker.text import quoted, quoted_list
@@ -189,18 +190,52 @@ def _resolve_module(name: str, lists: ControlNetLists, path: str, complaints: _C
     return module
 
 
-def _resolve_model(name: str, lists: ControlNetLists, path: str, complaints: _Complaints) -> str | None:
-    """A model by its name with or without the hash that ControlNet shows behind it."""
-    there = f"these are there: {quoted_list(lists.models)}" if lists.models else "none is there"
-    if name.strip().casefold() in ("", NONE.casefold()):
-        complaints.add(path, f"is required: without it ControlNet does nothing; {there}")
-        return None
-    wanted = name.strip().casefold()
-    for model in lists.models:
-        if wanted in (model.casefold(), stem_of_model(model).casefold()):
-            return model
-    complaints.add(path, f"the ControlNet model {quoted(name)} is not there; {there}")
-    return None
+def _resolve_model(name: str, lists: ControlNetLists, path: str, complaints: _Complaints) -> str:
+    """A model as ControlNet lists it; "" for one that is yet to be held."""
+    if name.strip().casefold() == NONE.casefold():
+        there = f"these are there: {quoted_list(lists.models)}" if lists.models else "none is there"
+        complaints.add(path, f"is required; {there}")
+    return find_model(name, lists.models) or ""
+
+
+def find_model(stem: str, models: Sequence[str]) -> str | None:
+    """The entry of ControlNet's list for a model, which has a hash behind it."""
+    return next((model for model in models if stem_of_model(model).casefold() == stem.strip().casefold()), None)
+
+
+def models_to_hold(body: Mapping[str, Any], refs: Mapping[int, ModelRef]) -> dict[int, ModelRef]:
+    """Those models of ControlNet's units that the WebUI does not list yet, of a body whose units are resolved."""
+    args = (body.get("alwayson_scripts") or {}).get(CONTROLNET, {}).get("args", ())
+    return {index: ref for index, ref in refs.items() if index < len(args) and args[index].get("model") == ""}
+
+
+def with_models(body: Mapping[str, Any], models: Mapping[int, Model]) -> dict[str, Any]:
+    """The body with the names under which held models are shown in the units that want them."""
+    if not models:
+        return dict(body)
+    scripts = body["alwayson_scripts"]
+    args = [
+        {**unit, "model": models[index].shown} if index in models else unit
+        for index, unit in enumerate(scripts[CONTROLNET]["args"])
+    ]
+    return {**body, "alwayson_scripts": {**scripts, CONTROLNET: {"args": args}}}
+
+
+def listed_models(body: Mapping[str, Any], stems: Collection[str], webui: WebUI) -> dict[str, Any]:
+    """The body with ControlNet's own names for models that have just been shown, by their stems.
+
+    Raises GenerationFailed if it does not list one.
+    """
+    models = webui.controlnet_models()
+    args = []
+    for unit in body["alwayson_scripts"][CONTROLNET]["args"]:
+        if unit.get("model") in stems:
+            listed = find_model(unit["model"], models)
+            if listed is None:
+                raise GenerationFailed(f"ControlNet does not list the model {quoted(unit['model'])}")
+            unit = {**unit, "model": listed}
+        args.append(unit)
+    return {**body, "alwayson_scripts": {**body["alwayson_scripts"], CONTROLNET: {"args": args}}}
 
 
 def stem_of_model(model: str) -> str:

@@ -21,7 +21,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from a1111_worker.background import BackgroundCall
@@ -54,6 +54,7 @@ from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import compose, resolve
+from a1111_worker.webui.extensions import listed_models
 from a1111_worker.webui.extras import read_extras, resolve_extras, used_in_extras
 from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
@@ -204,7 +205,7 @@ class Generator:
     def _generate(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
         def generate_once() -> StartedGeneration:
             self._prove_upscalers(plan)
-            return self._generate_once(plan, context)
+            return self._generate_once(self._with_listed_models(plan), context)
 
         return self._try(generate_once, plan.task, context)
 
@@ -235,6 +236,12 @@ class Generator:
                 error.refresh_worker = error.refresh_worker or self._readiness.is_given_up
                 raise
         raise AssertionError("the loop returns or raises")
+
+    def _with_listed_models(self, plan: GenerationPlan) -> GenerationPlan:
+        """The plan with ControlNet's own names for models that have just been shown."""
+        if not plan.controlnet_models:
+            return plan
+        return replace(plan, body=listed_models(plan.body, plan.controlnet_models, self._webui))
 
     def _prove_upscalers(self, plan: GenerationPlan) -> None:
         axes = self._readiness.lists.of_task(plan.task).script_axes

@@ -32,7 +32,10 @@ INTERRUPTED = "it was interrupted by somebody else; send the job again"
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """A job's body as the WebUI gets it, and what its answer must show."""
+    """A job's body as the WebUI gets it, and what its answer must show.
+
+    `controlnet_models` are the names under which models of ControlNet's units are shown; ControlNet adds hashes.
+    """
 
     body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
     loras: tuple[AppliedLora, ...] = ()
@@ -41,6 +44,7 @@ class GenerationPlan:
     allow_blank: bool = False
     preview: bool = False
     task: Task = Task.TXT2IMG
+    controlnet_models: tuple[str, ...] = ()
 
 
 def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_job: str | None = None) -> Generation:

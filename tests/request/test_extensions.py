@@ -59,6 +59,9 @@ WRITTEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"resize_mode": "Just Resize"}, {"resize_mode": "Just Resize"}),
     ({"lowvram": True, "guidance": 0.5}, {"low_vram": True, "guidance_end": 0.5}),
     ({"model": None, "mask": None, "hr_option": "Both"}, {"hr_option": "Both"}),
+    ({"model": "canny_xl [e3b0c442]"}, {"model": "canny_xl"}),
+    ({"model": "None"}, {}),
+    ({"model": 135867}, {"model": ""}),
     ({"save_detected_map": True}, {"save_detected_map": True}),
 ]
 

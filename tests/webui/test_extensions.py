@@ -15,6 +15,7 @@ from PIL import Image
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.extensions import ANNOTATOR_FILES, NEEDS_NO_FILE
 from image.pins import PINS, read_pins
+from sandbox.models import sdxl_lora
 from sandbox.webui_extensions import controlnet_modules
 from tests.support import World, world
 
@@ -95,8 +96,12 @@ def test_a_detected_map_is_in_the_answer_only_if_the_job_wants_it(it: World) -> 
 
 # units that A1111 would answer with a plain picture and all their keys
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"model": "nope"}, ".model", "the ControlNet model 'nope' is not there; these are there: 'canny_xl [e3b0c442]'"),
-    ({"model": "None"}, ".model", "is required"),
+    (
+        {"model": "None"},
+        ".model",
+        "is required; these are there: 'canny_xl [e3b0c442]'",
+    ),
+    ({"model": None}, ".model", "is required"),
     ({"module": "cany"}, ".module", "unknown module 'cany'; the nearest: 'canny'"),
     ({"module": "openpose"}, ".module", "'openpose' needs files that are not in this image"),
     ({"module": "depth_zoe"}, ".module", "'depth_zoe' needs files that are not in this image"),
@@ -115,6 +120,39 @@ def test_a_unit_that_would_do_nothing_is_refused(it: World, changes: dict[str, A
     assert complaint["path"] == f"alwayson_scripts.ControlNet.args[0]{path}"
     assert message in complaint["message"]
     assert len(it.generations()) == before
+
+
+def test_a_model_may_be_a_reference_and_is_fetched_shown_and_listed(it: World) -> None:
+    url = it.civitai.storage.publish(sdxl_lora(it.folder / "depth.safetensors", 77, 300_000), "/depth_xl.safetensors")
+    unit = {**UNIT, "model": {"url": url, "name": "Depth XL"}}
+    plain = it.ask()
+
+    first = it.ask(**controlnet(unit))
+    (file,) = (it.models_dir / "controlnet").glob("*.safetensors")
+    again = it.ask(**controlnet({**UNIT, "model": file.stem}))
+
+    assert first["images"] != plain["images"] and first["images"] == again["images"]
+    (link,) = (link for link in (it.webui_models / "ControlNet").iterdir() if link.is_symlink())
+    assert link.resolve() == file and link.stem.startswith(file.stem)
+    assert sent(it)[0]["model"].startswith(f"{link.stem} [")
+
+
+@pytest.mark.parametrize(("model", "code"), [("nope", "MODEL_NOT_FOUND"), ({"version_id": 1}, "MODEL_NOT_FOUND")])
+def test_a_model_that_nobody_has_ends_the_job(it: World, model: Any, code: str) -> None:
+    before = len(it.generations())
+
+    answer = it.ask(**controlnet({**UNIT, "model": model}), on_lora_error="warn")
+
+    assert answer["code"] == code and len(it.generations()) == before
+
+
+def test_models_of_controlnet_can_be_prefetched(it: World) -> None:
+    url = it.civitai.storage.publish(sdxl_lora(it.folder / "pose.safetensors", 78, 300_000), "/pose.safetensors")
+
+    answer = it.run({"id": "job-1", "input": {"task": "prefetch", "controlnet_models": [{"url": url, "name": "Pose"}]}})
+
+    (outcome,) = answer["prefetch"]["controlnet_models"]
+    assert outcome["downloaded"] and (it.models_dir / "controlnet" / outcome["file"]).exists()
 
 
 def test_a_fourth_unit_is_refused_where_a1111_would_drop_it(it: World) -> None:
@@ -183,7 +221,7 @@ def test_every_file_of_an_annotator_is_pinned_and_every_module_is_known() -> Non
 def test_the_lists_of_the_extensions_are_read(it: World) -> None:
     webui = WebUI(it.webui.url)
 
-    assert webui.controlnet_models() == ("canny_xl [e3b0c442]",)
+    assert "canny_xl [e3b0c442]" in webui.controlnet_models()
     assert webui.controlnet_units() == 3
     assert webui.controlnet_modules()["reference_only"] and not webui.controlnet_modules()["canny"]
     assert webui.adetailer_models()[0] == "face_yolov8n.pt"
