@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,6 +29,7 @@ from a1111_client.deploy import (
 )
 from a1111_client.errors import EndpointError
 from a1111_client.runpod_api import ApiTimings, RunPodApi, hourly_price
+from sandbox.server import Exchange
 from tests.client.runpod_platform import KEY, RunPodPlatform, center, errors_of, gpu
 
 IMAGE = "you/a1111-worker:1"
@@ -262,6 +265,45 @@ def test_a_create_that_fails_half_way_removes_what_it_made_and_nothing_else(
     assert list(platform.endpoints) == [another]
     assert list(platform.volumes) == [others]
     assert "nothing was left behind" in caught.value.hint
+
+
+def test_ctrl_c_removes_what_was_made(api: RunPodApi, platform: RunPodPlatform) -> None:
+    def interrupt(exchange: Exchange) -> bool:
+        if (exchange.asked.method, exchange.asked.path) != ("POST", "/v2/serverless"):
+            return False
+        os.kill(os.getpid(), signal.SIGINT)
+        exchange.hold(10)
+        exchange.cut()
+        return True
+
+    platform.before.append(interrupt)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            create(api, WITH_VOLUME)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+    assert ("POST", "/v2/network-volumes") in platform.changes()
+    assert platform.volumes == {} and platform.endpoints == {}
+
+
+def test_a_volume_that_is_there_is_used_where_it_is_and_survives_a_failure(
+    api: RunPodApi, platform: RunPodPlatform
+) -> None:
+    its_id = api.create_volume({"name": WITH_VOLUME.name, "size": 20, "dataCenter": "EU-RO-1"})["id"]
+    wanted = Deployment(IMAGE, volume=Volume(id=its_id))
+    findings = findings_of(api, wanted)
+    wanted = replace(wanted, data_centers=findings.data_centers)
+    platform.fail("POST", "/v2/serverless", 500)
+
+    with pytest.raises(EndpointError):
+        create(api, wanted)
+    created = create(api, wanted)
+
+    assert findings.errors == ()
+    assert (created["networkVolumes"], created["dataCenterIds"]) == ([its_id], ["EU-RO-1"])
+    assert list(platform.volumes) == [its_id]
 
 
 def test_what_cannot_be_removed_is_named(api: RunPodApi, platform: RunPodPlatform) -> None:
