@@ -231,6 +231,8 @@ FIELDS_OF_CLIENTS: Mapping[str, Sequence[str]] = {
         "uniqueDocumentId",
         "mode",
         "session_id",
+        "expanded_mask",
+        "mask_expansion",
     ),
     "AI Render for Blender": ("image_similarity", "sampler"),
 }

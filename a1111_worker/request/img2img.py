@@ -55,6 +55,7 @@ def img2img_fields(limits: Limits) -> Mapping[str, Field]:
         "inpaint_full_res": Field(passed, boolean()),
         "inpaint_full_res_padding": Field(passed, integer(0, MAX_PADDING)),
         "inpainting_mask_invert": Field(passed, integer(0, 1)),
+        "enable_hr": refused_boolean(False, "there is no second pass in img2img"),
         "latent_mask": refused_text("the WebUI's API does not decode it, and fails", ""),
         "include_init_images": refused_boolean(False, "the answer shows no pictures of the job"),
     }

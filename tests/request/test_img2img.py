@@ -83,7 +83,7 @@ def test_a_prompt_may_be_missing() -> None:
         ({"firstpass_image": picture()}, "firstpass_image: is refused: the WebUI's API does not decode it"),
         ({"infotext": "Steps: 3"}, "infotext: is refused: it sets other fields unseen"),
         ({"include_init_images": True}, "include_init_images: is refused: the answer shows no pictures"),
-        ({"enable_hr": True}, "enable_hr: is unknown"),
+        ({"enable_hr": True}, "enable_hr: is refused: there is no second pass in img2img"),
         ({"image": picture()}, "image: is unknown; did you mean 'init_images'?"),
         ({"n_iter": 17}, "n_iter: must be a whole number from 1 to 16, not 17"),
         (

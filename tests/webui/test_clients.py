@@ -30,17 +30,27 @@ CHECKPOINT = Model(ModelKind.CHECKPOINT, "Tiny", "tiny.safetensors", Path("x"), 
 LISTS = replace(lists(), styles={"anime": Style("anime")}, checkpoint_names=checkpoint_names(CHECKPOINT))
 
 
+TASKS = {
+    "txt2img": "txt2img",
+    "img2img": "img2img",
+    "extra-single-image": "upscale",
+    "extra-batch-images": "upscale",
+    "png-info": "png_info",
+}
+"""The endpoints of A1111 that a job can be, and its task."""
+
+
 def bodies() -> Iterator[Any]:
-    """Every body of txt2img that was recorded, or read in a client's source."""
+    """Every body that was recorded, or read in a client's source, with the task that it is for."""
     for path in sorted((DATA / "clients").glob("*.json")):
         recorded = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(recorded, list):
             for entry in recorded:
-                yield pytest.param(entry["body"], id=entry["client"])
+                yield pytest.param({**entry["body"], "task": entry.get("task", "txt2img")}, id=entry["client"])
         elif path.stem != "webuiapi_controlnet":
             for exchange in recorded["requests"]:
-                if exchange["path"].endswith("/txt2img"):
-                    yield pytest.param(exchange["body"], id=path.stem)
+                if task := TASKS.get(exchange["path"].rpartition("/")[2]):
+                    yield pytest.param({**exchange["body"], "task": task}, id=path.stem)
 
 
 def resolved(body: dict[str, Any]) -> GenerationRequest:
@@ -49,7 +59,10 @@ def resolved(body: dict[str, Any]) -> GenerationRequest:
 
 @pytest.mark.parametrize("body", list(bodies()))
 def test_what_a_client_sends_is_a_job(body: dict[str, Any]) -> None:
-    request = resolved(body)
+    request = parse_request(body, Limits())
+    if not isinstance(request, GenerationRequest):
+        return
+    request = resolve(request, LISTS)
 
     assert len(request.warnings) <= 1
     assert "user:pass" not in json.dumps([request.body, request.warnings])  # the password that SillyTavern sends along
