@@ -8,9 +8,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from a1111_worker.domain import GenerationRequest
+from a1111_worker.errors import InvalidRequest
 from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.request.extensions import (
     adetailer_keys,
@@ -215,6 +218,35 @@ def test_no_key_of_controlnet_is_known_that_reads_a_file_or_belongs_to_the_page(
     dangerous = {"ipadapter_input", "batch_images", "output_dir", "batch_mask_dir", "is_ui", "input_mode", "loopback"}
 
     assert not dangerous & set(controlnet_keys(LIMITS))
+
+
+# -- anything at all
+
+TEXTS = st.text(max_size=6) | st.sampled_from([PICTURE, "/etc/passwd", "None", "canny"])
+PLAIN = st.none() | st.booleans() | st.integers(-5, 3000) | st.floats(-9, 9, width=16) | TEXTS
+INNER_KEYS = st.sampled_from(["image", "mask", "name", "url"])
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INNER_KEYS, inner, max_size=3),
+    max_leaves=4,
+)
+KNOWN = {*controlnet_keys(LIMITS), *adetailer_keys(LIMITS)}
+KEYS = st.sampled_from([*sorted(KNOWN), "input_image", "lowvram", "ipadapter_input", "x"])
+ARGS = st.lists(VALUES | st.dictionaries(KEYS, VALUES, max_size=6) | st.just(IMAGE), max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["ControlNet", "adetailer"]), ARGS)
+def test_whatever_a_unit_holds_only_known_keys_and_pictures_are_passed_on(script: str, args: list[Any]) -> None:
+    try:
+        request = parse(alwayson_scripts={script: {"args": args}})
+    except InvalidRequest:
+        return
+
+    for unit in request.body.get("alwayson_scripts", {}).get(script, {}).get("args", ()):
+        assert isinstance(unit, (dict, bool))
+        assert isinstance(unit, bool) or set(unit) <= KNOWN - {"image", "mask"}  # these come in when they are prepared
+    assert all(source.base64 == PICTURE for source in request.pictures.values())
 
 
 # -- the answer
