@@ -67,19 +67,24 @@ def cases(scale: float) -> list[Case]:
         return int(size * scale) * MB
 
     line = {**_NETWORK, "line": 320 * MB}
-    one, two = "^(?!the)", "the|16"
     return [
-        Case("a checkpoint, 20 MB/s a connection, 50 ms latency", (mb(1600),), without=one),
-        Case("… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, without=one),
-        Case("… a reset every 200 MB", (mb(1600),), {**_NETWORK, "reset_every": 200 * MB}, without=one),
-        Case("… without instructions for SHA-256", (mb(1600),), without="requests", settings=NO_SHA),
-        Case("… not throttled", (mb(1600),), {}, without=one),
-        Case("a LoRA of 30 MB", (30 * MB,), without="stealing|small|64"),
-        Case("a LoRA of 215 MB", (215 * MB,), without=one),
+        Case("a checkpoint, 20 MB/s a connection, 50 ms latency", (mb(1600),), without="stealing|8$|requests"),
         Case(
-            "two checkpoints, a line of 320 MB/s, the GPU waits for one", (mb(800),) * 2, line, two, is_first_next=True
+            "… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, "stealing|slow"
         ),
-        Case("nine LoRAs of 215 MB, a line of 320 MB/s", (mb(215),) * 9, line, "the budget|stealing|16"),
+        Case("… a reset every 200 MB", (mb(1600),), {**_NETWORK, "reset_every": 200 * MB}, "stealing"),
+        Case("… without instructions for SHA-256", (mb(1600),), without="requests", settings=NO_SHA),
+        Case("… not throttled", (mb(1600),), {}, "stealing|8$"),
+        Case("a LoRA of 30 MB", (30 * MB,), without="stealing|small"),
+        Case("a LoRA of 215 MB", (215 * MB,), without="stealing|small"),
+        Case(
+            "two checkpoints, a line of 320 MB/s, the GPU waits for one",
+            (mb(800),) * 2,
+            line,
+            "the",
+            is_first_next=True,
+        ),
+        Case("nine LoRAs of 215 MB, a line of 320 MB/s", (mb(215),) * 9, line, "the budget"),
     ]
 
 

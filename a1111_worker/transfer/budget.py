@@ -57,12 +57,9 @@ def share_connections(limit: int, demands: Sequence[Demand]) -> list[int]:
     """
     given = [0] * len(demands)
     for is_next in (True, False):
-        unsatisfied = [i for i, demand in enumerate(demands) if demand.is_next is is_next and demand.connections > 0]
-        while unsatisfied and limit > 0:
-            share = max(1, limit // len(unsatisfied))
-            for i in unsatisfied[:limit]:
-                more = min(share, demands[i].connections - given[i])
-                given[i] += more
-                limit -= more
-            unsatisfied = [i for i in unsatisfied if given[i] < demands[i].connections]
+        while hungry := [
+            i for i, demand in enumerate(demands) if demand.is_next is is_next and given[i] < demand.connections
+        ][: limit - sum(given)]:
+            for i in hungry:
+                given[i] += 1
     return given

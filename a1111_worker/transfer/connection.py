@@ -266,10 +266,9 @@ def _check_status(status: int, headers: http.client.HTTPMessage, start: int) -> 
         raise _unsatisfiable(headers, start)
     if status in (429, 503):
         raise StorageBusy(f"the storage is busy ({status})", parse_retry_after(headers.get("Retry-After")) or 0.0)
-    if status in (408, 425) or status >= 500:
-        raise TemporaryFault(f"the storage answered {status}")
     if status not in (200, 206):
-        raise DownloadFailed(f"the storage answered {status}")
+        is_temporary = status in (408, 425) or status >= 500
+        raise (TemporaryFault if is_temporary else DownloadFailed)(f"the storage answered {status}")
 
 
 def _unsatisfiable(headers: http.client.HTTPMessage, start: int) -> Exception:

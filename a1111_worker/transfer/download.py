@@ -55,7 +55,7 @@ __all__ = ["Downloader", "Fetched", "OnBytes", "Source"]
 
 log = logging.getLogger(__name__)
 
-_FAR_BEHIND = 4  # times as long as a new range takes
+_FAR_BEHIND = 8  # times as long as a new range takes
 _END_SECONDS = 0.8  # how long the end of a download waits for its threads
 
 
@@ -260,7 +260,7 @@ class Download:
                 self._pool.abort()
         else:
             pause = min(fault.retry_after, self._tuning.retry_after_most) if isinstance(fault, StorageBusy) else 0.0
-            if not retries.count_failure(now, 0 if is_stream else file.done, pause):
+            if not retries.count_failure(fetch.began, now, 0 if is_stream else file.done, pause):
                 raise self._failed(str(fault)) from fault
             if is_stream:
                 self._restart = fault

@@ -37,7 +37,7 @@ class RangeFetch:
         self._file = file
         self._report = report
         self._received_before = connection.received
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="download-range", daemon=True)
         self._thread.start()
 
@@ -48,11 +48,11 @@ class RangeFetch:
 
     def speed(self, now: float) -> float:
         """Bytes a second since the request."""
-        return self.received / max(1e-3, now - self._began)
+        return self.received / max(1e-3, now - self.began)
 
     def pace(self, now: float, patience: float) -> Pace | None:
         """How fast it is; None while it is too young to tell. A connection without bytes gets `patience` seconds."""
-        if self.received < PROGRESS and now - self._began < patience:
+        if self.received < PROGRESS and now - self.began < patience:
             return None
         return Pace(self.byte_range, self.speed(now), self.connection.answer_seconds)
 
@@ -98,7 +98,7 @@ class RangeFetch:
             while count and not connection.is_read and (room := min(len(buffer), byte_range.left) - filled) > 0:
                 count = connection.read_into(buffer[filled : filled + room])
                 filled += count
-                if filled >= file.tuning.flush_bytes or time.monotonic() - flushed_at > 0.5:
+                if filled == len(buffer) or time.monotonic() - flushed_at > 0.5:
                     file.write(byte_range, buffer[:filled])
                     filled, flushed_at = 0, time.monotonic()
         finally:

@@ -19,8 +19,7 @@ class Tuning:
     min_range_bytes: int = 4 * MiB  # a connection is opened for so many missing bytes, not for fewer
     max_range_bytes: int = 64 * MiB  # of one request
     min_steal_bytes: int = 256 * 1024  # of a range that is requested already, no smaller part is requested again
-    buffer_bytes: int = MiB  # of each connection
-    flush_bytes: int = 512 * 1024  # bytes are written when so many have come
+    buffer_bytes: int = 512 * 1024  # of each connection: bytes are written when so many have come
     remember_bytes: int = 16 * MiB  # how many bytes a crash may cost, beside those in the buffers
     remember_seconds: float = 1.0
     max_file_bytes: int = 64 * 1024 * MiB
@@ -144,7 +143,7 @@ def range_size(done: int, unclaimed: int, connections: int, tuning: Tuning) -> i
     return max(tuning.min_range_bytes, min(tuning.max_range_bytes, fair - fair % MiB))
 
 
-_GAIN_SECONDS = 0.25  # what a theft must bring at least: the bytes on their way to the victim come twice
+_GAIN_SECONDS = 0.5  # what a theft must bring at least: the bytes on their way to the victim come twice
 
 
 @dataclass(frozen=True)

@@ -71,22 +71,24 @@ class Retries:
         self._tuning = tuning
         self._backoff = Backoff(tuning.pause, tuning.pause_most)
         self._failures = self._restarts = 0
+        self._failed_at = 0.0
         self._done = 0  # bytes at the last failure
         self.retry_at = 0.0
         self._cap = tuning.connections
         self._cap_until = 0.0
 
-    def count_failure(self, now: float, done: int, pause: float = 0.0) -> bool:
+    def count_failure(self, began: float, now: float, done: int, pause: float = 0.0) -> bool:
         """Try again, after `pause` seconds at least. False if there were too many failures without progress.
 
-        `done` is how many bytes there are. After progress it is tried again at once. Connections that fail together are
-        one failure.
+        `began` is when the request was sent, `done` how many bytes there are. After progress it is tried again at once.
+        Requests that were sent before the last failure failed together with it.
         """
         if done - self._done >= PROGRESS:
             self._failures = 0
             self._backoff.reset()
-        elif now >= self.retry_at:
+        elif began >= self._failed_at:
             self._failures += 1
+            self._failed_at = now
             self.retry_at = now + self._backoff.next_pause()
         self._done = done
         self.retry_at = max(self.retry_at, now + pause)

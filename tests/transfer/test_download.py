@@ -53,10 +53,11 @@ def test_a_file_is_fetched_over_several_connections_with_one_link_and_hashed(dow
 def test_how_many_connections_a_file_has(tmp_path: Path, size: int, connections: int, is_size_known: bool) -> None:
     with SandboxStorage() as storage:
         download = download_setup(tmp_path, storage, size)
-        storage.rate = 5 * size / connections  # slow enough that all of them are at work together
+        storage.rate = 2 * size / connections  # slow enough that all of them are at work together
 
         fetched = download.fetch(
-            dataclasses.replace(EXACT, min_speed=1, max_range_bytes=64 * KiB), size=size if is_size_known else None
+            dataclasses.replace(EXACT, min_speed=1, stall_seconds=60, max_range_bytes=64 * KiB),
+            size=size if is_size_known else None,
         )
 
     download.assert_whole(fetched)

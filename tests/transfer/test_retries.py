@@ -13,18 +13,18 @@ from a1111_worker.transfer.retries import PROGRESS, Links, Retries
 def test_connections_that_fail_together_are_one_failure() -> None:
     retries = Retries(Tuning(tries=2, pause=1.0, pause_most=10.0))
 
-    together = [retries.count_failure(5.0, done=0) for _ in range(16)]
+    together = [retries.count_failure(0.0, 5.0 + number / 100, done=0) for number in range(16)]
 
     assert together == [True] * 16
     assert 6.0 <= retries.retry_at <= 8.0
-    assert not retries.count_failure(10.0, done=0)
+    assert not retries.count_failure(10.0, 21.0, done=0)
 
 
 def test_it_gives_up_at_last_and_has_all_its_tries_again_after_progress() -> None:
     retries = Retries(Tuning(tries=3, pause=1.0, pause_most=2.0))
 
-    before = [retries.count_failure(now, done=0) for now in (0.0, 10.0)]
-    after = [retries.count_failure(now, done=PROGRESS) for now in (20.0, 30.0, 40.0, 50.0)]
+    before = [retries.count_failure(now, now, done=0) for now in (0.0, 10.0)]
+    after = [retries.count_failure(now, now, done=PROGRESS) for now in (20.0, 30.0, 40.0, 50.0)]
 
     assert before == [True, True]
     assert after == [True, True, True, False]
@@ -33,7 +33,7 @@ def test_it_gives_up_at_last_and_has_all_its_tries_again_after_progress() -> Non
 def test_after_progress_it_tries_again_at_once() -> None:
     retries = Retries(Tuning(pause=1.0))
 
-    retries.count_failure(5.0, done=PROGRESS)
+    retries.count_failure(0.0, 5.0, done=PROGRESS)
 
     assert retries.retry_at <= 5.0
 
@@ -41,7 +41,7 @@ def test_after_progress_it_tries_again_at_once() -> None:
 def test_the_pause_that_a_server_asks_for_is_kept() -> None:
     retries = Retries(Tuning(pause=0.1, pause_most=0.2))
 
-    retries.count_failure(100.0, done=0, pause=30.0)
+    retries.count_failure(0.0, 100.0, done=0, pause=30.0)
 
     assert retries.retry_at == 130.0
 
