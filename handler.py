@@ -68,7 +68,7 @@ from a1111_worker.webui.owner import OwnersOptions, owner_file
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.supervisor import Supervisor
 from a1111_worker.webui.timings import WebUITimings
-from model_manager import HeldModels, ModelManager, open_manager
+from model_manager import HeldModels, ModelManager, checkpoint_refs, open_manager
 
 log = logging.getLogger("worker")
 
@@ -147,6 +147,7 @@ class Worker:
             image_hosts=config.image_hosts,
             max_input_images=config.max_input_images,
             max_upscale_pixels=config.max_upscale_pixels,
+            checkpoints=((config.checkpoint_name, None), *named) if (named := checkpoint_refs(config)) else (),
         )
         status = StatusPage(config.runpod.output_url, config.runpod.api_key) if config.runpod else StatusPage(None)
         self.jobs = JobRunner(2 * config.jobs_in_flight + 2, status)
@@ -174,7 +175,7 @@ class Worker:
         self.health = HealthReporter(config.worker_state_file, self._is_webui_up)
         self.models_query = ModelsQuery(self._webui, self.readiness, self.generator, self.models, self.limits)
         self.png_info_query = PngInfoQuery(self.pictures, self.models_query)
-        self.prefetch_query = PrefetchQuery(self.models, self.readiness, self.models_query)
+        self.prefetch_query = PrefetchQuery(self.models, self.readiness, self.models_query, self.limits)
         self.health_query = HealthQuery(self.health, self.generator, self.models)
         self.broken: WorkerError | None = None
 
@@ -263,18 +264,21 @@ class Worker:
 
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:
-        """Have the LoRAs of a job on disk, and keep them there until the block ends."""
+        """Have the models of a job on disk, and keep them there until the block ends."""
         with self._preparation.join() as place:
             context = replace(context, is_next=place.is_first)
             tolerate = request.on_lora_error is OnLoraError.WARN
             refs = [*(lora.ref for lora in request.loras), *request.controlnet_models.values()]
+            refs += [request.checkpoint] if request.checkpoint else []
             with self.models.hold(refs, context, tolerate=tolerate) as held:
                 place.leave()
                 yield held
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate with models that are still there: another worker may have evicted one while this one was paused."""
-        return self.generator.start(request, self.models.hold_again(held, context), context)
+        held = self.models.hold_again(held, context)
+        with self.models.keep_loaded(held.checkpoint, context):
+            return self.generator.start(request, held, context)
 
     def jobs_in_flight(self, _current: int) -> int:
         """How many jobs the SDK may hold: its `concurrency_modifier`. It calls this in its loop before every take."""

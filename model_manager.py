@@ -57,6 +57,20 @@ T = TypeVar("T")
 __all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager"]
 
 
+def checkpoint_refs(config: Config) -> tuple[tuple[str, ModelRef], ...]:
+    """The checkpoints of CHECKPOINTS that a job may name, each with its reference. ConfigError if one is none."""
+    refs: list[tuple[str, ModelRef]] = []
+    for entry in config.checkpoints:
+        try:
+            ref = parse_reference(entry.reference, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
+        except BadReference as error:
+            raise ConfigError(f"CHECKPOINTS: {entry.name}: {error}") from error
+        if ref.is_bare_name:
+            raise ConfigError(f"CHECKPOINTS: {entry.name}: the reference must be a URL, an AIR or hf:…, not a name")
+        refs.append((entry.name, replace(ref, name=entry.name, sha256=entry.sha256 or ref.sha256)))
+    return tuple(refs)
+
+
 def open_manager(
     config: Config, *, webui: bool = True, timings: SiteTimings | None = None, tuning: Tuning | None = None
 ) -> ModelManager:
@@ -83,7 +97,10 @@ def open_manager(
         checkpoint=checkpoint,
         limit=config.cache_limit_bytes,
         hub_cache=config.hub_cache,
-        hub_access=HubAccess(frozenset(config.hf_repos), frozenset({reference.hub} if reference.hub else ())),
+        hub_access=HubAccess(
+            frozenset(config.hf_repos),
+            frozenset(ref.hub for ref in (reference, *(ref for _, ref in checkpoint_refs(config))) if ref.hub),
+        ),
     )
     timings = timings or SiteTimings()
     civitai = CivitAI(policy=policy, urls=config.civitai_urls, key=config.civitai_key, timings=timings)

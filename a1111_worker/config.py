@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from a1111_worker import catalog
-from a1111_worker.domain import BucketSettings
+from a1111_worker.domain import BucketSettings, CheckpointEntry
 from a1111_worker.environment import (
     Environment,
     Setting,
     api_origin,
     bucket_name,
+    checkpoints,
     flag,
     gigabytes,
     hosts,
@@ -127,6 +128,10 @@ class Config:
     checkpoint_file: str = setting("CHECKPOINT_FILE", model_file, catalog.CHECKPOINT_FILE, "its file name")
     checkpoint_name: str = setting("CHECKPOINT_NAME", str, catalog.CHECKPOINT_NAME, "its title")
     checkpoint_sha256: str | None = setting("CHECKPOINT_SHA256", sha256, None, "64 hex digits its file must have")
+
+    checkpoints: tuple[CheckpointEntry, ...] = setting(
+        "CHECKPOINTS", checkpoints, (), "further checkpoints that a job may name: JSON, or the path of a JSON file"
+    )
 
     jobs_in_flight: int = setting("JOBS_IN_FLIGHT", whole(1, 16), 2, "jobs a worker holds at once; one generates")
     max_steps: int = setting("MAX_STEPS", whole(1, 10_000), 150, "steps of one job")

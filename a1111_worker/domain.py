@@ -108,6 +108,15 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class CheckpointEntry:
+    """A checkpoint that the operator lists for jobs: its name for them, its reference, and perhaps its SHA-256."""
+
+    name: str
+    reference: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class RemoteFile:
     """One file that can be fetched, as its site (or a URL alone) describes it.
 
@@ -187,6 +196,11 @@ class HeldModels:
     failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
     is_tolerant: bool = False
     holds: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
+
+    @property
+    def checkpoint(self) -> Model | None:
+        """The checkpoint that the job names; None if it names none."""
+        return next((model for model in self.models.values() if model.kind is ModelKind.CHECKPOINT), None)
 
     def get(self, ref: ModelRef) -> Model:
         """A model that the job cannot do without. Raises why it is missing."""
@@ -300,7 +314,7 @@ class GenerationRequest:
     no entry of the list names. `dropped` are the paths of what was taken and cannot change the pictures.
     `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is not an error.
     `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks
-    are appended to it.
+    are appended to it. `checkpoint` is None if the job uses the worker's own.
     """
 
     body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
@@ -316,6 +330,7 @@ class GenerationRequest:
     allow_blank: bool = False
     preview: bool = False
     trigger_words: bool = False
+    checkpoint: ModelRef | None = None
 
 
 @dataclass(frozen=True)

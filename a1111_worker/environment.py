@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
+from a1111_worker.domain import CheckpointEntry
 from a1111_worker.errors import ConfigError
 from a1111_worker.origins import OriginRefused, parse_origin
 
@@ -183,6 +185,24 @@ def model_file(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}\.safetensors", text):
         raise ValueError("a file name of letters, digits, `.`, `_` and `-` that ends with .safetensors")
     return text
+
+
+def checkpoints(text: str) -> tuple[CheckpointEntry, ...]:
+    """A JSON list of checkpoints, or the path of a file that holds one."""
+    form = 'a JSON list of {"name": …, "reference": …, "sha256": …}, or the path of a file that holds one'
+    try:
+        entries = json.loads(text if text.lstrip().startswith("[") else Path(text).read_bytes())
+        found = tuple(CheckpointEntry(**entry) for entry in entries)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(form) from error
+    for entry in found:
+        if not all(isinstance(value, str) and value.strip() for value in (entry.name, entry.reference)):
+            raise ValueError(form)
+        if entry.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(entry.sha256)):
+            raise ValueError(f"{form}; a sha256 is 64 hex digits in lower case")
+    if len({entry.name.casefold() for entry in found}) < len(found):
+        raise ValueError(f"{form}; each with a name of its own")
+    return found
 
 
 def paths(text: str) -> tuple[Path, ...]:

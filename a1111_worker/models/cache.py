@@ -294,6 +294,10 @@ class ModelCache:
         self._release(directory, model.file)
         return True
 
+    def keep(self, model: Model, deadline: Deadline) -> bool:
+        """Hold a model that is held once more. False if it is gone. `release` it afterwards."""
+        return self._hold(self._directory_of(model), model, deadline)
+
     def release(self, model: Model) -> None:
         """End one `hold` of a model."""
         self._release(self._directory_of(model), model.file)

@@ -22,6 +22,7 @@ from typing import TypeVar
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import (
+    DownloadFailed,
     JobCancelled,
     JobTimeout,
     ModelError,
@@ -90,6 +91,7 @@ class ModelManager:
         self._checkpoint: Model | None = None
         self._checkpoint_lock = threading.Lock()
         self._fit = Fit()
+        self._kept: list[Model] = []  # checkpoints that the WebUI has loaded, or may have
         self._webui_folder_error: OSError | None = None
         try:
             self.cache.prepare_webui_folder()
@@ -203,6 +205,30 @@ class ModelManager:
         with held.holds:
             yield held
 
+    @contextlib.contextmanager
+    def keep_loaded(self, checkpoint: Model | None, context: JobContext) -> Iterator[None]:
+        """Keep a checkpoint that the WebUI loads in the block, until another one is loaded in a later block.
+
+        Without its file A1111 silently draws with another one. None is the worker's own, which is always kept.
+        """
+        path = checkpoint.path if checkpoint else None
+        if checkpoint is not None and all(kept.path != path for kept in self._kept):
+            if not self.cache.keep(checkpoint, context.deadline):
+                raise DownloadFailed(f"{checkpoint.name} was evicted while its job waited", hint="try again")
+            self._kept.append(checkpoint)
+        yield
+        for other in [kept for kept in self._kept if kept.path != path]:
+            self._kept.remove(other)
+            self.cache.release(other)
+
+    def find(self, ref: ModelRef) -> Model | None:
+        """A model that is on disk and known; None if it is not, or the volume does not tell."""
+        try:
+            hit = self.cache.find(ref)
+        except ModelError:
+            return None
+        return hit.record.model(hit.directory.path(hit.record.file)) if hit else None
+
     def hold_again(self, held: HeldModels, context: JobContext) -> HeldModels:
         """The same models, after another look at each: one that is gone by now is fetched again.
 
@@ -216,7 +242,7 @@ class ModelManager:
             tolerance = _Tolerance(held.is_tolerant, is_last=True)
             models.pop(ref)
             again = self._hold_missing([ref], context, tolerance, held.holds)
-            checked = self._check_families([ref], again, tolerance)
+            checked = self._check_families([ref], again, tolerance, held.checkpoint)
             models |= checked.models
             failures |= checked.failures
         return replace(held, models=models, failures=failures)
@@ -240,7 +266,10 @@ class ModelManager:
             if missing:
                 own = frozenset(model.path for model in outcomes.values() if isinstance(model, Model))
                 outcomes |= self._hold_missing(missing, context, tolerance, holds, own)
-            held = self._check_families(refs, outcomes, tolerance)
+            named = next(
+                (m for m in outcomes.values() if isinstance(m, Model) and m.kind is ModelKind.CHECKPOINT), None
+            )
+            held = self._check_families(refs, outcomes, tolerance, named)
             return replace(held, holds=holds.pop_all())
 
     def _hold_known(self, ref: ModelRef, deadline: Deadline) -> Model | None:
@@ -378,7 +407,11 @@ class ModelManager:
         raise ModelNotFound(f"no model is known by the name {ref.label}", hint=hint)
 
     def _check_families(
-        self, refs: Sequence[ModelRef], outcomes: Mapping[ModelRef, Model | ModelError], tolerance: _Tolerance
+        self,
+        refs: Sequence[ModelRef],
+        outcomes: Mapping[ModelRef, Model | ModelError],
+        tolerance: _Tolerance,
+        checkpoint: Model | None,
     ) -> HeldModels:
         """The models and failures, in the order of `refs`. A LoRA that does not fit the checkpoint is a failure.
 
@@ -391,17 +424,19 @@ class ModelManager:
             try:
                 if isinstance(outcome, ModelError):
                     raise outcome
-                models[ref] = self._check_fit(outcome)
+                models[ref] = self._check_fit(outcome, ref, checkpoint or self._checkpoint)
             except ModelError as error:
-                if not tolerance.allows(error):
+                if ref.kind is not ModelKind.LORA or not tolerance.allows(error):
                     raise
                 failures[ref] = error
         return HeldModels(models, failures, tolerance.is_tolerant)
 
-    def _check_fit(self, model: Model) -> Model:
-        if model.kind is not ModelKind.LORA or self._checkpoint is None:
+    def _check_fit(self, model: Model, ref: ModelRef, checkpoint: Model | None) -> Model:
+        if model.kind is ModelKind.CHECKPOINT:
+            return replace(model, name=ref.name or model.name)  # as the operator calls it
+        if model.kind is not ModelKind.LORA or checkpoint is None:
             return model
-        return self._fit.check(model, self._checkpoint)
+        return self._fit.check(model, checkpoint)
 
     def _look_after(self) -> None:
         try:

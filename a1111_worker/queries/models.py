@@ -130,7 +130,7 @@ class ModelsQuery:
         shown = {
             "worker": __version__,
             "webui": asdict(self._readiness.lists),
-            "checkpoint": self._readiness.checkpoint.sha256,
+            "checkpoint": self._readiness.own_checkpoint.sha256,
             "files": self._files(),
             "limits": _figures(self._limits),
         }
@@ -145,18 +145,25 @@ class ModelsQuery:
         }
 
     def _checkpoints(self) -> list[dict[str, Any]]:
-        model = self._readiness.checkpoint
+        """The worker's own checkpoint, and those that a job may name. What is not known of one is None."""
+        own = self._readiness.own_checkpoint
+        listed: list[tuple[str, Model | None]] = [(own.name, own)]
+        for name, ref in self._limits.checkpoints:
+            if ref is not None:
+                listed.append((name, self._models.find(ref)))
+        loaded = self._readiness.checkpoint.sha256 if self._readiness.is_ready else None
         return [
             {
-                "name": model.name,
-                "file": model.file,
-                "title": title_of(model),
-                "sha256": model.sha256,
-                "family": model.family,
-                "default": True,
-                "loaded": self._readiness.is_ready,
-                "cached": True,
+                "name": name,
+                "file": model.file if model else None,
+                "title": title_of(model) if model else None,
+                "sha256": model.sha256 if model else None,
+                "family": model.family if model else None,
+                "default": model is own,
+                "loaded": model is not None and model.sha256 == loaded,
+                "cached": model is not None,
             }
+            for name, model in listed
         ]
 
     def _cached(self) -> dict[str, list[dict[str, Any]]]:

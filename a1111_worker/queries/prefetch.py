@@ -23,6 +23,7 @@ from a1111_worker.errors import JobTimeout, ModelError, ModelRejected
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.queries.answer import worker_block
 from a1111_worker.queries.models import ModelsQuery
+from a1111_worker.request.fields import Limits
 from a1111_worker.webui.checkpoint import checkpoint_names
 from a1111_worker.webui.readiness import Readiness
 
@@ -36,8 +37,9 @@ ANSWER_SECONDS = 5.0
 class PrefetchQuery:
     """Answers `prefetch` jobs."""
 
-    def __init__(self, models: ModelManager, readiness: Readiness, menus: ModelsQuery) -> None:
+    def __init__(self, models: ModelManager, readiness: Readiness, menus: ModelsQuery, limits: Limits) -> None:
         self._models = models
+        self._limits = limits
         self._readiness = readiness
         self._menus = menus
 
@@ -87,14 +89,25 @@ class PrefetchQuery:
     @contextlib.contextmanager
     def _hold(self, ref: ModelRef, context: JobContext) -> Iterator[Model]:
         if ref.kind is ModelKind.CHECKPOINT:
-            yield self._checkpoint(ref)
-            return
+            listed = self._listed_checkpoint(ref)
+            if listed is None:
+                yield self._checkpoint(ref)
+                return
+            ref = listed
         with self._models.hold([ref], context) as held:
             yield held.models[ref]
 
+    def _listed_checkpoint(self, ref: ModelRef) -> ModelRef | None:
+        """The operator's reference for a checkpoint that jobs may name; None if it is none of these."""
+        name = (ref.name or "").casefold()
+        for listed, known in self._limits.checkpoints:
+            if known is not None and (listed.casefold() == name or (ref.version_id or 0) == known.version_id):
+                return known
+        return None
+
     def _checkpoint(self, ref: ModelRef) -> Model:
         """The worker's own checkpoint, which is held as long as the worker lives. Raises ModelRejected for another."""
-        model = self._readiness.checkpoint
+        model = self._readiness.own_checkpoint
         is_meant = (
             ref.version_id == model.version_id
             if ref.version_id

@@ -14,7 +14,7 @@ from enum import Enum
 from itertools import islice
 from typing import Any
 
-from a1111_worker.domain import DeliveryMode, ImageFormat, OnLoraError, OutputOptions, Task
+from a1111_worker.domain import DeliveryMode, ImageFormat, ModelRef, OnLoraError, OutputOptions, Task
 from a1111_worker.request.unknown import SURE, unknown_name, unknown_output_option
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
@@ -37,6 +37,7 @@ from a1111_worker.request.values import (
     text,
 )
 from a1111_worker.similar import nearest
+from a1111_worker.text import quoted_list
 
 MAX_LORAS = 16
 MAX_PROMPT = 20_000  # bytes of UTF-8
@@ -67,7 +68,8 @@ LORAS_SCHEMA: Mapping[str, Any] = {
 class Limits:
     """What the operator allows. `has_bucket`: a bucket is set up.
 
-    `model_hosts` and `image_hosts` are the origins of MODEL_HOSTS and IMAGE_HOSTS; the latter may be `*`.
+    `model_hosts` and `image_hosts` are the origins of MODEL_HOSTS and IMAGE_HOSTS; the latter may be `*`. `checkpoints`
+    are those that a job may name, the worker's own one first, without a reference. Empty: a job may name none.
     """
 
     max_steps: int = 150
@@ -78,6 +80,11 @@ class Limits:
     image_hosts: tuple[str, ...] = ()
     max_input_images: int = 8
     max_upscale_pixels: int = 67_108_864
+    checkpoints: tuple[tuple[str, ModelRef | None], ...] = ()
+
+    def checkpoint(self, name: str) -> ModelRef | None:
+        """The checkpoint of this name; None is the worker's own."""
+        return next(ref for listed, ref in self.checkpoints if listed.casefold() == name.casefold())
 
 
 DEFAULT_LIMITS = Limits()
@@ -196,7 +203,23 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "trigger_words": Field(ours, boolean(), is_webui_field=False),
         **_dropped_in_generations(),
         **_refused_in_generations(),
+        "checkpoint": _checkpoint(limits),
     }
+
+
+def _checkpoint(limits: Limits) -> Field:
+    """The checkpoint of a job: a name of the operator's list, in any case."""
+    names = [name for name, _ in limits.checkpoints]
+    if not names:
+        return refused_text(CHECKPOINT_REASON, is_webui_field=False)
+
+    def check(value: object) -> str:
+        name = text(MAX_NAME).check(value)
+        if name.casefold() not in (known.casefold() for known in names):
+            raise InvalidValue(f"is unknown to this worker, which has {quoted_list(names)}")
+        return str(name)
+
+    return Field(FieldClass.OURS, ValueType("string", "a checkpoint's name", check), is_webui_field=False)
 
 
 def _dropped_in_generations() -> dict[str, Field]:
@@ -242,7 +265,6 @@ FIELDS_OF_CLIENTS: Mapping[str, Sequence[str]] = {
 def _refused_in_generations() -> dict[str, Field]:
     return {
         "refiner_checkpoint": refused_text(CHECKPOINT_REASON, "", "None", "none"),
-        "checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),

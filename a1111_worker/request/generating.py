@@ -90,6 +90,7 @@ def _request(
         allow_blank=given.get("allow_blank", False),
         preview=given.get("preview", False),
         trigger_words=given.get("trigger_words", False),
+        checkpoint=reader.limits.checkpoint(given["checkpoint"]) if given.get("checkpoint") else None,
     )
 
 

@@ -134,8 +134,8 @@ _MENUS = _object(
     checkpoints=_list(
         _object(
             name=_TEXT,
-            file=_TEXT,
-            title=_TEXT,
+            file=_or_null(_TEXT),
+            title=_or_null(_TEXT),
             sha256=_or_null(_SHA256),
             family=_or_null(_TEXT),
             default=_FLAG,

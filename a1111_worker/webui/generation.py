@@ -132,7 +132,7 @@ class Generator:
         plan = compose(request, held, self._readiness.lists.of_task(request.task).script_axes)
         with self._watch_memory():
             self._wait_for_interruption(context)
-            self._readiness.ensure_ready(context)
+            self._readiness.ensure_ready(context, held.checkpoint or self._readiness.own_checkpoint)
             if plan.body.get("script_name"):
                 self._readiness.expect_script()
             return self._generate(plan, context)

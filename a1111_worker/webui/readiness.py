@@ -72,7 +72,10 @@ class Readiness:
         self._worker_end = Deadline()  # cancelled when the worker ends
         self._preparation: BackgroundCall[None] | None = None
         self._step = _Step("waiting for the WebUI")
-        self._checkpoint: Model | None = None
+        self._checkpoint: Model | None = None  # that the next generation needs
+        self._own_checkpoint: Model | None = None
+        self._ready_checkpoint = ""  # the SHA-256 of the one that is loaded
+        self._preparing = ""  # the SHA-256 of the one that a preparation loads
         self._lists: WebUILists | None = None
         self._is_ours = owner is None
         self._options = OptionsReset(webui, owner)
@@ -88,8 +91,15 @@ class Readiness:
 
     @property
     def checkpoint(self) -> Model:
+        """The checkpoint that the WebUI has loaded, or is loading."""
         assert self._checkpoint is not None, "prepare comes first"
         return self._checkpoint
+
+    @property
+    def own_checkpoint(self) -> Model:
+        """The worker's own checkpoint, which a job uses if it names none."""
+        assert self._own_checkpoint is not None, "prepare comes first"
+        return self._own_checkpoint
 
     @property
     def is_started_by_us(self) -> bool:
@@ -99,7 +109,8 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         """Whether this process of the WebUI has the verified checkpoint and the reset options, as far as is known."""
-        return self._ready_instance == self._supervisor.instance_id
+        is_loaded = self._checkpoint is not None and self._ready_checkpoint == self._checkpoint.sha256
+        return is_loaded and self._ready_instance == self._supervisor.instance_id
 
     @property
     def instance_id(self) -> str:
@@ -161,26 +172,35 @@ class Readiness:
 
     def prepare(self, checkpoint: Model, context: JobContext) -> None:
         """Prepare the WebUI for generating with this checkpoint."""
-        self._checkpoint = checkpoint
+        self._checkpoint = self._own_checkpoint = checkpoint
         self.invalidate()
         self.ensure_ready(context)
 
-    def ensure_ready(self, context: JobContext) -> None:
-        """Return when the WebUI is ready: at once if nothing has happened to it, else after another preparation.
+    def ensure_ready(self, context: JobContext, checkpoint: Model | None = None) -> None:
+        """Return when the WebUI is ready with a checkpoint: at once if nothing has happened to it and it has this one.
 
-        If somebody else runs it, it may have been changed at any time: so its options are looked at.
+        Else after another preparation. Without a checkpoint the one that is loaded stays. If somebody else runs the
+        WebUI, it may have been changed at any time: so its options are looked at.
         """
+        self._checkpoint = checkpoint or self.checkpoint
         if self.is_ready and self._is_ours:
             return
         with context.timings.measure(Stage.SWITCH):
             preparation = self._preparation
+            if preparation is not None and self._preparing != self.checkpoint.sha256:
+                self._wait_for(preparation, context)  # it is of a job that was cancelled, and its errors are that job's
+                preparation = None
             if preparation is None or preparation.is_done():
                 prepare = self._prepare_if_changed if self.is_ready else self._prepare
+                self._preparing = self.checkpoint.sha256
                 preparation = self._preparation = BackgroundCall(prepare, name="webui-call")
-            while not preparation.wait(self.timings.progress_interval, context.deadline):
-                context.deadline.check()
-                context.report(Progress(Stage.SWITCH, detail=str(self._step)))
+            self._wait_for(preparation, context)
             preparation.result()
+
+    def _wait_for(self, preparation: BackgroundCall[None], context: JobContext) -> None:
+        while not preparation.wait(self.timings.progress_interval, context.deadline):
+            context.deadline.check()
+            context.report(Progress(Stage.SWITCH, detail=str(self._step)))
 
     def prove_upscalers(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Return if all of them work, each as (path in the job, name). Only while the WebUI is ready and idle.
@@ -317,15 +337,17 @@ class Readiness:
             raise CheckpointNotLoaded(
                 "the WebUI computes no hashes, so nothing can be proven", hint="leave --no-hashing out of WEBUI_ARGS"
             )
+        checkpoint = self.checkpoint  # the next job may want another one meanwhile, if this one's is cancelled
         self._lists = self._read_lists(flags, instance)
-        self._options.begin(self.checkpoint)
-        self._step = _Step(f"loading {self.checkpoint.name}")
-        switch = CheckpointSwitch(self._webui, self.checkpoint, timeout=self._ready_timeout, timings=self.timings)
+        self._options.begin(checkpoint)
+        self._step = _Step(f"loading {checkpoint.name}")
+        self._ready_checkpoint = ""
+        switch = CheckpointSwitch(self._webui, checkpoint, timeout=self._ready_timeout, timings=self.timings)
         switch.run(self._worker_end)
         # After the switch: setting `sd_vae` makes a WebUI without a checkpoint load the first one of its list.
         self._options.run(instance, timeout=self._ready_timeout)
-        self._ready_instance = instance
-        if not self.is_ready:
+        self._ready_instance, self._ready_checkpoint = instance, checkpoint.sha256
+        if instance != self._supervisor.instance_id:
             raise WebUILost("the WebUI was restarted during its preparation")
 
     def _choose_restorer(self, flags: WebUIFlags) -> bool:
@@ -353,7 +375,7 @@ class Readiness:
             img2img_script_axes=axes[Task.IMG2IMG],
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
-            checkpoint_names=checkpoint_names(self.checkpoint),
+            checkpoint_names=checkpoint_names(self.own_checkpoint),
             can_restore_faces=self._choose_restorer(flags) if self._is_ours else None,
             face_restorers=usable_restorers(flags) if self._is_ours else None,
             extensions=read_lists(self._webui, scripts[Task.TXT2IMG], flags),
