@@ -243,6 +243,16 @@ def _dropped_if(field: Field) -> Iterator[str]:
         yield f"or without `{field.only_with}`"
 
 
+@pytest.mark.parametrize(("example", "cells"), table(API, "Tasks", "bad `input`").items(), ids=str)
+def test_every_bad_input_that_is_shown_gets_the_complaint_that_is_shown(example: str, cells: tuple[str, ...]) -> None:
+    with pytest.raises(errors.InvalidRequest) as refused:
+        parse_request(json.loads(example), Limits())
+
+    (complaint,) = refused.value.complaints
+    shown, is_cut, _ = cells[0].removeprefix("`").partition("` …")
+    assert str(complaint).startswith(shown) if is_cut else str(complaint) == shown.removesuffix("`")
+
+
 def test_every_dropped_field_is_described_with_the_reason() -> None:
     rows = table(API, "Fields that are dropped", "field")
 
