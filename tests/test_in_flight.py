@@ -50,14 +50,14 @@ def prompts(it: World) -> list[str]:
     return [body["prompt"] for body in it.generations()]
 
 
-def test_jobs_generate_one_after_the_other_in_the_order_they_came(it: World) -> None:
+def test_jobs_that_come_together_all_generate_whichever_is_prepared_first(it: World) -> None:
     it.webui.step_seconds = 0.02
 
     async def scene() -> None:
         answers = await asyncio.gather(*(it.worker.handle(job(name)) for name in "abc"))
 
         assert ["error" in answer for answer in answers] == [False] * 3
-        assert prompts(it) == ["a", "b", "c"]
+        assert sorted(prompts(it)) == ["a", "b", "c"]
 
     play(it, scene())
 
