@@ -260,7 +260,7 @@ class Worker:
         request = fill_units(request, pictures)
         if request.task is Task.IMG2IMG:
             request = fit_pictures(request, pictures, self.limits)
-        return self.generator.resolve(request)
+        return self.generator.resolve(request, self.models.embeddings_in)
 
     @contextlib.contextmanager
     def models_for(self, request: GenerationRequest, context: JobContext) -> Iterator[HeldModels]:
@@ -268,9 +268,7 @@ class Worker:
         with self._preparation.join() as place:
             context = replace(context, is_next=place.is_first)
             tolerate = request.on_lora_error is OnLoraError.WARN
-            refs = [*(lora.ref for lora in request.loras), *request.controlnet_models.values()]
-            refs += [request.checkpoint] if request.checkpoint else []
-            with self.models.hold(refs, context, tolerate=tolerate) as held:
+            with self.models.hold(request.models, context, tolerate=tolerate) as held:
                 place.leave()
                 yield held
 

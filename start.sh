@@ -259,7 +259,7 @@ webui_flags() {
   local checkpoint
   local -a more=()
   read -r -d '' -a more <<<"${WEBUI_ARGS:-}" || true
-  mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE,ESRGAN}
+  mkdir -p "$WEBUI_MODELS_DIR"/{Stable-diffusion,Lora,VAE,embeddings,ESRGAN}
   make_data_dir
   link_upscalers
   if checkpoint="$(link_checkpoint)"; then
@@ -270,7 +270,7 @@ webui_flags() {
   [[ "$WEBUI_DATA_DIR" == "$WEBUI_DIR" ]] || more=(--data-dir "$WEBUI_DATA_DIR" "${more[@]}")
   printf '%s\0' "${WEBUI_FLAGS[@]}" --port "$1" --ckpt-dir "$WEBUI_MODELS_DIR/Stable-diffusion" \
     --lora-dir "$WEBUI_MODELS_DIR/Lora" --vae-dir "$WEBUI_MODELS_DIR/VAE" \
-    --esrgan-models-path "$WEBUI_MODELS_DIR/ESRGAN" "${gpu_flags[@]}"
+    --embeddings-dir "$WEBUI_MODELS_DIR/embeddings" --esrgan-models-path "$WEBUI_MODELS_DIR/ESRGAN" "${gpu_flags[@]}"
   extension_flags
   printf '%s\0' "${more[@]}"
 }

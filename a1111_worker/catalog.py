@@ -60,9 +60,9 @@ def resolve(ref: ModelRef) -> ModelRef:
 
     Any other bare name loses `.safetensors`. Any other reference is returned as it is.
     """
-    if ref.kind is not ModelKind.LORA or not ref.is_bare_name or ref.name is None:
+    if not ref.is_bare_name or ref.name is None:
         return ref
-    known = lora_named(ref.name)
+    known = lora_named(ref.name) if ref.kind is ModelKind.LORA else None
     if known is not None:
         return replace(ref, version_id=known.version_id)
     return replace(ref, name=ref.name.removesuffix(".safetensors") or ref.name)

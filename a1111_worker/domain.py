@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from a1111_worker.errors import ModelError
 from a1111_worker.text import quoted
-from a1111_worker.webui_names import stem_with_hash
+from a1111_worker.webui_names import embedding_word, stem_with_hash, vae_name
 
 
 class ModelKind(str, Enum):
@@ -21,7 +21,14 @@ class ModelKind(str, Enum):
 
     CHECKPOINT = "checkpoint"
     LORA = "lora"
+    EMBEDDING = "embedding"
+    VAE = "vae"
     CONTROLNET = "controlnet"
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return {"lora": "LoRA", "vae": "VAE", "controlnet": "ControlNet model"}.get(self.value, self.value)
 
     @property
     def folder(self) -> str:
@@ -122,7 +129,8 @@ class RemoteFile:
 
     A download starts at `url`, which we build ourselves. `size` is in bytes, and only known if it is exact: CivitAI
     gives KiB as a float. `size_at_most` is known if `size` is, and if only a rounded size is known. `sha256` is lower
-    case. `name` is a title for people, never a path. `hub` is the file on Hugging Face, with its commit. `restricted`:
+    case. `name` is a title for people, and `file_name` what
+    its author calls the file: neither is ever a path. `hub` is the file on Hugging Face, with its commit. `restricted`:
     the hub showed it to the worker's token, so not everybody may have it.
     """
 
@@ -137,6 +145,7 @@ class RemoteFile:
     trained_words: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     size_at_most: int | None = None
+    file_name: str | None = None
     hub: HubFile | None = None
     restricted: bool = False
 
@@ -147,8 +156,9 @@ class Model:
 
     `file` is its name in the cache; what the WebUI calls it is `shown`. `lora_hash` is what A1111 prints for a LoRA in
     "Lora hashes" (12 hex digits, by A1111's network.py), None for a checkpoint. `family` is the architecture that it
-    belongs to ("sdxl", "sd1", …), None if that is unknown. `downloaded`: this hold fetched it. `matched`: how many of a
-    LoRA's layers the checkpoint has, and how many the LoRA has; None if that is unknown.
+    belongs to ("sdxl", "sd1", …), None if that is unknown. `source_stem` is what its author calls the file.
+    `downloaded`: this hold fetched it. `matched`: how many of a LoRA's layers the checkpoint has, and how many the LoRA
+    has; None if that is unknown.
     """
 
     kind: ModelKind
@@ -163,6 +173,7 @@ class Model:
     family: str | None = None
     trained_words: tuple[str, ...] = ()
     lora_hash: str | None = None
+    source_stem: str | None = None
     downloaded: bool = False
     warnings: tuple[str, ...] = ()
     matched: tuple[int, int] | None = None
@@ -175,8 +186,12 @@ class Model:
         checkpoint that is verified to be one stays as it is.
         """
         stem = self.file.removesuffix(".safetensors")
-        if self.kind is not ModelKind.LORA and self.version_id is not None:
+        if self.kind is ModelKind.CHECKPOINT and self.version_id is not None:
             return stem
+        if self.kind is ModelKind.EMBEDDING:
+            return embedding_word(stem, self.sha256)
+        if self.kind is ModelKind.VAE:
+            return vae_name(stem, self.sha256)
         return stem_with_hash(stem, self.sha256)
 
     @property
@@ -230,6 +245,14 @@ class LoraRequest:
     path: str
     in_prompt: bool = False
     weighted_in_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """An embedding that a job asks for: an entry of its list, or a word of its texts. `path` is the place."""
+
+    ref: ModelRef
+    path: str
 
 
 class ImageFormat(str, Enum):
@@ -331,6 +354,18 @@ class GenerationRequest:
     preview: bool = False
     trigger_words: bool = False
     checkpoint: ModelRef | None = None
+    embeddings: tuple[EmbeddingRequest, ...] = ()
+    vae: ModelRef | None = None
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """Every model that the job needs beside the worker's own checkpoint."""
+        refs = (
+            *(lora.ref for lora in self.loras),
+            *(embedding.ref for embedding in self.embeddings),
+            *self.controlnet_models.values(),
+        )
+        return (*refs, *(ref for ref in (self.vae, self.checkpoint) if ref is not None))
 
 
 @dataclass(frozen=True)
@@ -410,6 +445,15 @@ class AppliedLora:
 
 
 @dataclass(frozen=True)
+class AppliedEmbedding:
+    """An embedding of a job, and the prompts that its word is in. `loaded`: it is proven that the WebUI used it."""
+
+    model: Model
+    prompts: tuple[str, ...]
+    loaded: bool = False
+
+
+@dataclass(frozen=True)
 class PictureFacts:
     """What an image says about itself: its size in pixels, its seed and its steps.
 
@@ -445,6 +489,8 @@ class Generation:
     warnings: tuple[str, ...] = ()
     menus: Menus = Menus()
     pictures: tuple[PictureFacts, ...] = ()
+    embeddings: tuple[AppliedEmbedding, ...] = ()
+    vae: Model | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -145,6 +145,21 @@ def _append(text: str, addition: str, *, between: str) -> str:
         return f"{text}\n{addition}"
     is_apart = not text.strip() or (text[-1].isspace() and between == " ")
     return f"{text}{'' if is_apart else between}{addition}"
+
+
+def replace_words(text: str, words: Mapping[str, str]) -> str:
+    """The text with other words (or phrases) in the place of some: whole words, in any case, outside of `<…>`."""
+    if not words:
+        return text
+    by_word = {word.casefold(): replacement for word, replacement in words.items()}
+    longest_first = sorted(by_word, key=len, reverse=True)
+    pattern = re.compile(rf"<[^<>]*>|(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+    return pattern.sub(lambda found: by_word.get(found[0].casefold(), found[0]), text)
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a text has a word (or a phrase): as a whole word, in any case, outside of `<…>`."""
+    return replace_words(text, {word: "\0"}) != text
 
 
 def split_words(entries: Iterable[str]) -> list[str]:

@@ -26,7 +26,20 @@ def stem_with_hash(stem: str, sha256: str) -> str:
     return f"{plain_stem(stem)}_{sha256[:8]}"
 
 
+def embedding_word(stem: str, sha256: str) -> str:
+    """What an embedding is called. A1111 takes the name for the embedding wherever it is a word of a prompt."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:_LONGEST_STEM]}_{sha256[:8]}"
+
+
+def vae_name(stem: str, sha256: str) -> str:
+    """What a VAE is called. The setting "Automatic" takes a VAE whose name begins with the checkpoint's: none does.
+
+    (1.9.3 and 1.10.1, modules/sd_vae.py, `find_vae_near_checkpoint`.) No checkpoint's name begins with `~`.
+    """
+    return f"~{stem_with_hash(stem, sha256)}"
+
+
 def split_hash(name: str) -> tuple[str, str] | None:
     """STEM and HASH8 of a name; None if it has no such end. A file on disk may be called like that too."""
-    found = _WITH_HASH.fullmatch(name)
+    found = _WITH_HASH.fullmatch(name.removeprefix("~"))
     return (found[1], found[2]) if found else None

@@ -100,6 +100,39 @@ def sd15_lora(
     return write_safetensors(path, SD15_LORA, about, seed=seed, size_bytes=size_bytes)
 
 
+def sd15_embedding(path: Path, seed: int = 0) -> Path:
+    """One vector."""
+    return write_safetensors(path, {"emb_params": ("F32", (1, 768))}, seed=seed)
+
+
+def sdxl_embedding(path: Path, seed: int = 0) -> Path:
+    """Two vectors."""
+    return write_safetensors(path, {"clip_g": ("F32", (2, 1280)), "clip_l": ("F32", (2, 768))}, seed=seed)
+
+
+def vae(path: Path, seed: int = 0, *, channels: int = 4) -> Path:
+    """A VAE as A1111 loads it, by its names; only the first tensor of its decoder has its real shape. 0.2 MB."""
+    tensors: dict[str, tuple[str, Sequence[int]]] = dict.fromkeys(vae_names(), ("F16", (1,)))
+    tensors["decoder.conv_in.weight"] = ("F16", (512, channels, 3, 3))
+    return write_safetensors(path, tensors, seed=seed)
+
+
+def vae_names() -> list[str]:
+    """The tensors of an AutoencoderKL, as the real files of SD 1 and SDXL have them: 248."""
+    coders = []
+    for coder, way, between, blocks, wider, last in (
+        ("encoder", "down", "downsample", 2, (1, 2), 3),
+        ("decoder", "up", "upsample", 3, (0, 1), 0),
+    ):
+        coders += [f"{coder}.{part}" for part in ("conv_in", "norm_out", "conv_out")]
+        coders += [f"{coder}.mid.attn_1.{part}" for part in ("k", "norm", "proj_out", "q", "v")]
+        places = ["mid.block_1", "mid.block_2", *(f"{way}.{a}.block.{b}" for a in range(4) for b in range(blocks))]
+        coders += [f"{coder}.{place}.{part}" for place in places for part in ("norm1", "conv1", "norm2", "conv2")]
+        coders += [f"{coder}.{way}.{level}.block.0.nin_shortcut" for level in wider]
+        coders += [f"{coder}.{way}.{level}.{between}.conv" for level in range(4) if level != last]
+    return [f"{name}.{part}" for name in (*coders, "post_quant_conv", "quant_conv") for part in ("bias", "weight")]
+
+
 def write_safetensors(
     path: Path,
     tensors: Tensors,

@@ -65,7 +65,8 @@ class CannedAnswer:
 class SandboxWebUI(ProcessOwner, Server):
     """A1111 on loopback. Further keywords are those of WebUIKnobs.
 
-    `models_dir` has the folders `Stable-diffusion/`, `Lora/`, `VAE/` and `ESRGAN/`; links in them are followed.
+    `models_dir` has the folders `Stable-diffusion/`, `Lora/`, `VAE/`, `embeddings/` and `ESRGAN/`. Links in them are
+    followed.
     `own_models_dir` is A1111's own folder `models`, with other upscalers and faces; None: the same folder.
     `no_hashing` is `--no-hashing`: without hashes no checkpoint can be verified. `initial_checkpoint` is `--ckpt`, and
     is loaded in the background at the start; None is `--skip-load-model-at-start`. `config_json` is A1111's file of
@@ -278,7 +279,12 @@ class SandboxWebUI(ProcessOwner, Server):
 
     def _refresh_embeddings(self, process: Process, exchange: Exchange) -> _Response:
         with process.lock:
-            return _json(None)
+            process.files.embeddings.refresh()
+        return _json(None)
+
+    def _embeddings(self, process: Process, exchange: Exchange) -> _Response:
+        model = process.model.loaded
+        return _json(process.files.embeddings.listed(model.architecture if model else None))
 
     def _refresh_loras(self, process: Process, exchange: Exchange) -> _Response:
         process.files.loras.refresh()
@@ -419,7 +425,7 @@ _ENDPOINTS: Mapping[str, Mapping[str, _Route]] = {
     "face-restorers": {"GET": _table("face-restorers")},
     "prompt-styles": {"GET": SandboxWebUI._prompt_styles},
     "hypernetworks": {"GET": _constant([])},
-    "embeddings": {"GET": _constant({"loaded": {}, "skipped": {}})},
+    "embeddings": {"GET": SandboxWebUI._embeddings},
     "extensions": {"GET": _constant([])},
     "memory": {"GET": SandboxWebUI._memory},
     "cmd-flags": {"GET": SandboxWebUI._cmd_flags},

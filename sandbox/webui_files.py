@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,6 +309,80 @@ class LoraList:
         return self._hashes.compute(title, file.path, skip_header=file.path.suffix == ".safetensors") or ""
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """A1111's `Embedding`. `shape` is the width of its vectors; SDXL's two widths are added."""
+
+    path: Path
+    shape: int
+    vectors: int
+
+    def as_listed(self) -> dict[str, object]:
+        """Its entry in /embeddings."""
+        return {
+            "step": None,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": None,
+            "shape": self.shape,
+            "vectors": self.vectors,
+        }
+
+
+class EmbeddingList:
+    """The embeddings folder, as modules/textual_inversion lists it. A changed folder is seen at the next generation."""
+
+    _WIDTHS: Mapping[str, int] = {"v1": 768, "sdxl": 2048}
+
+    def __init__(self, folder: Path, hashes: HashCache) -> None:
+        self._folder = folder
+        self._hashes = hashes
+        self._names: tuple[str, ...] | None = None
+        self.files: dict[str, Embedding] = {}
+
+    def refresh(self) -> None:
+        """List the folder. A file that is no embedding is left out; only A1111's log says so."""
+        self._names = self._listing()
+        self.files = {}
+        for path in _walk(self._folder, (".safetensors",)):
+            with contextlib.suppress(WebUIError, OSError):
+                shapes = open_safetensors(path).shapes
+                if {"clip_g", "clip_l"} <= shapes.keys():
+                    width = shapes["clip_g"][-1] + shapes["clip_l"][-1]
+                    self.files[path.stem] = Embedding(path, width, shapes["clip_g"][0])
+                elif len(shapes) == 1:
+                    (shape,) = shapes.values()
+                    self.files[path.stem] = Embedding(path, shape[-1], shape[0] if len(shape) > 1 else 1)
+
+    def refresh_if_changed(self) -> None:
+        if self._listing() != self._names:
+            self.refresh()
+
+    def listed(self, architecture: str | None) -> dict[str, dict[str, object]]:
+        """/embeddings: an embedding of another width than the model's is skipped. Its name is then a plain word."""
+        found: dict[str, dict[str, object]] = {"loaded": {}, "skipped": {}}
+        for name, embedding in self.files.items():
+            fits = architecture is not None and embedding.shape == self._WIDTHS[architecture]
+            found["loaded" if fits else "skipped"][name] = embedding.as_listed()
+        return found
+
+    def used(self, text: str, architecture: str) -> list[str]:
+        """`name: 12 digits` of each embedding that a text names: as words in any case, not glued to letters."""
+        found: dict[str, int] = {}  # where each is named first: A1111 lists them in that order
+        for name, embedding in self.files.items():
+            pattern = rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])"
+            if embedding.shape == self._WIDTHS[architecture] and (match := re.search(pattern, text, re.IGNORECASE)):
+                found[name] = match.start()
+        return [
+            f"{name}: {(self._hashes.compute(f'textual_inversion/{name}', self.files[name].path) or '')[:12]}"
+            for name in sorted(found, key=lambda name: found[name])
+        ]
+
+    def _listing(self) -> tuple[str, ...]:
+        return (
+            tuple(path.name for path in _walk(self._folder, (".safetensors", ".pt"))) if self._folder.exists() else ()
+        )
+
+
 class VaeList:
     """The VAEs that the last refresh found: file name → path."""
 
@@ -320,7 +396,8 @@ class VaeList:
         self.listed = {path.name: path for path in _walk(self._folder, (".ckpt", ".pt", ".safetensors"))}
 
     def hash(self, name: str) -> str | None:
-        digest = self._hashes.compute(f"vae/{name}", self.listed[name]) if name in self.listed else None
+        # One entry for all VAEs: the second one with an older time gets the first one's hash (measured).
+        digest = self._hashes.compute("vae", self.listed[name]) if name in self.listed else None
         return digest[:10] if digest else None
 
 
@@ -345,6 +422,7 @@ class ModelFiles:
         self.checkpoints = CheckpointList(self.checkpoint_folder, hashes)
         self.loras = LoraList(models_dir / "Lora", hashes)
         self.vaes = VaeList(models_dir / "VAE", hashes)
+        self.embeddings = EmbeddingList(models_dir / "embeddings", hashes)
 
     @property
     def face_folders(self) -> dict[str, str]:

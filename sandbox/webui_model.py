@@ -140,7 +140,18 @@ class ModelSlot:
         """Load the VAE that the option names. An unknown name means no VAE."""
         if self.get() is None:
             raise lowvram()
-        self.vae = self._selected_vae()
+        selected = self._selected_vae()
+        if selected is not None:
+            try:
+                header = open_model(self._files.vaes.listed[selected])
+                if "decoder.conv_in.weight" not in header.shapes:
+                    problem = "Error(s) in loading state_dict for AutoencoderKL:\n\tMissing key(s) in state_dict"
+                    raise WebUIError("RuntimeError", problem)
+            except WebUIError:
+                self.is_hijacked = False
+                raise
+        self.vae = selected
+        self.is_hijacked = True
 
     def _selected(self) -> Checkpoint:
         """`select_checkpoint`: the checkpoint of the option, else the first of the list."""
@@ -191,8 +202,11 @@ class ModelSlot:
         self._pause(self._knobs.switch_seconds * 0.15)
 
     def _selected_vae(self) -> str | None:
-        name = self._options.get("sd_vae")
-        return name if isinstance(name, str) and name in self._files.vaes.listed else None
+        name, listed = self._options.get("sd_vae"), self._files.vaes.listed
+        if name == "Automatic" and self.loaded is not None:  # `find_vae_near_checkpoint`
+            stem = self.loaded.checkpoint.path.stem
+            return next((vae for vae in listed if vae.startswith(stem)), None)
+        return name if isinstance(name, str) and name in listed else None
 
 
 def lowvram() -> WebUIError:

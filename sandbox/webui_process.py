@@ -191,6 +191,7 @@ class Process:
             self.files, self.options, server, self.pause, loses_first_switch=version == "1.9.3", loads=server.loads
         )
         self.active_loras: list[ActiveLora] = []
+        self.last_prompts: dict[str, tuple[object, ...]] = {}  # `cached_c` and `cached_uc`: what was encoded last
         self.extras_cache = ExtrasCache()
         self.last_seed = 0  # what the last picture has left in the global random numbers
         self.lock = FifoLock()

@@ -350,6 +350,7 @@ def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
     process, tables = job.process, job.process.tables
     scheduled = schedule_type(job.sampler, job.scheduler, tables["samplers"], tables["schedulers"])
     loras = _effective(process.active_loras, model)
+    embeddings = _encode(job, model, indices)
     process.pause(process.knobs.encode_seconds)
     steps = webui_img2img.sampling_steps(job["steps"], job["denoising_strength"]) if job.init else job["steps"]
     done = process.sample(steps, is_adaptive=job.sampler == "DPM adaptive")
@@ -381,10 +382,29 @@ def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
             cfg_scale=job["cfg_scale"],
             clip_skip=int(process.option("CLIP_stop_at_last_layers")),
             vae=process.model.vae,
-            more=(*_further(job, job.prompts[index] + job.negative_prompts[index]), *second_pass),
+            more=(*_further(job, job.prompts[index] + job.negative_prompts[index]), *embeddings, *second_pass),
         )
         for index in indices
     ]
+
+
+def _encode(job: Txt2ImgJob, model: LoadedModel, indices: range) -> tuple[str, ...]:
+    """Read the prompts, and note the embeddings in them. Returns those that act.
+
+    A prompt that equals the request's before is not read again: its embeddings act, and "TI hashes" does not name them.
+    """
+    process, acting = job.process, list[str]()
+    process.files.embeddings.refresh_if_changed()
+    for side, prompts in (("negative", job.negative_prompts), ("positive", job.prompts)):
+        texts = tuple(_TAG.sub("", prompts[index]) for index in indices)
+        used = process.files.embeddings.used("\n".join(texts), model.architecture)
+        acting += [f"{side} {each}" for each in used]
+        read = (*texts, job["steps"], model.sha256)
+        if used and process.last_prompts.get(side) != read:
+            earlier = job.extra_params.get("TI hashes")
+            job.extra_params["TI hashes"] = ", ".join([*used, *([earlier] if earlier else [])])
+        process.last_prompts[side] = read
+    return tuple(acting)
 
 
 def _second_pass(job: Txt2ImgJob, model: LoadedModel) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ def test_a_message_names_a_model_and_never_its_url(ref: ModelRef, label: str, is
 
 
 def test_each_kind_of_model_has_its_folder() -> None:
-    assert [kind.folder for kind in ModelKind] == ["checkpoints", "loras", "controlnet"]
+    assert [kind.folder for kind in ModelKind] == ["checkpoints", "loras", "embeddings", "vaes", "controlnet"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from a1111_worker import __version__
 from a1111_worker.context import format_timings
-from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, OutputOptions, Upscaling
+from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, Model, OutputOptions, Upscaling
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 
 MB = 1_000_000
@@ -88,6 +88,21 @@ def _proofs(generation: Generation) -> dict[str, Any]:
     return {
         "checkpoint": {"name": checkpoint.name, "file": checkpoint.file, "sha256": checkpoint.sha256},
         "loras": [_lora_entry(lora) for lora in generation.loras],
+        "embeddings": [
+            {**_model_entry(embedding.model), "word": embedding.model.shown, "loaded": embedding.loaded}
+            for embedding in generation.embeddings
+        ],
+        "vae": None if generation.vae is None else _model_entry(generation.vae),
+    }
+
+
+def _model_entry(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "file": model.file,
+        "version_id": model.version_id,
+        "sha256": model.sha256,
+        "downloaded": model.downloaded,
     }
 
 

@@ -17,6 +17,7 @@ The modules, the public one first:
     hub_files           how a file of Hugging Face is named, and who may have it
     hub_cache           the files of Hugging Face that RunPod has put on the host
     safetensors         what a safetensors file says about itself: valid or not, its architecture, A1111's hash
+    small_models        what an embedding and a VAE look like
     tensors             the format of a safetensors header, and its limits
     layers              which layers of a checkpoint a LoRA changes
     fit                 whether a LoRA fits the checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from a1111_worker.models.hub_files import HubAccess, hub_file_of
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import state_of
 from a1111_worker.models.names import SUFFIX, digest_file, is_named, short_name
-from a1111_worker.models.safetensors import read_header
 from a1111_worker.models.sidecars import ModelRecord, Sidecars
 from a1111_worker.models.volume import CacheDirectories, CacheDirectory, UnfinishedDownload
 from a1111_worker.models.webui_folder import WebUIFolder, make_link
@@ -93,21 +92,9 @@ class ModelCache:
         self._hub_access = settings.hub_access
 
     def prepare_webui_folder(self) -> None:
-        """Make the folder that the WebUI sees, with the VAEs that somebody put into `vae/` of the cache or a source.
-
-        Raises OSError if it cannot be made.
-        """
-        if self._webui is None:
-            return
-        self._webui.prepare()
-        for path in _vaes(self.directories.vae_folders()):
-            try:
-                if not path.is_file():  # to read a FIFO or a device would take for ever
-                    raise ModelRejected("it is not a regular file")
-                read_header(path)
-                self._webui.show_vae(path)
-            except (ModelRejected, OSError) as error:
-                log.warning("the VAE %s is not shown to the WebUI: %s", path.name, error)
+        """Make the folder that the WebUI sees. Raises OSError if it cannot be made."""
+        if self._webui is not None:
+            self._webui.prepare()
 
     # -- finding a model
 
@@ -491,14 +478,6 @@ class ModelCache:
             self._leases.watch_partial_files(directory.partial_files)
         if self._webui is not None:
             self._webui.prune()
-
-
-def _vaes(folders: Iterable[Path]) -> Iterator[Path]:
-    for folder in folders:
-        try:
-            yield from (folder / name for name in names_in(folder) if name.endswith(SUFFIX))
-        except VolumeFailed as error:
-            log.warning("no VAE of %s is shown to the WebUI: %s", folder, error.message)
 
 
 def _file_under_name(directory: CacheDirectory, file: str) -> str | None:

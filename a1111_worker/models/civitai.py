@@ -131,7 +131,8 @@ class CivitAI:
             )
         self._check_allowed(ref.url, ref.label)
         name = ref.name or PurePosixPath(unquote(urlsplit(ref.url).path)).stem or "a model"
-        return RemoteFile(url=ref.url, name=printable(name), sha256=ref.sha256)
+        file_name = printable(PurePosixPath(unquote(urlsplit(ref.url).path)).name) or None
+        return RemoteFile(url=ref.url, name=printable(name), sha256=ref.sha256, file_name=file_name)
 
     def _check_allowed(self, url: str, label: str) -> None:
         try:

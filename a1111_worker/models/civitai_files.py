@@ -20,9 +20,10 @@ ANY_MODEL_FILE = {"type": "Model", "format": "SafeTensor"}
 _LISTED_TYPES = {
     ModelKind.LORA: ("lora", "locon", "lycoris", "dora"),
     ModelKind.CHECKPOINT: ("checkpoint",),
+    ModelKind.EMBEDDING: ("textualinversion",),
+    ModelKind.VAE: ("vae",),
     ModelKind.CONTROLNET: ("controlnet",),
 }
-_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint", ModelKind.CONTROLNET: "ControlNet model"}
 _MODEL_FILE_TYPES = ("Model", "Pruned Model")
 
 
@@ -54,7 +55,7 @@ def remote_file(
     model = as_dict(version.get("model"))
     listed_type = as_text(model.get("type"))
     if listed_type and listed_type.casefold() not in _LISTED_TYPES[ref.kind]:
-        raise ModelRejected(f"{ref.label} is not a {_KIND_NAMES[ref.kind]}: CivitAI lists it as {show(listed_type)}")
+        raise ModelRejected(f"{ref.label} is no {ref.kind.label}: CivitAI lists it as {show(listed_type)}")
     if as_text(version.get("usageControl")) not in ("", "Download"):
         raise error_of(Refused(Refusal.DISABLED), ref.label)
     file, doubts = choose_file(_dicts(version.get("files")), ref)
@@ -75,6 +76,7 @@ def remote_file(
         base_model=show(as_text(version.get("baseModel"))) or None,
         trained_words=_trained_words(version.get("trainedWords"), show),
         warnings=(*warnings, *doubts),
+        file_name=show(as_text(file.get("name"))) or None,
     )
 
 

@@ -38,6 +38,7 @@ from a1111_worker.models.sites import ModelSite
 from a1111_worker.models.space import CacheSpace, RoomRequest
 from a1111_worker.models.targets import FetchTarget
 from a1111_worker.models.volume import CacheDirectory
+from a1111_worker.text import printable
 from a1111_worker.transfer.download import Downloader, OnBytes, Source
 from a1111_worker.transfer.partial_file import saved_state
 
@@ -72,7 +73,14 @@ class Fetcher:
         copy = self._cache.find_hub_copy(ref)
         if copy is not None and self._cache.may_use_copy(copy):
             name = ref.name or copy.file.name
-            remote = RemoteFile(copy.file.url, name, sha256=copy.sha256, hub=copy.file, restricted=True)
+            remote = RemoteFile(
+                copy.file.url,
+                name,
+                sha256=copy.sha256,
+                hub=copy.file,
+                restricted=True,
+                file_name=printable(copy.file.path.rpartition("/")[2]),
+            )
             hit = self._use_copy(FetchTarget(ref, remote, checkpoint), copy, context.deadline, report)
             if hit is not None:
                 return hit

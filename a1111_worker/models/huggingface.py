@@ -109,6 +109,7 @@ class HuggingFace:
         return RemoteFile(
             url=exact.url,
             name=ref.name or printable(exact.name),
+            file_name=printable(exact.path.rpartition("/")[2]),
             size=response.size,
             size_at_most=response.size,
             sha256=ref.sha256 or response.sha256,

@@ -40,10 +40,12 @@ from a1111_worker.models.fit import Fit
 from a1111_worker.models.holds import Holds
 from a1111_worker.models.leases import Leases
 from a1111_worker.models.liveness import LivenessMonitor, new_owner
+from a1111_worker.models.names import SUFFIX
 from a1111_worker.models.progress import AggregateProgress, ReportFile, report_bytes
 from a1111_worker.models.sites import ModelSite
 from a1111_worker.models.space import RoomWait
 from a1111_worker.models.targets import FetchTarget
+from a1111_worker.prompt import has_word
 from a1111_worker.transfer.download import Downloader
 
 log = logging.getLogger(__name__)
@@ -190,9 +192,9 @@ class ModelManager:
     def hold(self, refs: Sequence[ModelRef], context: JobContext, *, tolerate: bool = False) -> Iterator[HeldModels]:
         """Have every model on disk, and keep it there until the block ends.
 
-        Raises the first ModelError. With `tolerate` those are in `failures` instead. Downloads of a job that the GPU
-        waits for (`context.is_next`) go before others'. If only models in use leave no room, the job releases its own
-        and waits. So two jobs never wait for each other.
+        Raises the first ModelError. With `tolerate` those of LoRAs are in `failures` instead. Downloads of a job that
+        the GPU waits for (`context.is_next`) go before others'. If only models in use leave no room, the job releases
+        its own and waits. So two jobs never wait for each other.
         """
         refs = list(dict.fromkeys(refs))
         wait = self._room_wait(context)
@@ -228,6 +230,23 @@ class ModelManager:
         except ModelError:
             return None
         return hit.record.model(hit.directory.path(hit.record.file)) if hit else None
+
+    def embeddings_in(self, texts: Sequence[str]) -> tuple[ModelRef, ...]:
+        """The embeddings of the cache that texts name by a word which means them in every job.
+
+        That is the WebUI's word for an embedding, and the stem of a file that the operator put there. Nothing is read.
+        """
+        found: dict[ModelRef, None] = {}
+        for directory in self.cache.directories.of(ModelKind.EMBEDDING):
+            for file in sorted(directory.index().files):
+                record = self.cache.sidecars.find(directory, file)
+                words = [file.removesuffix(SUFFIX)] if record is None or record.is_operators else []
+                if record is not None and self.cache.is_open(directory, record):
+                    words.append(record.model(directory.path(file)).shown)
+                for word in words:
+                    if any(has_word(text, word) for text in texts):
+                        found[ModelRef(ModelKind.EMBEDDING, name=word)] = None
+        return tuple(found)
 
     def hold_again(self, held: HeldModels, context: JobContext) -> HeldModels:
         """The same models, after another look at each: one that is gone by now is fetched again.
@@ -413,9 +432,9 @@ class ModelManager:
         tolerance: _Tolerance,
         checkpoint: Model | None,
     ) -> HeldModels:
-        """The models and failures, in the order of `refs`. A LoRA that does not fit the checkpoint is a failure.
+        """The models and failures, in the order of `refs`. A model that does not fit the checkpoint is a failure.
 
-        Raises the first failure if it is not tolerated.
+        Raises the first failure if it is not tolerated. Only a LoRA's ever is.
         """
         models: dict[ModelRef, Model] = {}
         failures: dict[ModelRef, ModelError] = {}
@@ -434,7 +453,7 @@ class ModelManager:
     def _check_fit(self, model: Model, ref: ModelRef, checkpoint: Model | None) -> Model:
         if model.kind is ModelKind.CHECKPOINT:
             return replace(model, name=ref.name or model.name)  # as the operator calls it
-        if model.kind is not ModelKind.LORA or checkpoint is None:
+        if model.kind is ModelKind.CONTROLNET or checkpoint is None:
             return model
         return self._fit.check(model, checkpoint)
 

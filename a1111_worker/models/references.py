@@ -39,9 +39,10 @@ _FORMS = "a URL of CivitAI or Hugging Face, an AIR (civitai:122359@135867), hf:O
 _AIR_TYPES = {
     ModelKind.LORA: frozenset({"lora", "lycoris", "locon", "dora"}),
     ModelKind.CHECKPOINT: frozenset({"checkpoint"}),
+    ModelKind.EMBEDDING: frozenset({"embedding", "textualinversion"}),
+    ModelKind.VAE: frozenset({"vae"}),
     ModelKind.CONTROLNET: frozenset({"controlnet"}),
 }
-_KIND_NAMES = {ModelKind.LORA: "LoRA", ModelKind.CHECKPOINT: "checkpoint", ModelKind.CONTROLNET: "ControlNet model"}
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -292,7 +293,7 @@ def _parse_air(text: str, kind: ModelKind) -> ModelRef:
         raise BadReference(f"must be {_FORMS}; models of other sources are not fetched")
     given_type = second or (first if first and first.lower() in set().union(*_AIR_TYPES.values()) else None)
     if given_type and given_type.lower() not in _AIR_TYPES[kind]:
-        raise BadReference(f"must be a {_KIND_NAMES[kind]}: this AIR's type is {given_type.lower()[:20]}")
+        raise BadReference(f"must name a model of the kind {kind.label}: this AIR's type is {given_type.lower()[:20]}")
     if match["format"] and match["format"].lower() not in ("safetensor", "safetensors"):
         raise BadReference("must be of the format safetensors: nothing else is loaded")
     version_id = _text_id(match["version"], "the version") if match["version"] else None

@@ -26,8 +26,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from a1111_worker.domain import ModelKind
 from a1111_worker.errors import ModelRejected
 from a1111_worker.models.layers import Layers, checkpoint_layers, count_matches, is_inert, lora_layers
+from a1111_worker.models.small_models import embedding_family, vae_channels
 from a1111_worker.models.tensors import Tensors, parse_table
 
 HEADER_LIMIT = 16_000_000
@@ -57,7 +59,8 @@ class Header:
     """What the header of a valid file says. The tensors' bytes begin at `data_offset`; they and the file end at `size`.
 
     `families` are those whose tensors look like these, and `declared_family` is what the trainer wrote. `own_hash` is
-    the `sshs_model_hash` that A1111 prints unchecked, "" if there is none. `is_inert`, `lora_layers` and
+    the `sshs_model_hash` that A1111 prints unchecked, "" if there is none. `embedding_family` and `vae_channels` are of
+    a file that A1111 loads as an embedding or a VAE, else None (`small_models`). `is_inert`, `lora_layers` and
     `checkpoint_layers`: see `layers`.
     """
 
@@ -67,6 +70,8 @@ class Header:
     declared_family: str | None = None
     own_hash: str = ""
     is_inert: bool = False
+    embedding_family: str | None = None
+    vae_channels: int | None = None
     lora_layers: Layers | None = field(default=None, repr=False)
     checkpoint_layers: Layers = field(default_factory=dict, repr=False)
 
@@ -130,6 +135,23 @@ def check_lora(header: Header) -> None:
         )
 
 
+def check_kind(kind: ModelKind, header: Header) -> None:
+    """Raise ModelRejected if A1111 would not load a file as an embedding or a VAE, whatever the checkpoint.
+
+    A VAE that cannot be loaded leaves a model behind that misreads prompts (1.9.3 and 1.10.1, measured).
+    """
+    if kind is ModelKind.EMBEDDING and header.embedding_family is None:
+        raise ModelRejected(
+            "the file is no embedding: it must hold one tensor of width 768 (SD 1) or 1024 (SD 2), or clip_l and "
+            "clip_g (SDXL)"
+        )
+    if kind is ModelKind.VAE and header.vae_channels is None:
+        raise ModelRejected(
+            "the file is no VAE as the WebUI reads it: its tensors are not exactly those of an AutoencoderKL",
+            hint="files in diffusers' form (encoder.down_blocks.…) must be converted",
+        )
+
+
 _HASH = re.compile(r"[0-9A-Fa-f]{12,64}")
 
 
@@ -145,13 +167,17 @@ def matched_layers(lora: Header, checkpoint: Header) -> tuple[int, int] | None:
 def parse_header(text: bytes, size: int) -> Header:
     """The header with this text of a file of `size` bytes. ModelRejected says what is wrong with it."""
     table = parse_table(text, size - 8 - len(text))
+    channels = vae_channels(table.tensors)
+    families = _VAE_FAMILIES.get(channels, ()) if channels else _families_by_tensors(table.tensors)
     return Header(
         size=size,
         data_offset=8 + len(text),
-        families=_families_by_tensors(table.tensors),
+        families=families,
         declared_family=_family_by_metadata(table.metadata),
         own_hash=table.metadata.get("sshs_model_hash", "")[:65],  # one more than a hash may have
         is_inert=is_inert(table.tensors),
+        embedding_family=embedding_family(table.tensors),
+        vae_channels=channels,
         lora_layers=lora_layers(table.tensors),
         checkpoint_layers=checkpoint_layers(table.tensors),
     )
@@ -160,13 +186,15 @@ def parse_header(text: bytes, size: int) -> Header:
 # -- which architecture ------------------------------------------------------------------------------------------------
 
 
-def family_of(header: Header, base_model: str | None = None) -> str | None:
+def family_of(header: Header, base_model: str | None = None, *, kind: ModelKind = ModelKind.LORA) -> str | None:
     """The architecture that a model belongs to ("sd1", "sd2", "sdxl", "sd3", "flux", …), None if nothing tells.
 
     What people declare (CivitAI's base model, else the trainer's metadata) decides among the families whose tensors
     look alike. If it contradicts the tensors, the tensors win: a label is a claim, and a weight of the wrong width
-    cannot be applied. Titles and file names are not used.
+    cannot be applied. Titles and file names are not used. An embedding is for the one family that has its width.
     """
+    if kind is ModelKind.EMBEDDING:
+        return header.embedding_family
     declared = family_of_base_model(base_model) or header.declared_family
     if header.families and declared not in header.families:
         return header.families[0]
@@ -246,6 +274,7 @@ _SDXL = ("sdxl", "kolors", "playground")
 _SD3 = ("sd3",)
 _FLUX = ("flux", "flux2", "chroma", "hunyuan-video")
 _WIDTHS = {768: _SD1, 1024: _SD2, 2048: _SDXL}
+_VAE_FAMILIES = {16: (*_SD3, *_FLUX)}  # by the channels of its latents. Those of SD 1, SD 2 and SDXL all have 4
 
 # Blocks have the names of the original code (input_blocks) or of diffusers (down_blocks), joined by dots or, in kohya's
 # files, by underscores. Only a UNet has them: LTX-Video's `transformer_blocks.0.attn2.to_k` is 2048 wide too.

@@ -5,7 +5,8 @@
          "url": "https://civitai.com/api/download/models/135867", "version_id": 135867, "file_id": 99264,
          "primary": true, "wishes": [], "sha256": "0d9b…", "size": 228452352, "mtime": 1700000000,
          "base_model": "SDXL 1.0", "family": "sdxl", "lora_hash": "9c7…", "trained_words": [],
-         "downloaded_at": "2026-01-31T12:00:00Z", "restricted": false}
+         "downloaded_at": "2026-01-31T12:00:00Z", "restricted": false,
+         "source_stem": "add-detail-xl"}
     detail_tweaker_xl.safetensors.uses      one byte a use, appended; its time is the last use
 
 A sidecar is knowledge, never the truth. It is not believed if it makes no sense, is no regular file, has more than 1
@@ -44,7 +45,7 @@ from a1111_worker.files import (
     write_atomically,
 )
 from a1111_worker.models.names import SUFFIX
-from a1111_worker.models.safetensors import family_of, lora_hash, read_header
+from a1111_worker.models.safetensors import check_kind, family_of, lora_hash, read_header
 from a1111_worker.models.volume import SIDECAR, USES, CacheDirectory
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class ModelRecord:
 
     `variant_filters` are those of CivitAI URLs (`pruned/fp16`) that select this file. `restricted`: it is a file of
     Hugging Face that was fetched with the token, or that RunPod has put there. Not every caller may have it.
+    `source_stem`: what its author calls the file.
     """
 
     kind: ModelKind
@@ -80,6 +82,12 @@ class ModelRecord:
     trained_words: tuple[str, ...] = ()
     downloaded_at: str | None = None
     restricted: bool = False
+    source_stem: str | None = None
+
+    @property
+    def is_operators(self) -> bool:
+        """Whether somebody put the file there by hand, as far as is known."""
+        return self.version_id is None and self.url is None
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {"schema": SCHEMA}
@@ -140,6 +148,7 @@ class ModelRecord:
             family=self.family,
             trained_words=self.trained_words,
             lora_hash=self.lora_hash,
+            source_stem=self.source_stem,
             downloaded=downloaded,
             warnings=warnings,
         )
@@ -166,6 +175,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "trained_words": (list,),
     "downloaded_at": (str, type(None)),
     "restricted": (bool,),
+    "source_stem": (str, type(None)),
 }
 
 
@@ -253,6 +263,7 @@ class Sidecars:
             raise ModelRejected(f"{file} is not a regular file")
         try:
             header = read_header(path)
+            check_kind(directory.kind, header)
             sha256 = sha256_of(path, header.size, deadline, on_progress)
             record = ModelRecord(
                 kind=directory.kind,
@@ -260,7 +271,7 @@ class Sidecars:
                 file=file,
                 sha256=sha256,
                 size=header.size,
-                family=family_of(header),
+                family=family_of(header, kind=directory.kind),
                 lora_hash=lora_hash(path, header) if directory.kind is ModelKind.LORA else None,
             )
         except OSError as error:

@@ -9,8 +9,8 @@ from pathlib import Path
 from a1111_worker.catalog import KnownLora, lora_of_version
 from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.models.cache import CheckpointSpec
-from a1111_worker.models.names import digest_file, version_file
-from a1111_worker.models.safetensors import family_of, family_of_base_model, lora_hash, read_header
+from a1111_worker.models.names import SUFFIX, digest_file, version_file
+from a1111_worker.models.safetensors import check_kind, family_of, family_of_base_model, lora_hash, read_header
 from a1111_worker.models.sidecars import ModelRecord, url_key, variant_filter
 
 
@@ -100,6 +100,11 @@ class FetchTarget:
             return None
         return lora_of_version(self.remote.version_id)
 
+    @property
+    def _source_stem(self) -> str | None:
+        name = self.remote.file_name
+        return None if name is None else name.removesuffix(SUFFIX)
+
     def file(self, sha256: str) -> str:
         """The file name of the model, once its hash is known."""
         if self.reserved_file is not None:
@@ -112,6 +117,7 @@ class FetchTarget:
     def record(self, path: Path, file: str, sha256: str) -> ModelRecord:
         """What is known of it once it is fetched to `path`. Raises ModelRejected if that is no safetensors file."""
         header = read_header(path)
+        check_kind(self.ref.kind, header)
         variant = variant_filter(self.ref)
         return ModelRecord(
             kind=self.ref.kind,
@@ -125,11 +131,12 @@ class FetchTarget:
             primary=self.is_primary,
             variant_filters=(variant,) if variant else (),
             base_model=self.remote.base_model,
-            family=family_of(header, self.remote.base_model),
+            family=family_of(header, self.remote.base_model, kind=self.ref.kind),
             lora_hash=lora_hash(path, header) if self.ref.kind is ModelKind.LORA else None,
             trained_words=self.remote.trained_words,
             downloaded_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             restricted=self.remote.restricted,
+            source_stem=self._source_stem,
         )
 
     def verified_record(self, record: ModelRecord) -> ModelRecord:
@@ -146,6 +153,7 @@ class FetchTarget:
             family=family_of_base_model(remote.base_model) if record.family is None else record.family,
             trained_words=remote.trained_words,
             restricted=remote.restricted,
+            source_stem=self._source_stem,
         )
 
     def with_variant_filter(self, record: ModelRecord) -> ModelRecord:

@@ -12,8 +12,8 @@
     │   ├── .holds/jib_mix….safetensors.evicting    "I am evicting this"
     │   ├── .urls/<digest of a URL>                 the file that a URL outside CivitAI gave
     │   └── .trash/                                 files that are being removed
-    ├── loras/…                                     the same again
-    └── vae/                                        put there by hand, shown to the WebUI
+    ├── loras/… embeddings/… vaes/…                 the same again
+    └── vae/                                        VAEs that somebody put there; only read
 
 **A model exists when its final name exists, and that name appears only by renaming a verified file.** Everything else
 may vanish at any moment without harm: a lost lease costs a second download, a lost sidecar is rebuilt by reading the
@@ -57,9 +57,15 @@ USES = ".uses"
 SOURCE_FOLDERS = {
     ModelKind.CHECKPOINT: ("checkpoints", "Stable-diffusion"),
     ModelKind.LORA: ("loras", "Lora"),
+    ModelKind.EMBEDDING: ("embeddings",),
+    ModelKind.VAE: ("vaes", "vae", "VAE"),
     ModelKind.CONTROLNET: ("controlnet", "ControlNet"),
 }
-"""The folders that a source may have for a kind: named like ours, or like the WebUI's. A source may also be flat."""
+"""The folders that a source may have for a kind: named like ours, or like the WebUI's."""
+
+# A source may also have models of these kinds without a folder for them.
+_FLAT = (ModelKind.CHECKPOINT, ModelKind.LORA, ModelKind.CONTROLNET)
+_BY_HAND = {ModelKind.VAE: ("vae", "VAE")}  # further folders of the cache, for files that somebody puts there
 
 _ALONE = "alone-"
 
@@ -379,9 +385,11 @@ class CacheDirectories:
                 self._all[kind].append(local)
                 self._writable[kind] = local if local.is_writable else None
             self._all[kind].append(self._linked[kind])
+            by_hand = [models_dir / name for name in _BY_HAND.get(kind, ())]
             for source in self.sources:
-                folders = [source / name for name in SOURCE_FOLDERS[kind] if _can_list(source / name)]
-                self._all[kind] += [CacheDirectory(folder, kind) for folder in (*folders, source)]
+                by_hand += [source / name for name in SOURCE_FOLDERS[kind]]
+                by_hand += [source] if kind in _FLAT else []
+            self._all[kind] += [CacheDirectory(folder, kind) for folder in by_hand if _can_list(folder)]
 
     def of(self, kind: ModelKind) -> list[CacheDirectory]:
         """Every directory with models of a kind, in the order in which they are searched."""
@@ -400,10 +408,6 @@ class CacheDirectories:
 
     def writable(self) -> list[CacheDirectory]:
         return [directory for directory in self._writable.values() if directory is not None]
-
-    def vae_folders(self) -> list[Path]:
-        """The folders with VAEs that somebody put into the cache or a source."""
-        return [root / name for root in (self.models_dir, *self.sources) for name in ("vae", "VAE")]
 
 
 def can_write(folder: Path, owner: str) -> bool:

@@ -4,7 +4,8 @@
     ├── Stable-diffusion/jib_mix….safetensors       →    links to models, nothing else
     ├── Lora/detail_tweaker_xl_0d9bd1b8.safetensors →    models/loras/detail_tweaker_xl.safetensors
     ├── ControlNet/…
-    └── VAE/…
+    ├── embeddings/easynegative_c74b4e81.safetensors →   a name in a prompt: letters, digits, _ and - alone
+    └── VAE/~sdxl_vae_63aeecb9.safetensors          →    `~`: no checkpoint's name begins like that
 
 A link's name is `Model.shown_file`: the same name never leads to other content.
 """
@@ -22,8 +23,13 @@ from a1111_worker.errors import VolumeFailed
 from a1111_worker.files import look
 from a1111_worker.models.names import short_name
 
-_FOLDERS = {ModelKind.CHECKPOINT: "Stable-diffusion", ModelKind.LORA: "Lora", ModelKind.CONTROLNET: "ControlNet"}
-_VAE = "VAE"
+_FOLDERS = {
+    ModelKind.CHECKPOINT: "Stable-diffusion",
+    ModelKind.LORA: "Lora",
+    ModelKind.EMBEDDING: "embeddings",
+    ModelKind.VAE: "VAE",
+    ModelKind.CONTROLNET: "ControlNet",
+}
 
 
 class WebUIFolder:
@@ -35,7 +41,7 @@ class WebUIFolder:
 
     def prepare(self) -> None:
         """Make the folders, without any link: what an earlier one leads to may have been replaced."""
-        for name in (*_FOLDERS.values(), _VAE):
+        for name in _FOLDERS.values():
             folder = self._root / name
             folder.mkdir(parents=True, exist_ok=True)
             for link in folder.iterdir():
@@ -57,9 +63,6 @@ class WebUIFolder:
         self._link(link, model.path)
         return link
 
-    def show_vae(self, path: Path) -> None:
-        self._link(self._root / _VAE / path.name, path)
-
     def hide(self, kind: ModelKind, path: Path) -> None:
         """Remove the links to this model."""
         for link in self._links_to(kind, path):
@@ -68,7 +71,7 @@ class WebUIFolder:
 
     def prune(self) -> None:
         """Remove the links to models that another worker has evicted."""
-        for folder in (self._root / name for name in (*_FOLDERS.values(), _VAE)):
+        for folder in (self._root / name for name in _FOLDERS.values()):
             for link in _children(folder):
                 with contextlib.suppress(OSError):
                     if link.is_symlink() and _is_dangling(link):

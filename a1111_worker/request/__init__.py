@@ -15,6 +15,7 @@ The modules, the public one first:
     fields           what a field is; fields, output options and WebUI settings that several tasks share
     extensions       whether the units of ControlNet and ADetailer ask for anything
     unknown          the complaint about an unknown name, with the known one that was meant
+    embeddings       the embeddings and the VAE of a job, and its texts
     loras            the LoRAs of a job: those of its list, and those of the tags in its prompts
     scripts          what the arguments of A1111's own scripts ask for, and whether that is within the limits
     prompt_scripts   the arguments of "Prompts from file or textbox" and "Prompt matrix"

@@ -35,11 +35,13 @@ from a1111_worker.request.values import (
     one_of,
     shown,
     text,
+    text_or_object,
 )
 from a1111_worker.similar import nearest
 from a1111_worker.text import quoted_list
 
 MAX_LORAS = 16
+MAX_EMBEDDINGS = 16
 MAX_PROMPT = 20_000  # bytes of UTF-8
 MAX_NAME = 200
 MAX_STYLES = 32
@@ -195,7 +197,12 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         ),
         "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
         "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
-        "vae": Field(ours, name, is_webui_field=False),
+        "vae": Field(ours, text_or_object("a name, or a reference as in loras"), is_webui_field=False),
+        "embeddings": Field(
+            ours,
+            replace(any_list(), expected=f"a list of at most {MAX_EMBEDDINGS} embeddings"),
+            is_webui_field=False,
+        ),
         "include": Field(ours, list_of(one_of("models"), 1, "keys of the answer: models"), is_webui_field=False),
         "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
         "allow_blank": Field(ours, boolean(), is_webui_field=False),
@@ -286,7 +293,7 @@ _SAME_AS_FIRST_PASS = {"hr_sampler_name": ("", "use same sampler"), "hr_schedule
 def is_unset(name: str, value: Any) -> bool:
     """Whether the checked value of a field says, in A1111's own words, that the field is not used."""
     if name in _BLANK_IS_UNSET:
-        return not value.strip()
+        return isinstance(value, str) and not value.strip()
     return name in _SAME_AS_FIRST_PASS and value.strip().casefold() in _SAME_AS_FIRST_PASS[name]
 
 

@@ -10,14 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 from a1111_worker.domain import (
+    EmbeddingRequest,
     GenerationRequest,
     ImageFormat,
     LoraRequest,
+    ModelKind,
+    ModelRef,
     OnLoraError,
     OutputOptions,
     PictureSource,
     Task,
 )
+from a1111_worker.request.embeddings import parse_embeddings, parse_model
 from a1111_worker.request.extensions import is_idle, read_units
 from a1111_worker.request.fields import INERT_OPTIONS
 from a1111_worker.request.img2img import FIRST
@@ -91,6 +95,8 @@ def _request(
         preview=given.get("preview", False),
         trigger_words=given.get("trigger_words", False),
         checkpoint=reader.limits.checkpoint(given["checkpoint"]) if given.get("checkpoint") else None,
+        embeddings=_embeddings(reader),
+        vae=_vae(reader),
     )
 
 
@@ -148,7 +154,34 @@ def _override_settings(reader: InputReader) -> dict[str, Any]:
     for name, setting in (("clip_skip", "CLIP_stop_at_last_layers"), ("vae", "sd_vae")):
         if name in given and settings.setdefault(setting, given[name]) != given[name]:
             reader.complain(name, f"contradicts override_settings.{setting}: give one of them")
+    if not _is_webui_vae(settings.get("sd_vae")):
+        del settings["sd_vae"]  # a file: `_vae`
     return settings
+
+
+def _is_webui_vae(value: Any) -> bool:
+    """Whether a value of `vae` is a word of the WebUI for no file of its own, or there is none."""
+    return value is None or (isinstance(value, str) and value.strip().casefold() in ("automatic", "none"))
+
+
+def _vae(reader: InputReader) -> ModelRef | None:
+    """The file of a VAE that the job names, in `vae` or in override_settings."""
+    given = reader.given
+    path = "vae" if "vae" in given else "override_settings.sd_vae"
+    value = given.get("vae", given.get("override_settings", {}).get("sd_vae"))
+    if _is_webui_vae(value):
+        return None
+    ref, problems = parse_model(path, value, ModelKind.VAE, reader.limits.model_hosts)
+    for problem in problems:
+        reader.complain(problem.path, problem.message)
+    return ref
+
+
+def _embeddings(reader: InputReader) -> tuple[EmbeddingRequest, ...]:
+    requests, complaints = parse_embeddings(reader.given.get("embeddings", ()), reader.limits.model_hosts)
+    for complaint in complaints:
+        reader.complain(complaint.path, complaint.message)
+    return requests
 
 
 def _styles(reader: InputReader) -> list[str]:

@@ -99,8 +99,11 @@ _LORA = _object(
     sha256=_or_null(_SHA256),
     loaded=_FLAG,
     pictures=_WHOLE,
+    trigger_words=_list(_TEXT),
     downloaded=_FLAG,
 )
+_USED = _object(name=_TEXT, file=_TEXT, version_id=_or_null(_WHOLE), sha256=_SHA256, downloaded=_FLAG)
+_EMBEDDING = _object(**_USED["properties"], word=_TEXT, loaded=_FLAG)
 _DELIVERY = _object(
     mode={"enum": ["inline", "bucket"]},
     format={"enum": ["png", "jpeg", "webp"]},
@@ -116,7 +119,9 @@ _DELIVERED = {
     "versions": _VERSIONS,
     "lists": _FINGERPRINT,
 }
-_WORKER = _object(checkpoint=_MODEL, loras=_list(_LORA), **_DELIVERED)
+_WORKER = _object(
+    checkpoint=_MODEL, loras=_list(_LORA), embeddings=_list(_EMBEDDING), vae=_or_null(_USED), **_DELIVERED
+)
 _QUERY_WORKER = _object(warnings=_list(_TEXT), timings=_object(total=_NUMBER), versions=_VERSIONS)
 _CACHED = _object(
     name=_TEXT,

@@ -14,7 +14,14 @@ from a1111_worker.request.values import list_of
 MAX_PREFETCH = 64  # models of one kind in one job
 
 PREFETCHED: Mapping[str, ModelKind] = {
-    kind.plural: kind for kind in (ModelKind.LORA, ModelKind.CHECKPOINT, ModelKind.CONTROLNET)
+    kind.plural: kind
+    for kind in (
+        ModelKind.LORA,
+        ModelKind.EMBEDDING,
+        ModelKind.VAE,
+        ModelKind.CHECKPOINT,
+        ModelKind.CONTROLNET,
+    )
 }
 """What a `prefetch` job may list, under the names that a generating job has for it."""
 

@@ -158,6 +158,15 @@ def any_list() -> ValueType:
     return ValueType("array", "a list", check)
 
 
+def text_or_object(expected: str) -> ValueType:
+    def check(value: object) -> Any:
+        if not isinstance(value, (str, dict)):
+            raise mismatch(expected, value)
+        return value
+
+    return ValueType("any", expected, check, {"type": ["string", "object"]})
+
+
 def list_of(item_type: ValueType, most: int, plural: str) -> ValueType:
     """A list of at most `most` items. `plural` is what the items are called."""
     expected = f"a list of at most {most} {plural}"

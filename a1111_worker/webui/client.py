@@ -165,6 +165,9 @@ class WebUI:
         """The file names of the VAEs."""
         return self._get("/sd-vae", parse_vaes)
 
+    def refresh_vaes(self) -> None:
+        self._post("/refresh-vae", {})
+
     def progress(self, *, timeout: float | None = None, preview: bool = False) -> WebUIProgress:
         """How far the running generation is; all zero if nothing runs, and during a switch. Never retried.
 

@@ -7,8 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import AppliedLora, GenerationRequest, HeldModels, LoraRequest, Model, ModelRef, Task
+from a1111_worker.domain import (
+    AppliedEmbedding,
+    AppliedLora,
+    EmbeddingRequest,
+    GenerationRequest,
+    HeldModels,
+    LoraRequest,
+    Model,
+    ModelRef,
+    Task,
+)
 from a1111_worker.errors import Complaint, InvalidRequest
+from a1111_worker.request.embeddings import PROMPT_FIELDS, texts_in, texts_of
 from a1111_worker.request.fields import (
     BUILT_IN_SCRIPTS,
     CHECKPOINT_OPTION,
@@ -33,6 +44,8 @@ SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 
 MAX_TRIGGER_WORDS = 30
 """Words of one LoRA. Its creator may have listed hundreds."""
+
+_NO_LIMIT = 1_000_000  # pictures: the job's own limit was checked before
 
 Body = Mapping[str, Any]  # of a request
 
@@ -71,13 +84,24 @@ class WebUILists:
         return replace(self, scripts=self.img2img_scripts, script_axes=self.img2img_script_axes)
 
 
-def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFAULT_LIMITS) -> GenerationRequest:
+FindEmbeddings = Callable[[Sequence[str]], Sequence[ModelRef]]
+"""Returns the embeddings of the cache that texts name by a word of everybody's."""
+
+
+def resolve(
+    request: GenerationRequest,
+    lists: WebUILists,
+    limits: Limits = DEFAULT_LIMITS,
+    find_embeddings: FindEmbeddings = lambda texts: (),
+) -> GenerationRequest:
     """The request with every name as the WebUI spells it. InvalidRequest holds all complaints, with the nearest names.
 
     A script is held to `limits` here: only the WebUI knows the axes of a plot, and its styles may be merged by now.
-    Styles with LoRA tags are merged into the prompts here, so that their LoRAs are held and verified like others.
+    Styles with LoRA tags, and those of a job with embeddings, are merged into the prompts here, so that their models
+    are held and verified like others.
     """
     lists = lists.of_task(request.task)
+    request = _with_webuis_vae(request, lists)
     body = dict(request.body)
     complaints: list[Complaint] = []
     for resolve_part in _RESOLVERS:
@@ -102,7 +126,12 @@ def resolve(request: GenerationRequest, lists: WebUILists, limits: Limits = DEFA
         )
     models = models_to_hold(body, request.controlnet_models)
     resolved = replace(request, body=body, controlnet_models=models, warnings=warnings)
-    resolved = _merge_styles_with_loras(resolved, lists)
+    styles = [lists.styles[name] for name in body.get("styles") or ()]
+    style_texts = [text for style in styles for text in (style.prompt, style.negative_prompt)]
+    found = find_embeddings([*texts_of(resolved), *style_texts])
+    listed = {embedding.ref for embedding in resolved.embeddings}
+    named = tuple(EmbeddingRequest(ref, "prompt") for ref in found if ref not in listed)
+    resolved = _merge_styles(replace(resolved, embeddings=(*resolved.embeddings, *named)), lists)
     if complaints := check_script(resolved.body, limits, lists.script_axes, request.task):
         raise InvalidRequest(complaints)
     plan = read_script(resolved.body, limits.max_images, lists.script_axes)
@@ -136,8 +165,13 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
     `script_axes` are those of WebUILists. Raises InvalidRequest for a script that would change a LoRA's name.
     """
     loras, warnings = _job_loras(request, held)
+    embeddings = _job_embeddings(request, held)
     models = {index: held.get(ref) for index, ref in request.controlnet_models.items()}
-    body = with_models(request.body, models)
+    body = _with_embedding_words(with_models(request.body, models), embeddings, script_axes)
+    vae = held.models[request.vae] if request.vae is not None else None
+    if vae is not None:
+        body["override_settings"] = {**body.get("override_settings", {}), "sd_vae": vae.shown_file}
+        warnings += vae.warnings
     placements = [lora.placement() for lora in loras]
     separator = separator_of(body)
     words = _append_trigger_words(body, loras, separator) if request.trigger_words else {}
@@ -146,8 +180,8 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
     if body.get("hr_prompt"):
         body["hr_prompt"] = prompt.place(body["hr_prompt"], placements)
         if body.get("enable_hr"):
-            names = [lora.model.shown for lora in loras if lora.model]
-            body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], names)
+            shown = [lora.model.shown for lora in loras if lora.model]
+            body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], shown)
     if body.get("script_args"):
         weighed = prompt.weigh(given, placements, separator=separator)
         script = rename_in_script(body, weighed, placements, script_axes)
@@ -158,6 +192,11 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
             if lora.model and lora.model.shown in script.doubled
         ]
     applied = tuple(replace(lora.applied(), trigger_words=words.get(index, ())) for index, lora in enumerate(loras))
+    used = _used_embeddings(body, [model for model, _ in embeddings])
+    for (model, names), embedding in zip(embeddings, used, strict=True):
+        warnings += model.warnings
+        if not embedding.prompts:
+            warnings.append(f"no prompt of the job names the embedding {quoted(model.name)} ({quoted_list(names)})")
     return GenerationPlan(
         body,
         applied,
@@ -167,7 +206,62 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
         preview=request.preview,
         task=request.task,
         controlnet_models=tuple(model.shown for model in models.values()),
+        embeddings=used,
+        vae=vae,
     )
+
+
+def _job_embeddings(request: GenerationRequest, held: HeldModels) -> list[tuple[Model, tuple[str, ...]]]:
+    """The embeddings of a job, each file once, with the words that mean it in this job."""
+    found: dict[str, tuple[Model, tuple[str, ...]]] = {}
+    for embedding in request.embeddings:
+        model = held.models[embedding.ref]
+        stem = model.file.removesuffix(".safetensors")
+        names = (model.shown, embedding.ref.name, stem, model.source_stem)
+        earlier = found.get(model.shown, (model, ()))[1]
+        words = (name.removesuffix(".safetensors") for name in names if name)
+        found[model.shown] = model, tuple(dict.fromkeys((*earlier, *words)))
+    return list(found.values())
+
+
+def _with_embedding_words(
+    body: Body, embeddings: Sequence[tuple[Model, tuple[str, ...]]], script_axes: Sequence[str]
+) -> dict[str, Any]:
+    """The body with the WebUI's words for embeddings in its prompts, and in the texts of its script's arguments."""
+    meant: dict[str, str] = {}
+    for model, words in embeddings:
+        for word in words:
+            meant.setdefault(word.casefold(), model.shown)
+    changed = dict(body)
+    for field in PROMPT_FIELDS:
+        if changed.get(field):
+            changed[field] = prompt.replace_words(changed[field], meant)
+    plan = read_script(body, _NO_LIMIT, script_axes) if meant and body.get("script_args") else None
+    if plan is not None:
+        changed["script_args"] = plan.args_with([prompt.replace_words(text.text, meant) for text in plan.texts])
+    return changed
+
+
+def _used_embeddings(body: Body, models: Sequence[Model]) -> tuple[AppliedEmbedding, ...]:
+    """The embeddings, each with the texts of the final body that its word is in."""
+    texts = [str(body[field]) for field in PROMPT_FIELDS if body.get(field)] + list(texts_in(body.get("script_args")))
+    return tuple(
+        AppliedEmbedding(model, tuple(dict.fromkeys(text for text in texts if prompt.has_word(text, model.shown))))
+        for model in models
+    )
+
+
+def _with_webuis_vae(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
+    """The request with a VAE that the WebUI has itself as a setting. Somebody else's WebUI has VAEs of its own."""
+    ref = request.vae
+    if ref is None or not ref.is_bare_name or ref.name is None:
+        return request
+    wanted = ref.name.removesuffix(".safetensors").casefold()
+    own = next((vae for vae in lists.vaes if wanted in (vae.casefold(), vae.casefold().rpartition(".")[0])), None)
+    if own is None or own.startswith("~"):  # `~`: a link of this worker, which the job must hold
+        return request
+    settings = {**request.body.get("override_settings", {}), "sd_vae": own}
+    return replace(request, vae=None, body={**request.body, "override_settings": settings})
 
 
 def _job_loras(request: GenerationRequest, held: HeldModels) -> tuple[list[_JobLora], list[str]]:
@@ -416,10 +510,14 @@ _CHECKS_OF_RUN: Mapping[str, Callable[[Body, Body, WebUILists], None]] = {
 }
 
 
-def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
-    """The request with its styles written into the prompts, if one of them has a LoRA tag. Else the WebUI does that."""
+def _merge_styles(request: GenerationRequest, lists: WebUILists) -> GenerationRequest:
+    """The request with its styles written into the prompts, if one of them has a LoRA tag or the job has embeddings.
+
+    Else the WebUI does that.
+    """
     styles = [lists.styles[name] for name in request.body.get("styles") or ()]
-    if not any(tag.is_lora for style in styles for tag in prompt.find_tags(style.prompt)):
+    has_lora = any(tag.is_lora for style in styles for tag in prompt.find_tags(style.prompt))
+    if not has_lora and not (styles and request.embeddings):
         return request
     body = dict(request.body)
     names = body.pop("styles")
@@ -432,5 +530,6 @@ def _merge_styles_with_loras(request: GenerationRequest, lists: WebUILists) -> G
     read = read_tags(body["prompt"], "styles", request.loras)
     if read.complaints:
         raise InvalidRequest(read.complaints)
-    merged = f"the styles {quoted_list(names)} bring LoRAs and were written into the prompt"
+    why = "bring LoRAs and" if has_lora else "may name embeddings, so they"
+    merged = f"the styles {quoted_list(names)} {why} were written into the prompt"
     return replace(request, body=body, loras=read.loras, warnings=(*request.warnings, *read.warnings, merged))

@@ -20,13 +20,14 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from a1111_worker.background import BackgroundCall
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.domain import (
+    AppliedEmbedding,
     Generation,
     GenerationRequest,
     HeldModels,
@@ -53,7 +54,7 @@ from a1111_worker.images import is_blank
 from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.client import WebUI, WebUIResponse
-from a1111_worker.webui.composition import compose, resolve
+from a1111_worker.webui.composition import FindEmbeddings, compose, resolve
 from a1111_worker.webui.extensions import listed_models
 from a1111_worker.webui.extras import read_extras, resolve_extras, used_in_extras
 from a1111_worker.webui.progress import GenerationProgress
@@ -61,7 +62,7 @@ from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
 from a1111_worker.webui.upscalers import used_upscalers
-from a1111_worker.webui.verification import INTERRUPTED, GenerationPlan, verify
+from a1111_worker.webui.verification import INTERRUPTED, GenerationPlan, PromptUse, verify
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,28 @@ class Proof:
     instance_id: str
 
 
+class _KnownUses:
+    """The embeddings that A1111 was seen to use, with their prompts, in the life of one process of the WebUI."""
+
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._instance_id = ""
+        self._uses: dict[PromptUse, None] = {}  # an ordered set: the oldest goes first
+
+    def of(self, instance_id: str) -> Collection[PromptUse]:
+        return self._uses if instance_id == self._instance_id else ()
+
+    def remember(self, instance_id: str, embeddings: Sequence[AppliedEmbedding]) -> None:
+        if instance_id != self._instance_id:
+            self._instance_id, self._uses = instance_id, {}
+        for embedding in embeddings:
+            if embedding.loaded:
+                self._uses |= {(embedding.model.shown, text): None for text in embedding.prompts}
+        for use in list(self._uses)[: -self._MOST]:
+            del self._uses[use]
+
+
 class Generator:
     """Generates with one WebUI. Only one job at a time may call `start`; any job may call `resolve` and `finish`."""
 
@@ -109,6 +132,8 @@ class Generator:
         self._jobs_since_out_of_memory = OUT_OF_MEMORY_WINDOW + 1
         self._interruption: BackgroundCall[None] | None = None  # of a generation whose job could not wait for its end
         self.proof: Proof | None = None
+        self._uses = _KnownUses()
+        self._vaes_shown: tuple[str, frozenset[str]] = ("", frozenset())  # to which process of the WebUI, which files
 
     @property
     def is_checkpoint_proven(self) -> bool:
@@ -119,9 +144,11 @@ class Generator:
             and self.proof.instance_id == self._readiness.instance_id
         )
 
-    def resolve(self, request: GenerationRequest) -> GenerationRequest:
+    def resolve(
+        self, request: GenerationRequest, find_embeddings: FindEmbeddings = lambda texts: ()
+    ) -> GenerationRequest:
         """The request with every name in the WebUI's own spelling; InvalidRequest with the nearest names otherwise."""
-        return resolve(request, self._readiness.lists, self._limits)
+        return resolve(request, self._readiness.lists, self._limits, find_embeddings)
 
     def resolve_upscale(self, request: UpscaleRequest) -> UpscaleRequest:
         """The same for a job that enlarges pictures."""
@@ -133,6 +160,7 @@ class Generator:
         with self._watch_memory():
             self._wait_for_interruption(context)
             self._readiness.ensure_ready(context, held.checkpoint or self._readiness.own_checkpoint)
+            self._show_vae(plan.vae)
             if plan.body.get("script_name"):
                 self._readiness.expect_script()
             return self._generate(plan, context)
@@ -180,7 +208,14 @@ class Generator:
         """Read and verify the answer: made with this checkpoint and these LoRAs, all images there and none blank."""
         try:
             answer = self._read(started.answer, context)
-            generation = verify(answer, started.plan, started.checkpoint, interrupted_job=started.interrupted_job)
+            generation = verify(
+                answer,
+                started.plan,
+                started.checkpoint,
+                interrupted_job=started.interrupted_job,
+                known_uses=self._uses.of(self._readiness.instance_id),
+            )
+            self._uses.remember(self._readiness.instance_id, generation.embeddings)
             self.proof = Proof(generation.webui_version, self._readiness.instance_id)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
@@ -199,6 +234,14 @@ class Generator:
         generation = self.finish(self._generate(GenerationPlan(body, allow_blank=True), context), context)
         name = generation.checkpoint.name
         log.info("the WebUI is warm after %.1f s, and has proven that it uses %s", time.monotonic() - began, name)
+
+    def _show_vae(self, vae: Model | None) -> None:
+        """Have the WebUI list a VAE: it looks for new files only if it is asked to. (Embeddings it finds by itself.)"""
+        instance = self._readiness.instance_id
+        shown = self._vaes_shown[1] if self._vaes_shown[0] == instance else frozenset()
+        if vae is not None and vae.shown_file not in shown:
+            self._webui.refresh_vaes()
+            self._vaes_shown = (instance, shown | {vae.shown_file})
 
     # -- start: the tries, and each of them
 

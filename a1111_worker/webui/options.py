@@ -31,6 +31,7 @@ SHOW_PROOFS = {
     "add_model_hash_to_info": True,
     "add_model_name_to_info": True,
     "lora_add_hashes_to_infotext": True,
+    "textual_inversion_add_hashes_to_infotext": True,
 }
 """What a picture's own text must say, for `verification` to read it."""
 

@@ -14,12 +14,12 @@ proven for an image if the image's prompt names it, and its hash is there under 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import AppliedLora, Generation, Model, OnLoraError, PictureFacts, Task
+from a1111_worker.domain import AppliedEmbedding, AppliedLora, Generation, Model, OnLoraError, PictureFacts, Task
 from a1111_worker.errors import CheckpointNotLoaded, GenerationFailed, LoraNotApplied, WebUILost
 from a1111_worker.images import read_infotext, read_size
 from a1111_worker.request.extensions import detected_maps, without_pictures
@@ -45,14 +45,27 @@ class GenerationPlan:
     preview: bool = False
     task: Task = Task.TXT2IMG
     controlnet_models: tuple[str, ...] = ()
+    embeddings: tuple[AppliedEmbedding, ...] = ()
+    vae: Model | None = None
 
 
-def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_job: str | None = None) -> Generation:
+PromptUse = tuple[str, str]
+"""The WebUI's word for an embedding, and a prompt in which A1111 was seen to use it."""
+
+
+def verify(
+    answer: Any,
+    plan: GenerationPlan,
+    checkpoint: Model,
+    *,
+    interrupted_job: str | None = None,
+    known_uses: Collection[PromptUse] = (),
+) -> Generation:
     """The generation, if the answer shows everything the plan asks for.
 
-    `interrupted_job` is the `job_timestamp` of a job that somebody has interrupted. Raises WebUILost (no answer of
-    txt2img), GenerationFailed (no images, too few, cut short, another sampler), CheckpointNotLoaded, or LoraNotApplied
-    unless the job wants only a warning for that.
+    `interrupted_job` is the `job_timestamp` of a job that somebody has interrupted. `known_uses` were proven earlier in
+    this WebUI's life. Raises WebUILost (no answer of txt2img), GenerationFailed (no images, too few, cut short, another
+    sampler or VAE), CheckpointNotLoaded, or LoraNotApplied unless the job wants only a warning for that.
     """
     info = _parse_info(answer)
     images = answer["images"]
@@ -62,6 +75,8 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
     texts = _read_texts(images, info, plan.body)
     _check_checkpoint(info, plan.body, checkpoint)
     _check_sampler(info, plan.body)
+    _check_vae(info, plan)
+    embeddings, unproven = _verify_embeddings(info, plan, known_uses)
     loras, warnings = _verify_loras(info, texts, plan)
     pictures = tuple(_describe(image, text) for image, text in zip(images, texts, strict=True))
     return Generation(
@@ -70,8 +85,10 @@ def verify(answer: Any, plan: GenerationPlan, checkpoint: Model, *, interrupted_
         loras=loras,
         seeds=tuple(picture.seed for picture in pictures),
         webui_version=str(info.get("version", "unknown")),
-        warnings=(*plan.warnings, *warnings, *_size_warnings(pictures, plan.body)),
+        warnings=(*plan.warnings, *warnings, *unproven, *_size_warnings(pictures, plan.body)),
         pictures=pictures,
+        embeddings=embeddings,
+        vae=plan.vae,
     )
 
 
@@ -177,6 +194,47 @@ def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:
     # 1.10.1 silently uses another sampler in place of an unknown one.
     if requested and used != requested and not body.get("script_name"):
         raise GenerationFailed(f"the WebUI used the sampler {quoted(used)} instead of {quoted(requested)}")
+
+
+def _check_vae(info: Mapping[str, Any], plan: GenerationPlan) -> None:
+    """By its name, never by its hash: all VAEs share one entry in A1111's cache of hashes (1.9.3 and 1.10.1)."""
+    if plan.vae is None:
+        return
+    named = f"VAE: {plan.vae.shown_file}"
+    is_named = info.get("sd_vae_name") == plan.vae.shown_file
+    if plan.body.get("script_name") and info.get("sd_vae_name") is None:
+        texts = [str(text).rpartition("\n")[2].split(", ") for text in info.get("infotexts") or ()]
+        is_named = bool(texts) and all(named in text for text in texts)
+    if not is_named:
+        raise GenerationFailed(
+            f"the WebUI drew without the VAE {plan.vae.name}", hint="send the job again; the WebUI's log tells why"
+        )
+
+
+def _verify_embeddings(
+    info: Mapping[str, Any], plan: GenerationPlan, known_uses: Collection[PromptUse]
+) -> tuple[tuple[AppliedEmbedding, ...], list[str]]:
+    """Which embeddings are proven, and a warning for each of the others that a prompt names.
+
+    "TI hashes" holds `word: 12 digits of the file's SHA-256`, once for each prompt that A1111 has read for this answer.
+    A prompt that equals that of the request before is not read again (1.9.3 and 1.10.1, measured): then a proof of the
+    same prompt counts. A word never means another file, so it stays true.
+    """
+    listed = str((info.get("extra_generation_params") or {}).get("TI hashes", "")).split(", ")
+    embeddings, warnings = [], []
+    for embedding in plan.embeddings:
+        model = embedding.model
+        proofs = listed.count(f"{model.shown}: {model.sha256[:12]}")
+        unread = sum((model.shown, text) in known_uses for text in embedding.prompts)
+        is_loaded = bool(embedding.prompts) and proofs + unread >= (1 if _is_script(plan) else len(embedding.prompts))
+        embeddings.append(replace(embedding, loaded=is_loaded))
+        if embedding.prompts and not is_loaded:
+            warnings.append(f"nothing in the WebUI's answer proves that it used the embedding {quoted(model.name)}")
+    return tuple(embeddings), warnings
+
+
+def _is_script(plan: GenerationPlan) -> bool:
+    return bool(plan.body.get("script_name"))
 
 
 def _verify_loras(

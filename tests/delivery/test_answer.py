@@ -61,6 +61,8 @@ def test_the_worker_block_reports_what_was_verified() -> None:
                 "downloaded": False,
             },
         ],
+        "embeddings": [],
+        "vae": None,
         "seeds": [42, 43],
         "pictures": [
             {"width": 96, "height": 64, "seed": 42, "steps": 25},

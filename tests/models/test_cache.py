@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from a1111_worker.context import JobContext
+from a1111_worker.domain import ModelKind, ModelRef
 from a1111_worker.errors import DownloadFailed, ModelError, ModelNotFound, ModelRejected, VolumeFailed
 from a1111_worker.models import care
 from sandbox.civitai import NO_MODEL
-from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of
+from sandbox.models import sdxl_checkpoint, sdxl_lora, sha256_of, vae
 from tests.disks import read_only
 from tests.fleet import DETAIL, Fleet, fetch, lora, named, soon, timings
 
@@ -350,15 +352,21 @@ def test_a_checkpoint_in_the_image_is_used_without_asking(fleet: Fleet) -> None:
     assert fleet.asked() == []
 
 
-def test_vaes_of_the_cache_and_of_sources_are_shown_to_the_webui(fleet: Fleet) -> None:
-    sdxl_lora(fleet.models / "vae/fine.safetensors", 1)
-    sdxl_lora(fleet.folder / "source/VAE/baked.safetensors", 1)
+def test_vaes_of_the_cache_and_of_sources_are_found_by_their_names(fleet: Fleet) -> None:
+    vae(fleet.models / "vae/fine.safetensors", 1)
+    vae(fleet.models / "vaes/own.safetensors", 2)
+    vae(fleet.folder / "source/VAE/baked.safetensors", 3)
     (fleet.models / "vae/bad.safetensors").write_text("<html>")
+    worker = fleet.start(sources=[fleet.folder / "source"])
 
-    fleet.start(sources=[fleet.folder / "source"])
+    models = [fetch(worker, ModelRef(ModelKind.VAE, name=name)) for name in ("fine", "own.safetensors", "BAKED")]
 
     shown = sorted(path.name for path in (fleet.folder / "container1/webui/VAE").iterdir())
-    assert shown == ["baked.safetensors", "fine.safetensors"]
+    assert shown == sorted(model.shown_file for model in models)
+    assert all(re.fullmatch(r"~(fine|own|baked)_[0-9a-f]{8}\.safetensors", name) for name in shown)
+    assert fetch(worker, ModelRef(ModelKind.VAE, name=models[0].shown)).path == models[0].path
+    with pytest.raises(ModelRejected):
+        fetch(worker, ModelRef(ModelKind.VAE, name="bad"))
 
 
 def test_a_model_that_is_gone_between_find_and_hold_is_not_held(fleet: Fleet) -> None:

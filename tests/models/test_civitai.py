@@ -90,6 +90,7 @@ def test_a_version_is_described_by_its_metadata(service: sandbox.SandboxCivitAI)
         sha256=sha256_of(path),
         base_model="SDXL 1.0",
         trained_words=("detail", "more"),
+        file_name="add-detail-xl.safetensors",
     )
 
 
@@ -254,7 +255,7 @@ def test_a_file_of_another_host_is_its_url(service: sandbox.SandboxCivitAI) -> N
 
     remote = client.describe(ref, Deadline())
 
-    assert remote == RemoteFile(url=ref.url or "", name="My style", sha256="cd" * 32)
+    assert remote == RemoteFile(url=ref.url or "", name="My style", sha256="cd" * 32, file_name="My style.safetensors")
     assert client.link(remote, Deadline()) == ref.url
     assert service.asked == []
 

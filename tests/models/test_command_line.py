@@ -318,10 +318,8 @@ def test_paths_prints_where_everything_lies(shell: Shell) -> None:
     document = shell.run_json("paths")
 
     assert document["models_dir"] == str(shell.models)
-    assert document["written_to"] == {
-        "checkpoints": str(shell.models / "checkpoints"),
-        "loras": str(shell.models / "loras"),
-    }
+    kinds = ("checkpoints", "loras", "embeddings", "vaes")
+    assert document["written_to"] == {kind: str(shell.models / kind) for kind in kinds}
     assert document["free"] > 0
 
 

@@ -82,7 +82,7 @@ def test_what_was_put_there_by_hand_is_not_read_again_and_has_a_name_of_its_cont
     assert links == [f"my own_{sha256_of(path)[:8]}.safetensors"]
 
 
-def test_a_sidecar_that_is_written_again_has_the_same_keys_and_the_new_one(fleet: Fleet) -> None:
+def test_a_sidecar_that_is_written_again_has_the_same_keys_and_new_ones(fleet: Fleet) -> None:
     path = put(fleet, "Snow_Ice_1.safetensors", 1, SIDECAR)
     before = json.loads(Path(f"{path}.json").read_text())
     cache = fleet.start().cache
@@ -92,7 +92,12 @@ def test_a_sidecar_that_is_written_again_has_the_same_keys_and_the_new_one(fleet
     cache.sidecars.write(hit.directory, replace(hit.record, variant_filters=("full/fp32",)))
 
     after = json.loads(Path(f"{path}.json").read_text())
-    assert after == before | {"wishes": ["full/fp32"], "mtime": int(path.stat().st_mtime), "restricted": False}
+    assert after == before | {
+        "wishes": ["full/fp32"],
+        "mtime": int(path.stat().st_mtime),
+        "restricted": False,
+        "source_stem": None,
+    }
 
 
 def test_uses_are_counted_on(fleet: Fleet) -> None:

@@ -68,6 +68,7 @@ def test_a_file_is_described_by_one_head_request(hub: SandboxHuggingFace, path: 
     assert remote == RemoteFile(
         url=f"https://huggingface.co/{REPO}/resolve/{commit}/loras/My%20style%20%231.safetensors",
         name="My style #1",
+        file_name="My style #1.safetensors",
         size=path.stat().st_size,
         size_at_most=path.stat().st_size,
         sha256=sha256_of(path),

@@ -39,12 +39,8 @@ def test_the_webui_sees_a_link_to_a_model_under_a_name_of_its_content(
     assert link == tmp_path / "webui/Lora/a_b_6b86b273.safetensors"
     assert link.is_symlink()
     assert link.read_bytes() == b"1"
-    assert sorted(path.name for path in (tmp_path / "webui").iterdir()) == [
-        "ControlNet",
-        "Lora",
-        "Stable-diffusion",
-        "VAE",
-    ]
+    folders = sorted(path.name for path in (tmp_path / "webui").iterdir())
+    assert folders == ["ControlNet", "Lora", "Stable-diffusion", "VAE", "embeddings"]
 
 
 def test_a_file_with_other_content_has_another_link_and_no_second_one(

@@ -55,7 +55,8 @@ def test_the_models_in_the_cache_are_counted(it: World) -> None:
     cache = health(it)["cache"]
 
     sizes = [path.stat().st_size for path in it.models_dir.rglob("*.safetensors")]
-    assert cache == {"checkpoints": 1, "loras": 1, "controlnet_models": 0, "bytes": sum(sizes), "limit": None}
+    counts = {"checkpoints": 1, "loras": 1, "embeddings": 0, "vaes": 0, "controlnet_models": 0}
+    assert cache == {**counts, "bytes": sum(sizes), "limit": None}
 
 
 def test_a_cache_that_cannot_be_read_has_no_figures(it: World) -> None:

@@ -90,14 +90,18 @@ def test_what_does_not_arrive_in_time_has_that_as_its_outcome(tmp_path: Path) ->
 
 
 BAD = [
-    ({}, "input", "names no model: give loras or checkpoints or controlnet_models"),
-    ({"loras": []}, "input", "names no model: give loras or checkpoints or controlnet_models"),
+    ({}, "input", "names no model: give loras or embeddings or vaes or checkpoints or controlnet_models"),
+    ({"loras": []}, "input", "names no model: give loras or embeddings or vaes or checkpoints or controlnet_models"),
     ({"loras": "x"}, "loras", "must be a list of at most 64 loras, not text"),
     ({"loras": [None]}, "loras[0]", "must be text or an object, not null"),
     ({"loras": [{"version_id": 1, "weight": 1}]}, "loras[0].weight", "is unknown; did you mean 'scale'?"),
     ({"loras": ["../x"]}, "loras[0]", "a URL starts with https://, and a name holds no / or \\"),
     ({"loras": list(range(1, 66))}, "loras", "must be a list of at most 64 loras, not a list of 65"),
-    ({"prompt": "x", "loras": [1]}, "prompt", "is unknown; known here: task, loras, checkpoints, controlnet_models"),
+    (
+        {"prompt": "x", "loras": [1]},
+        "prompt",
+        "is unknown; known here: task, loras, embeddings, vaes, checkpoints, controlnet_models",
+    ),
 ]
 
 

@@ -112,7 +112,7 @@ def test_the_fields_of_a1111_are_passed_on_as_they_are() -> None:
         ({"cfg_scale": 0, "denoising_strength": 0}, {"cfg_scale": 0, "denoising_strength": 0}),
         # convenience that does what it says
         ({"clip_skip": 2}, {"override_settings": {"CLIP_stop_at_last_layers": 2}}),
-        ({"vae": "x.safetensors"}, {"override_settings": {"sd_vae": "x.safetensors"}}),
+        ({"vae": "none"}, {"override_settings": {"sd_vae": "none"}}),
         (
             {"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 2, "sd_vae": None}},
             {"override_settings": {"CLIP_stop_at_last_layers": 2}},

@@ -154,7 +154,7 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.sd15_checkpoint(checkpoints / f"{B}.safetensors", 2)
     models.sd15_lora(loras / "detail_tweaker.safetensors", 3, ss_output_name="detail_tweaker")
     models.sd15_lora(loras / "style_a_v3.safetensors", 4, ss_output_name="styleA")
-    models.sd15_checkpoint(folder / "VAE" / "tiny_vae.safetensors", 5)
+    models.vae(folder / "VAE" / "tiny_vae.safetensors", 5)
     for name in (A, B):
         (checkpoints / f"{name}.yaml").write_text("model: {}\n")
     return folder

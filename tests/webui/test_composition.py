@@ -80,7 +80,6 @@ def test_all_unknown_names_are_reported_at_once() -> None:
         sampler_name="Eulerr",
         script_name="prompt matrx",
         styles=["cinematic"],
-        vae="sdxl_va",
         alwayson_scripts={"ControlNet": {"args": [{"enabled": True}]}},
         hr_sampler_name="Eulr",
         **hires,
@@ -96,7 +95,6 @@ def test_all_unknown_names_are_reported_at_once() -> None:
         "hr_upscaler",
         "script_name",
         "alwayson_scripts.ControlNet",
-        "vae",
         "styles[0]",
     }
     assert "'Euler'" in complaints["sampler_name"] and "'Lanczos'" in complaints["hr_upscaler"]
