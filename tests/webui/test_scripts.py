@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.images import open_base64
 from tests.support import world
 
 VERSIONS = ("1.9.3", "1.10.1")
@@ -70,3 +71,27 @@ def test_a_lora_is_counted_for_the_pictures_that_were_made_with_it(tmp_path: Pat
     ]
     assert plain["warnings"] == []
     assert partly["warnings"] == ["the script used the LoRA 'Detail Tweaker XL' for 1 of 2 pictures"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_lora_that_only_a_line_names_is_fetched_drawn_and_proven(tmp_path: Path, version: str) -> None:
+    lines = f"red {LORA.replace(':1>', ':0.5>')}\nblue"
+    script = {"script_name": "prompts from file or textbox", "script_args": [False, False, "start", lines]}
+    with world(tmp_path, version=version) as it:
+        answer = it.ask(**script)
+        plain = it.ask(prompt="red <lora:detail_tweaker_xl:0.5> a lighthouse")
+
+    (lora,) = answer["worker"]["loras"]
+    assert (lora["loaded"], lora["pictures"], lora["scale"]) == (True, 1, 0.5)
+    assert answer["worker"]["warnings"] == []
+    assert open_base64(answer["images"][0]).tobytes() == open_base64(plain["images"][0]).tobytes()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_loras_of_the_list_are_drawn_in_every_picture_of_a_matrix(tmp_path: Path, version: str) -> None:
+    matrix = {"script_name": "prompt matrix", "script_args": [False, False, "positive", "comma", 0]}
+    with world(tmp_path, version=version) as it:
+        answer = it.ask(prompt="a cat|red|blue", loras=["detail_tweaker_xl"], **matrix)
+
+    (lora,) = answer["worker"]["loras"]
+    assert (lora["loaded"], lora["pictures"]) == (True, 4)
