@@ -74,7 +74,7 @@ class Sandbox:
             switch_seconds=1.0,
         )
         self.civitai = SandboxCivitAI(key=KEY, port=ports[1], storage_port=ports[2])
-        self.runpod = SandboxRunPod(port=ports[3], long_poll=10.0)
+        self.runpod = SandboxRunPod(port=ports[3], long_poll=2.0)  # a worker that is told to stop ends after that
         self.hub = SandboxHuggingFace(token=KEY, port=ports[4], storage_port=ports[5])
 
     @contextlib.contextmanager
