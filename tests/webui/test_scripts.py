@@ -76,7 +76,10 @@ def test_a_lora_is_counted_for_the_pictures_that_were_made_with_it(tmp_path: Pat
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_lora_that_only_a_line_names_is_fetched_drawn_and_proven(tmp_path: Path, version: str) -> None:
     lines = f"red {LORA.replace(':1>', ':0.5>')}\nblue"
-    script = {"script_name": "prompts from file or textbox", "script_args": [False, False, "start", lines]}
+    script: dict[str, Any] = {
+        "script_name": "prompts from file or textbox",
+        "script_args": [False, False, "start", lines],
+    }
     with world(tmp_path, version=version) as it:
         answer = it.ask(**script)
         plain = it.ask(prompt="red <lora:detail_tweaker_xl:0.5> a lighthouse")
@@ -89,7 +92,7 @@ def test_a_lora_that_only_a_line_names_is_fetched_drawn_and_proven(tmp_path: Pat
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_loras_of_the_list_are_drawn_in_every_picture_of_a_matrix(tmp_path: Path, version: str) -> None:
-    matrix = {"script_name": "prompt matrix", "script_args": [False, False, "positive", "comma", 0]}
+    matrix: dict[str, Any] = {"script_name": "prompt matrix", "script_args": [False, False, "positive", "comma", 0]}
     with world(tmp_path, version=version) as it:
         answer = it.ask(prompt="a cat|red|blue", loras=["detail_tweaker_xl"], **matrix)
 
