@@ -91,10 +91,11 @@ class StartedGeneration:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the last verified picture has shown: A1111's version, and which process of it uses the checkpoint."""
+    """What the last verified picture has shown: A1111's version, and which process of it uses which checkpoint."""
 
     webui_version: str
     instance_id: str
+    sha256: str
 
 
 class _KnownUses:
@@ -137,11 +138,12 @@ class Generator:
 
     @property
     def is_checkpoint_proven(self) -> bool:
-        """Whether a picture has shown that this process of the WebUI uses the checkpoint."""
+        """Whether a picture has shown that this process of the WebUI uses the checkpoint that it has loaded."""
+        proof, readiness = self.proof, self._readiness
         return (
-            self.proof is not None
-            and self._readiness.is_ready
-            and self.proof.instance_id == self._readiness.instance_id
+            proof is not None
+            and readiness.is_ready
+            and (proof.instance_id, proof.sha256) == (readiness.instance_id, readiness.checkpoint.sha256)
         )
 
     def resolve(
@@ -216,7 +218,7 @@ class Generator:
                 known_uses=self._uses.of(self._readiness.instance_id),
             )
             self._uses.remember(self._readiness.instance_id, generation.embeddings)
-            self.proof = Proof(generation.webui_version, self._readiness.instance_id)
+            self.proof = Proof(generation.webui_version, self._readiness.instance_id, started.checkpoint.sha256)
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
