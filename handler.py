@@ -45,7 +45,7 @@ from a1111_worker.domain import (
 from a1111_worker.errors import ConfigError, Internal, JobCancelled, WebUINotReady, WorkerError
 from a1111_worker.job.gpu_queue import GpuQueue, PreparationOrder
 from a1111_worker.job.health import HealthReporter
-from a1111_worker.job.memory import release_free_memory
+from a1111_worker.job.memory import release_free_memory, use_few_arenas
 from a1111_worker.job.run import JobRunner
 from a1111_worker.job.shutdown import Shutdown, job_seconds
 from a1111_worker.job.status import StatusPage
@@ -313,6 +313,7 @@ def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
 
 def main() -> None:
     """Start the worker as the arguments and the environment say."""
+    use_few_arenas()
     try:
         arguments = parse_arguments(sys.argv[1:])
         if arguments.wants_schema:
