@@ -49,8 +49,8 @@ QUICK = WebUITimings(
     recovery_pause=0.01,
     silence=5.0,
 )
-SITE_QUICK = SiteTimings(connect=2.0, answer=0.5, shortest=0.01, longest=0.02, too_many=0.2)
-TUNING_QUICK = Tuning(stall_seconds=0.2, patience_seconds=0.5, pause=0.01, pause_most=0.02, retry_after_most=0.05)
+SITE_QUICK = SiteTimings(connect=5.0, answer=2.0, shortest=0.01, longest=0.02, too_many=0.2)
+TUNING_QUICK = Tuning(stall_seconds=1.0, patience_seconds=5.0, pause=0.01, pause_most=0.02, retry_after_most=0.05)
 
 T = TypeVar("T")
 
