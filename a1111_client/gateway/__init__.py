@@ -5,6 +5,7 @@ From the port inwards:
     server          the process: port, signals
     app             A1111's routes
     openai          the routes of OpenAI's Images API
+    page_jobs       the routes of the page
     requests        what is done with a request
     guard           who may ask: Host, Origin, users and keys
     bodies          A1111's bodies, read as its pydantic reads them

@@ -27,6 +27,7 @@ from a1111_client.gateway import bodies, lists
 from a1111_client.gateway.errors import ApiError, Failed, Refused, from_job
 from a1111_client.gateway.guard import Access, Guard
 from a1111_client.gateway.openai import ImagesApi
+from a1111_client.gateway.page_jobs import PageJobs
 from a1111_client.gateway.requests import Gateway, Handler
 from a1111_client.gateway.runner import Runner
 
@@ -36,16 +37,19 @@ PAGE = resources.files(__package__) / "page"
 def create_app(runner: Runner, access: Access) -> FastAPI:
     """The gateway as an ASGI application. It closes the runner's endpoint when it ends."""
     gateway = Gateway(runner, access)
+    page_jobs = PageJobs(gateway)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        await page_jobs.close()
         await runner.endpoint.close()
 
     app = FastAPI(title="A1111's API in front of an endpoint", version=__version__, lifespan=lifespan)
     app.state.gateway = gateway
     app.include_router(_sdapi(gateway))
     app.include_router(ImagesApi(gateway).router())
+    app.include_router(page_jobs.router())
     _add_page(app)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(EndpointError, _answer_error)
@@ -117,11 +121,23 @@ def _add_page(app: FastAPI) -> None:
         return JSONResponse({"msg": "estimation", "queue_size": 0})
 
     async def index(request: Request) -> Response:
-        return FileResponse(folder / "index.html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(folder / "index.html", headers={**_NOT_CACHED, "Content-Security-Policy": _POLICY})
 
     app.add_api_route("/queue/status", queue_status, response_model=None, include_in_schema=False)
     app.add_api_route("/", index, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
-    app.mount("/page", StaticFiles(directory=folder))
+    app.mount("/page", _PageFiles(directory=folder))
+
+
+_NOT_CACHED = {"Cache-Control": "no-cache"}  # a browser asks each time whether a file is a new one
+# The page asks nobody but this gateway, and no other page may show it in a frame, where a click could spend money.
+_POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *arguments: Any, **more: Any) -> Response:
+        response = super().file_response(*arguments, **more)
+        response.headers.update(_NOT_CACHED)
+        return response
 
 
 def _answer(value: Any) -> Handler:
