@@ -84,7 +84,7 @@ class Retries:
         Requests that were sent before the last failure failed together with it.
         """
         if done - self._done >= PROGRESS:
-            self._failures = 0
+            self._failures, self._failed_at = 0, now
             self._backoff.reset()
         elif began >= self._failed_at:
             self._failures += 1

@@ -503,7 +503,7 @@ def test_a_link_refused_in_any_way_is_renewed(download: DownloadSetup, status: i
 
 
 def test_an_old_link_is_not_used_for_another_request(download: DownloadSetup) -> None:
-    download.storage.rate = 2e6
+    download.storage.rate = 250_000
 
     fetched = download.fetch(dataclasses.replace(QUICK, link_seconds=0.1))
 
