@@ -268,14 +268,15 @@ class Worker:
         with self._preparation.join() as place:
             context = replace(context, is_next=place.is_first)
             tolerate = request.on_lora_error is OnLoraError.WARN
-            with self.models.hold(request.models, context, tolerate=tolerate) as held:
+            with self.models.hold(request.models, context, tolerate=tolerate, checkpoints=request.checkpoints) as held:
                 place.leave()
                 yield held
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate with models that are still there: another worker may have evicted one while this one was paused."""
         held = self.models.hold_again(held, context)
-        with self.models.keep_loaded(held.checkpoint, context):
+        loaded = [model for model in (held.checkpoint, held.refiner, held.hires_checkpoint) if model is not None]
+        with self.models.keep_loaded(loaded, context):
             return self.generator.start(request, held, context)
 
     def jobs_in_flight(self, _current: int) -> int:

@@ -114,6 +114,27 @@ class ModelRef:
         return "the file of its URL"
 
 
+OWN_CHECKPOINT = ModelRef(ModelKind.CHECKPOINT)
+"""The worker's own checkpoint, whichever that is."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints that a job names. `refiner` and `hires` are None if the job has none beside `main`."""
+
+    main: ModelRef = OWN_CHECKPOINT
+    refiner: ModelRef | None = None
+    hires: ModelRef | None = None
+
+    @property
+    def others(self) -> tuple[ModelRef, ...]:
+        """Those beside `main`."""
+        return tuple(ref for ref in (self.refiner, self.hires) if ref is not None)
+
+
+OWN_ALONE = Checkpoints()
+
+
 @dataclass(frozen=True)
 class CheckpointEntry:
     """A checkpoint that the operator lists for jobs: its name for them, its reference, and perhaps its SHA-256."""
@@ -204,18 +225,33 @@ class Model:
 class HeldModels:
     """Models that stay on disk as long as they are held. `failures`: why others are missing, if that is tolerated.
 
-    `holds` releases them when it is closed.
+    `holds` releases them when it is closed. `own` is the worker's own checkpoint, if it is known here.
     """
 
     models: Mapping[ModelRef, Model] = field(default_factory=dict)
     failures: Mapping[ModelRef, ModelError] = field(default_factory=dict)
     is_tolerant: bool = False
+    checkpoints: Checkpoints = Checkpoints()
+    own: Model | None = None
     holds: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     @property
     def checkpoint(self) -> Model | None:
-        """The checkpoint that the job names; None if it names none."""
-        return next((model for model in self.models.values() if model.kind is ModelKind.CHECKPOINT), None)
+        """The job's checkpoint; None if it is the worker's own and that is not known here."""
+        return self._checkpoint(self.checkpoints.main)
+
+    @property
+    def refiner(self) -> Model | None:
+        return self._checkpoint(self.checkpoints.refiner)
+
+    @property
+    def hires_checkpoint(self) -> Model | None:
+        return self._checkpoint(self.checkpoints.hires)
+
+    def _checkpoint(self, ref: ModelRef | None) -> Model | None:
+        if ref is None:
+            return None
+        return self.own if ref == OWN_CHECKPOINT else self.models[ref]
 
     def get(self, ref: ModelRef) -> Model:
         """A model that the job cannot do without. Raises why it is missing."""
@@ -337,7 +373,7 @@ class GenerationRequest:
     no entry of the list names. `dropped` are the paths of what was taken and cannot change the pictures.
     `include_models`: the answer has the menus too. `allow_blank`: an image of one colour is not an error.
     `preview`: its progress carries pictures. `trigger_words`: the trained words of its LoRAs that a prompt lacks
-    are appended to it. `checkpoint` is None if the job uses the worker's own.
+    are appended to it.
     """
 
     body: Mapping[str, Any] = field(repr=False)  # it may hold pictures
@@ -353,7 +389,7 @@ class GenerationRequest:
     allow_blank: bool = False
     preview: bool = False
     trigger_words: bool = False
-    checkpoint: ModelRef | None = None
+    checkpoints: Checkpoints = Checkpoints()
     embeddings: tuple[EmbeddingRequest, ...] = ()
     vae: ModelRef | None = None
 
@@ -365,7 +401,8 @@ class GenerationRequest:
             *(embedding.ref for embedding in self.embeddings),
             *self.controlnet_models.values(),
         )
-        return (*refs, *(ref for ref in (self.vae, self.checkpoint) if ref is not None))
+        checkpoints = (ref for ref in (self.checkpoints.main, *self.checkpoints.others) if ref != OWN_CHECKPOINT)
+        return (*refs, *((self.vae,) if self.vae is not None else ()), *checkpoints)
 
 
 @dataclass(frozen=True)
@@ -491,6 +528,8 @@ class Generation:
     pictures: tuple[PictureFacts, ...] = ()
     embeddings: tuple[AppliedEmbedding, ...] = ()
     vae: Model | None = None
+    refiner: Model | None = None
+    hires_checkpoint: Model | None = None
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,10 @@ class Checkpoint:
         return f"{self.name} [{self.short_hash}]" if self.sha256 else self.name
 
     @property
+    def short_title(self) -> str:
+        return f"{self.bare_name} [{self.short_hash}]" if self.sha256 else self.bare_name
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Every name by which POST /options accepts it."""
         ids: tuple[str, ...] = (self.model_name, self.title, self.name, self.bare_name)
@@ -202,8 +206,16 @@ class CheckpointList:
         return next((each for each in reversed(self.listed) if name in each.ids), None)
 
     def find_closest(self, name: str) -> Checkpoint | None:
-        """`get_closet_checkpoint_match`, which A1111 uses for the refiner's and the hires checkpoint."""
-        return self.find(name) or next((each for each in self.listed if name in each.title), None)
+        """`get_closet_checkpoint_match`, which A1111 uses for the refiner's and the hires checkpoint.
+
+        Else the shortest title counts that the text is a part of, with or without the hash at its end.
+        """
+        if (exact := self.find(name)) is not None:
+            return exact
+        for part in (name, re.sub(r"\s*\[[0-9a-f]+\]\s*$", "", name)):
+            if found := [each for each in self.listed if part in each.title]:
+                return min(found, key=lambda each: len(each.title))
+        return None
 
     def hash(self, checkpoint: Checkpoint) -> str | None:
         digest = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)

@@ -105,14 +105,20 @@ class ModelSlot:
                     self._reload()
             return self.loaded
 
-    def reload_weights(self) -> None:
-        """`reload_model_weights`: load the checkpoint that the option names. The caller holds the queue lock."""
+    def reload_weights(self, info: Checkpoint | None = None) -> None:
+        """`reload_model_weights`: load a checkpoint, without one that of the option. The caller holds the queue lock.
+
+        With one the option keeps its text (`SkipWritingToConfig`), and the hash beside it becomes that of the file.
+        """
         if self.is_broken or (self.loaded is None and self._loses_first_switch):
             raise lowvram()
-        self._reload()
+        named = self._options.data.get("sd_model_checkpoint")
+        self._reload(info)
+        if info is not None:
+            self._options.data["sd_model_checkpoint"] = named
 
-    def _reload(self) -> None:
-        target, current = self._selected(), self.loaded
+    def _reload(self, info: Checkpoint | None = None) -> None:
+        target, current = info or self._selected(), self.loaded
         if current and current.checkpoint.path == target.path:
             return
         if current:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sandbox import draw, webui_img2img
 from sandbox.webui_errors import HTTPException, WebUIError
-from sandbox.webui_files import ActiveLora
+from sandbox.webui_files import ActiveLora, Checkpoint
 from sandbox.webui_img2img import InitPictures
 from sandbox.webui_model import LoadedModel, lowvram
 from sandbox.webui_process import Process
@@ -100,6 +100,8 @@ class Txt2ImgJob:
     hr_size: tuple[int, int] | None = None
     conditions: tuple[str, ...] = ()  # of extensions
     init: InitPictures | None = None
+    refiner: Checkpoint | None = None
+    hires_checkpoint: Checkpoint | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -222,7 +224,7 @@ def _prepare(job: Txt2ImgJob) -> None:
         job.negative_prompts = [_uncommented(text) for text in job.negative_prompts]
         job.hr_prompt, job.hr_negative_prompt = _uncommented(job.hr_prompt), _uncommented(job.hr_negative_prompt)
     if job["refiner_checkpoint"] not in (None, "", "None", "none"):
-        _known_checkpoint(job, job["refiner_checkpoint"])
+        job.refiner = _known_checkpoint(job, job["refiner_checkpoint"])
     if job["enable_hr"]:
         _prepare_hires(job)
     if "init_images" in job.fields:
@@ -251,7 +253,8 @@ def _prepare_hires(job: Txt2ImgJob) -> None:
     params, tables = job.extra_params, job.process.tables
     params["Denoising strength"] = job["denoising_strength"]
     if job["hr_checkpoint_name"] and job["hr_checkpoint_name"] != "Use same checkpoint":
-        params["Hires checkpoint"] = _known_checkpoint(job, job["hr_checkpoint_name"])
+        job.hires_checkpoint = _known_checkpoint(job, job["hr_checkpoint_name"])
+        params["Hires checkpoint"] = job.hires_checkpoint.short_title
     if job["hr_sampler_name"] is not None and job["hr_sampler_name"] != job.sampler:
         params["Hires sampler"] = job["hr_sampler_name"]
     params |= {"Hires prompt": None, "Hires negative prompt": None, "Hires schedule type": None}
@@ -361,9 +364,11 @@ def _sample(job: Txt2ImgJob, model: LoadedModel, indices: range) -> list[Scene]:
     second_pass: tuple[Any, ...] = ()
     size = job["width"], job["height"]
     if job["enable_hr"] and not process.state.interrupted:
-        second_pass, size = _second_pass(job, model), job.hr_size or size
+        second_pass, size = _second_pass(job), job.hr_size or size
     elif done < steps:
         second_pass = "cut short", done
+    else:
+        second_pass = _refine(job, steps)
     if model.weights == "nan" and process.knobs.nan_check:
         raise nans()
     return [
@@ -407,12 +412,33 @@ def _encode(job: Txt2ImgJob, model: LoadedModel, indices: range) -> tuple[str, .
     return tuple(acting)
 
 
-def _second_pass(job: Txt2ImgJob, model: LoadedModel) -> tuple[Any, ...]:
+def _refine(job: Txt2ImgJob, steps: int) -> tuple[Any, ...]:
+    """`apply_refiner`: from a share of the noise schedule on, another checkpoint draws. It stays loaded.
+
+    It notes the name before it loads, so there is no hash in it if the file was never loaded. With hires it does so in
+    the second pass alone (the option `hires_fix_refiner_pass`).
+    """
+    model, switch_at = job.process.model, job["refiner_switch_at"]
+    last = 0.0 if steps == 1 else 0.999  # where in the schedule the last step is
+    if job.refiner is None or (switch_at is not None and last < switch_at):
+        return ()
+    if model.loaded is not None and model.loaded.checkpoint.path == job.refiner.path:
+        return ()
+    job.extra_params |= {"Refiner": job.refiner.short_title, "Refiner switch at": switch_at}
+    model.reload_weights(job.refiner)
+    return "refined", model.loaded.weights if model.loaded else None
+
+
+def _second_pass(job: Txt2ImgJob) -> tuple[Any, ...]:
     """Run it. What the picture depends on beside the first pass."""
     process, tables = job.process, job.process.tables
     strength = job["denoising_strength"]
     if strength is None:
         raise WebUIError("TypeError", "'>' not supported between instances of 'NoneType' and 'int'")
+    process.model.reload_weights(job.hires_checkpoint)
+    model = process.model.loaded
+    if model is None:
+        raise lowvram()
     if not job["disable_extra_networks"]:
         _activate(job, job.hr_prompt, hires=True)
     sampler = job["hr_sampler_name"] or job.sampler
@@ -424,7 +450,7 @@ def _second_pass(job: Txt2ImgJob, model: LoadedModel) -> tuple[Any, ...]:
     process.sample(steps)
     upscaler = process.files.effective_upscaler(job["hr_upscaler"])
     passes = (job.hr_prompt, job.hr_negative_prompt, sampler, scheduled, steps, strength, upscaler)
-    return (*passes, _effective(process.active_loras, model))
+    return (*passes, model.weights, _effective(process.active_loras, model), *_refine(job, steps))
 
 
 def _effective(loras: Sequence[ActiveLora], model: LoadedModel) -> tuple[tuple[str, float, float], ...]:
@@ -600,11 +626,11 @@ def nans() -> WebUIError:
     )
 
 
-def _known_checkpoint(job: Txt2ImgJob, name: str) -> str:
+def _known_checkpoint(job: Txt2ImgJob, name: str) -> Checkpoint:
     found = job.process.files.checkpoints.find_closest(name)
     if found is None:
         raise WebUIError("Exception", f"Could not find checkpoint with name {name}")
-    return f"{found.bare_name} [{found.short_hash}]" if found.short_hash else found.bare_name
+    return found
 
 
 def _styled(prompt: str, styles: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from a1111_worker.errors import ConfigError
 from sandbox.civitai import NOT_FOUND
 from sandbox.models import sd15_checkpoint, sd15_lora, sdxl_checkpoint, sha256_of
+from tests.sandbox.webui_client import pixels
 from tests.support import SMALL, World, wait_until, world
 
 OTHER, OLD, OLD_LORA = 77, 78, 79
@@ -21,8 +22,8 @@ LISTED = [{"name": "Other XL", "reference": "civitai:5@77"}, {"name": "Old", "re
 
 
 @contextlib.contextmanager
-def several(folder: Path, *, version: str = "1.10.1") -> Iterator[World]:
-    with world(folder, version=version, boot=False, CHECKPOINTS=json.dumps(LISTED)) as it:
+def several(folder: Path, *, version: str = "1.10.1", listed: Any = LISTED) -> Iterator[World]:
+    with world(folder, version=version, boot=False, CHECKPOINTS=json.dumps(listed)) as it:
         for number, make in ((OTHER, sdxl_checkpoint), (OLD, sd15_checkpoint)):
             path = make(folder / f"{number}.safetensors", number, 3_000_000)
             base = "SDXL 1.0" if number == OTHER else "SD 1.5"
@@ -132,6 +133,134 @@ def test_a_job_that_is_cancelled_in_the_middle_of_its_switch_does_not_change_the
         answer = it.loop.run_until_complete(asyncio.wait_for(scene(), timeout=60))
 
     assert drawn_by(answer) == ("Other XL", "Other_XL_77")
+
+
+HIRES: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.5}
+OTHER_AS_REFINER: dict[str, Any] = {"refiner_checkpoint": "Other XL", "refiner_switch_at": 0.5}
+
+
+@pytest.mark.parametrize("version", ["1.9.3", "1.10.1"])
+@pytest.mark.parametrize(
+    ("fields", "key", "field"),
+    [
+        (OTHER_AS_REFINER, "refiner", "refiner_checkpoint"),
+        ({**HIRES, "hr_checkpoint_name": "other xl"}, "hires_checkpoint", "hr_checkpoint_name"),
+    ],
+)
+def test_a_second_checkpoint_draws_and_the_next_job_is_drawn_by_its_own_again(
+    tmp_path: Path, version: str, fields: dict[str, Any], key: str, field: str
+) -> None:
+    plain = {name: value for name, value in fields.items() if name not in (*OTHER_AS_REFINER, "hr_checkpoint_name")}
+    with several(tmp_path, version=version) as it:
+        before = it.ask(**plain)
+        first, second = it.ask(**fields), it.ask(**fields)
+        after = it.ask(**plain)
+        titles = [body.get(field) for body in it.generations()]
+
+    other = {"name": "Other XL", "file": "Other_XL_77.safetensors", "sha256": sha256_of(tmp_path / "77.safetensors")}
+    assert [answer["worker"][key] for answer in (before, first, second, after)] == [None, other, other, None]
+    assert [drawn_by(answer) for answer in (before, first, second, after)] == [OWN] * 4
+    digits = f" [{other['sha256'][:10]}]"
+    # The title is as A1111 lists it: with its hash only after the first load.
+    assert titles == [None, "Other_XL_77.safetensors", f"Other_XL_77.safetensors{digits}", None]
+    drawn = [pixels(answer["images"][0]) for answer in (before, first, second, after)]
+    assert drawn[0] == drawn[3] != drawn[1] == drawn[2]
+    assert after["worker"]["timings"]["switch"] > 0
+
+
+def test_three_checkpoints_of_one_job_and_the_workers_own_as_a_refiner(tmp_path: Path) -> None:
+    more = [*LISTED, {"name": "Third", "reference": "civitai:7@80"}]
+    with several(tmp_path, listed=more) as it:
+        path = sdxl_checkpoint(tmp_path / "80.safetensors", 80, 3_000_000)
+        it.civitai.add(80, path, name="Model 80", base_model="SDXL 1.0", model_type="Checkpoint")
+        own = "Jib Mix Illustrious Realistic"
+        names: dict[str, Any] = {"checkpoint": "Third", "refiner_checkpoint": own, "refiner_switch_at": 0.5}
+        answer = it.ask(**names, **HIRES, hr_checkpoint_name="Other XL")
+
+    worker = answer["worker"]
+    assert [worker[key]["name"] for key in ("checkpoint", "refiner", "hires_checkpoint")] == ["Third", own, "Other XL"]
+    assert worker["warnings"] == []
+
+
+def test_an_img2img_has_a_refiner(tmp_path: Path) -> None:
+    with several(tmp_path) as it:
+        picture = it.ask()["images"][0]
+        answer = it.ask(task="img2img", init_images=[picture], **OTHER_AS_REFINER)
+
+    assert answer["worker"]["refiner"]["name"] == "Other XL"
+
+
+def test_a_refiner_whose_time_does_not_come_is_not_reported_as_used(tmp_path: Path) -> None:
+    with several(tmp_path) as it:
+        answer = it.ask(refiner_checkpoint="Other XL", refiner_switch_at=1)
+
+    assert answer["worker"]["refiner"] is None
+    assert answer["worker"]["warnings"] == [
+        "the refiner 'Other XL' did not draw: no step came after refiner_switch_at 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "dropped"),
+    [
+        ({"refiner_checkpoint": OWN[0], "refiner_switch_at": 0.5}, ["refiner_checkpoint", "refiner_switch_at"]),
+        ({"refiner_checkpoint": "None", "refiner_switch_at": 0.5}, ["refiner_switch_at"]),
+        ({**HIRES, "hr_checkpoint_name": OWN[0]}, ["hr_checkpoint_name"]),
+        ({"hr_checkpoint_name": "Other XL"}, ["hr_checkpoint_name"]),
+        ({**HIRES, "hr_checkpoint_name": "Use same checkpoint", "refiner_checkpoint": ""}, []),
+    ],
+)
+def test_a_second_checkpoint_that_would_change_nothing_is_dropped(
+    tmp_path: Path, fields: dict[str, Any], dropped: list[str]
+) -> None:
+    with several(tmp_path) as it:
+        answer = it.ask(**fields)
+        (body,) = it.generations()
+
+    assert (answer["worker"]["refiner"], answer["worker"]["hires_checkpoint"]) == (None, None)
+    assert not body.keys() & {"refiner_checkpoint", "refiner_switch_at", "hr_checkpoint_name"}
+    (warning,) = answer["worker"]["warnings"] or [""]
+    assert [name for name in (*OTHER_AS_REFINER, "hr_checkpoint_name") if f"'{name}'" in warning] == dropped
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"refiner_checkpoint": "Other XL"}, "INVALID_REQUEST", "must come with refiner_switch_at"),
+        ({"refiner_checkpoint": "Otter", "refiner_switch_at": 0.5}, "INVALID_REQUEST", "is unknown to this worker"),
+        ({**OTHER_AS_REFINER, "checkpoint": "Old"}, "MODEL_REJECTED", "is made for SDXL 1.0"),
+        ({**OTHER_AS_REFINER, "refiner_checkpoint": "Old"}, "MODEL_REJECTED", "is made for SD 1.5"),
+        (
+            {**HIRES, "hr_checkpoint_name": OWN[0], "checkpoint": "Old"},
+            "MODEL_REJECTED",
+            "and the checkpoint is SD 1.5",
+        ),
+    ],
+)
+def test_a_second_checkpoint_that_cannot_be_used_is_refused_before_the_gpu_is_asked(
+    tmp_path: Path, fields: dict[str, Any], code: str, message: str
+) -> None:
+    with several(tmp_path) as it:
+        answer = it.ask(**fields)
+
+        assert answer["code"] == code
+        assert message in answer["error"]
+        assert not it.generations()
+
+
+def test_all_checkpoints_of_a_job_are_kept_until_others_are_loaded(tmp_path: Path) -> None:
+    def evict(it: World) -> bool:
+        cache = it.worker.models.cache
+        (entry,) = [entry for entry in cache.list_entries() if entry.file == "Other_XL_77.safetensors"]
+        return cache.evict(entry, "a test")
+
+    with several(tmp_path) as it:
+        it.ask(**OTHER_AS_REFINER)
+        while_loaded = evict(it)
+        it.ask()
+        afterwards = evict(it)
+
+    assert (while_loaded, afterwards) == (False, True)
 
 
 def job(name: str, **given: Any) -> dict[str, Any]:

@@ -84,9 +84,10 @@ def _worker_block(result: Generation | Upscaling, delivered: Delivered, timings:
 
 
 def _proofs(generation: Generation) -> dict[str, Any]:
-    checkpoint = generation.checkpoint
     return {
-        "checkpoint": {"name": checkpoint.name, "file": checkpoint.file, "sha256": checkpoint.sha256},
+        "checkpoint": _checkpoint_entry(generation.checkpoint),
+        "refiner": generation.refiner and _checkpoint_entry(generation.refiner),
+        "hires_checkpoint": generation.hires_checkpoint and _checkpoint_entry(generation.hires_checkpoint),
         "loras": [_lora_entry(lora) for lora in generation.loras],
         "embeddings": [
             {**_model_entry(embedding.model), "word": embedding.model.shown, "loaded": embedding.loaded}
@@ -94,6 +95,10 @@ def _proofs(generation: Generation) -> dict[str, Any]:
         ],
         "vae": None if generation.vae is None else _model_entry(generation.vae),
     }
+
+
+def _checkpoint_entry(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "file": model.file, "sha256": model.sha256}
 
 
 def _model_entry(model: Model) -> dict[str, Any]:

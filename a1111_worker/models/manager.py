@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from a1111_worker.context import Deadline, JobContext
-from a1111_worker.domain import HeldModels, Model, ModelKind, ModelRef
+from a1111_worker.domain import OWN_ALONE, Checkpoints, HeldModels, Model, ModelKind, ModelRef
 from a1111_worker.errors import (
     DownloadFailed,
     JobCancelled,
@@ -189,8 +189,15 @@ class ModelManager:
     # -- a job's models
 
     @contextlib.contextmanager
-    def hold(self, refs: Sequence[ModelRef], context: JobContext, *, tolerate: bool = False) -> Iterator[HeldModels]:
-        """Have every model on disk, and keep it there until the block ends.
+    def hold(
+        self,
+        refs: Sequence[ModelRef],
+        context: JobContext,
+        *,
+        tolerate: bool = False,
+        checkpoints: Checkpoints = OWN_ALONE,
+    ) -> Iterator[HeldModels]:
+        """Have every model on disk, and keep it there until the block ends. They must fit the job's checkpoint.
 
         Raises the first ModelError. With `tolerate` those of LoRAs are in `failures` instead. Downloads of a job that
         the GPU waits for (`context.is_next`) go before others'. If only models in use leave no room, the job releases
@@ -201,25 +208,27 @@ class ModelManager:
         held: HeldModels | None = None
         while held is None:
             try:
-                held = self._hold_all(refs, context, _Tolerance(tolerate, wait.is_over))
+                held = self._hold_all(refs, context, _Tolerance(tolerate, wait.is_over), checkpoints)
             except RoomInUse as error:
                 wait.pause(error)
         with held.holds:
             yield held
 
     @contextlib.contextmanager
-    def keep_loaded(self, checkpoint: Model | None, context: JobContext) -> Iterator[None]:
-        """Keep a checkpoint that the WebUI loads in the block, until another one is loaded in a later block.
+    def keep_loaded(self, checkpoints: Sequence[Model], context: JobContext) -> Iterator[None]:
+        """Keep the checkpoints that the WebUI loads in the block, until others are loaded in a later block.
 
-        Without its file A1111 silently draws with another one. None is the worker's own, which is always kept.
+        Without its file A1111 silently draws with another one.
         """
-        path = checkpoint.path if checkpoint else None
-        if checkpoint is not None and all(kept.path != path for kept in self._kept):
+        paths = {checkpoint.path for checkpoint in checkpoints}
+        for checkpoint in checkpoints:
+            if any(kept.path == checkpoint.path for kept in self._kept):
+                continue
             if not self.cache.keep(checkpoint, context.deadline):
                 raise DownloadFailed(f"{checkpoint.name} was evicted while its job waited", hint="try again")
             self._kept.append(checkpoint)
         yield
-        for other in [kept for kept in self._kept if kept.path != path]:
+        for other in [kept for kept in self._kept if kept.path not in paths]:
             self._kept.remove(other)
             self.cache.release(other)
 
@@ -266,7 +275,9 @@ class ModelManager:
             failures |= checked.failures
         return replace(held, models=models, failures=failures)
 
-    def _hold_all(self, refs: Sequence[ModelRef], context: JobContext, tolerance: _Tolerance) -> HeldModels:
+    def _hold_all(
+        self, refs: Sequence[ModelRef], context: JobContext, tolerance: _Tolerance, checkpoints: Checkpoints
+    ) -> HeldModels:
         """Hold every model, or none if one fails and that is not tolerated."""
         with contextlib.ExitStack() as holds:
             outcomes: dict[ModelRef, Model | ModelError] = {}
@@ -285,10 +296,12 @@ class ModelManager:
             if missing:
                 own = frozenset(model.path for model in outcomes.values() if isinstance(model, Model))
                 outcomes |= self._hold_missing(missing, context, tolerance, holds, own)
-            named = next(
-                (m for m in outcomes.values() if isinstance(m, Model) and m.kind is ModelKind.CHECKPOINT), None
-            )
-            held = self._check_families(refs, outcomes, tolerance, named)
+            named = outcomes.get(checkpoints.main)
+            if isinstance(named, ModelError):
+                raise named
+            held = self._check_families(refs, outcomes, tolerance, named or self._checkpoint)
+            held = replace(held, checkpoints=checkpoints, own=self._checkpoint)
+            self._check_checkpoints(held)
             return replace(held, holds=holds.pop_all())
 
     def _hold_known(self, ref: ModelRef, deadline: Deadline) -> Model | None:
@@ -443,12 +456,18 @@ class ModelManager:
             try:
                 if isinstance(outcome, ModelError):
                     raise outcome
-                models[ref] = self._check_fit(outcome, ref, checkpoint or self._checkpoint)
+                models[ref] = self._check_fit(outcome, ref, checkpoint)
             except ModelError as error:
                 if ref.kind is not ModelKind.LORA or not tolerance.allows(error):
                     raise
                 failures[ref] = error
         return HeldModels(models, failures, tolerance.is_tolerant)
+
+    def _check_checkpoints(self, held: HeldModels) -> None:
+        """Raise ModelRejected if the job's checkpoints are of different families. A1111 would mix their pictures."""
+        for other in (held.refiner, held.hires_checkpoint):
+            if other is not None and held.checkpoint is not None:
+                self._fit.check(other, held.checkpoint)
 
     def _check_fit(self, model: Model, ref: ModelRef, checkpoint: Model | None) -> Model:
         if model.kind is ModelKind.CHECKPOINT:

@@ -14,7 +14,7 @@ from enum import Enum
 from itertools import islice
 from typing import Any
 
-from a1111_worker.domain import DeliveryMode, ImageFormat, ModelRef, OnLoraError, OutputOptions, Task
+from a1111_worker.domain import OWN_CHECKPOINT, DeliveryMode, ImageFormat, ModelRef, OnLoraError, OutputOptions, Task
 from a1111_worker.request.unknown import SURE, unknown_name, unknown_output_option
 from a1111_worker.request.values import (
     MAX_PROBLEMS,
@@ -84,9 +84,10 @@ class Limits:
     max_upscale_pixels: int = 67_108_864
     checkpoints: tuple[tuple[str, ModelRef | None], ...] = ()
 
-    def checkpoint(self, name: str) -> ModelRef | None:
-        """The checkpoint of this name; None is the worker's own."""
-        return next(ref for listed, ref in self.checkpoints if listed.casefold() == name.casefold())
+    def checkpoint(self, name: str) -> ModelRef:
+        """The checkpoint of this name, in any case."""
+        ref = next(ref for listed, ref in self.checkpoints if listed.casefold() == name.casefold())
+        return ref or OWN_CHECKPOINT
 
 
 DEFAULT_LIMITS = Limits()
@@ -210,23 +211,27 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "trigger_words": Field(ours, boolean(), is_webui_field=False),
         **_dropped_in_generations(),
         **_refused_in_generations(),
-        "checkpoint": _checkpoint(limits),
+        "refiner_checkpoint": checkpoint_field(limits, "", "None", "none"),
+        "checkpoint": checkpoint_field(limits, is_webui_field=False),
     }
 
 
-def _checkpoint(limits: Limits) -> Field:
-    """The checkpoint of a job: a name of the operator's list, in any case."""
+def checkpoint_field(limits: Limits, *unset: str, is_webui_field: bool = True, only_with: str | None = None) -> Field:
+    """A checkpoint of a job: a name of the operator's list, in any case. The texts in `unset` stand for none."""
     names = [name for name, _ in limits.checkpoints]
     if not names:
-        return refused_text(CHECKPOINT_REASON, is_webui_field=False)
+        return replace(refused_text(CHECKPOINT_REASON, *unset, is_webui_field=is_webui_field), only_with=only_with)
 
-    def check(value: object) -> str:
+    def check(value: object) -> str | None:
+        if value in unset:
+            return None
         name = text(MAX_NAME).check(value)
         if name.casefold() not in (known.casefold() for known in names):
             raise InvalidValue(f"is unknown to this worker, which has {quoted_list(names)}")
         return str(name)
 
-    return Field(FieldClass.OURS, ValueType("string", "a checkpoint's name", check), is_webui_field=False)
+    value_type = ValueType("string", "a checkpoint's name", check)
+    return Field(FieldClass.OURS, value_type, is_webui_field=is_webui_field, only_with=only_with)
 
 
 def _dropped_in_generations() -> dict[str, Field]:
@@ -271,7 +276,6 @@ FIELDS_OF_CLIENTS: Mapping[str, Sequence[str]] = {
 
 def _refused_in_generations() -> dict[str, Field]:
     return {
-        "refiner_checkpoint": refused_text(CHECKPOINT_REASON, "", "None", "none"),
         "model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
@@ -294,6 +298,8 @@ def is_unset(name: str, value: Any) -> bool:
     """Whether the checked value of a field says, in A1111's own words, that the field is not used."""
     if name in _BLANK_IS_UNSET:
         return isinstance(value, str) and not value.strip()
+    if value is None:
+        return True
     return name in _SAME_AS_FIRST_PASS and value.strip().casefold() in _SAME_AS_FIRST_PASS[name]
 
 

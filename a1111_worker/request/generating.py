@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from a1111_worker.domain import (
+    OWN_CHECKPOINT,
+    Checkpoints,
     EmbeddingRequest,
     GenerationRequest,
     ImageFormat,
@@ -81,6 +83,9 @@ def _request(
     output: OutputOptions = given.get("output", OutputOptions())
     if output.quality is not None and output.format is ImageFormat.PNG:
         reader.warnings.append("output.quality does nothing for png, which is lossless")
+    checkpoints = _checkpoints(reader)
+    if checkpoints.refiner is not None:
+        body = {**body, "refiner_switch_at": given.get("refiner_switch_at")}
     return GenerationRequest(
         body=body,
         task=task,
@@ -94,10 +99,41 @@ def _request(
         allow_blank=given.get("allow_blank", False),
         preview=given.get("preview", False),
         trigger_words=given.get("trigger_words", False),
-        checkpoint=reader.limits.checkpoint(given["checkpoint"]) if given.get("checkpoint") else None,
+        checkpoints=checkpoints,
         embeddings=_embeddings(reader),
         vae=_vae(reader),
     )
+
+
+# -- checkpoints
+
+_OF_CHECKPOINTS = ("refiner_checkpoint", "refiner_switch_at", "hr_checkpoint_name")
+
+
+def _checkpoints(reader: InputReader) -> Checkpoints:
+    """The checkpoints that a job names. One that would draw in any case is dropped."""
+
+    def named(field: str) -> ModelRef | None:
+        return reader.limits.checkpoint(reader.given[field]) if field in reader.given else None
+
+    main, refiner, hires = (
+        named("checkpoint") or OWN_CHECKPOINT,
+        named("refiner_checkpoint"),
+        named("hr_checkpoint_name"),
+    )
+    if hires == main:
+        hires = None
+        reader.dropped.append("hr_checkpoint_name")
+    if refiner is None:
+        if "refiner_switch_at" in reader.given:
+            reader.dropped.append("refiner_switch_at")
+    elif "refiner_switch_at" not in reader.given:
+        if not reader.has_complaint("refiner_switch_at"):
+            reader.complain("refiner_checkpoint", "must come with refiner_switch_at (0.8 is usual)")
+    elif refiner == (hires or main):  # with hires the refiner takes part in the second pass alone
+        refiner = None
+        reader.dropped += ["refiner_checkpoint", "refiner_switch_at"]
+    return Checkpoints(main, refiner, hires)
 
 
 # -- LoRAs
@@ -132,7 +168,7 @@ def _noted(reader: InputReader, parsed: ParsedLoras) -> tuple[LoraRequest, ...]:
 
 def _body(reader: InputReader) -> dict[str, Any]:
     """A1111's body, with our defaults."""
-    own = ("sampler_index", "sampler_name", *_PARTLY_DROPPED)
+    own = ("sampler_index", "sampler_name", *_OF_CHECKPOINTS, *_PARTLY_DROPPED)
     body = {
         name: value for name, value in reader.given.items() if reader.table[name].is_webui_field and name not in own
     }

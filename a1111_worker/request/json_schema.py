@@ -120,7 +120,13 @@ _DELIVERED = {
     "lists": _FINGERPRINT,
 }
 _WORKER = _object(
-    checkpoint=_MODEL, loras=_list(_LORA), embeddings=_list(_EMBEDDING), vae=_or_null(_USED), **_DELIVERED
+    checkpoint=_MODEL,
+    refiner=_or_null(_MODEL),
+    hires_checkpoint=_or_null(_MODEL),
+    loras=_list(_LORA),
+    embeddings=_list(_EMBEDDING),
+    vae=_or_null(_USED),
+    **_DELIVERED,
 )
 _QUERY_WORKER = _object(warnings=_list(_TEXT), timings=_object(total=_NUMBER), versions=_VERSIONS)
 _CACHED = _object(

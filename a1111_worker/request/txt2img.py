@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 
 from a1111_worker.request.fields import (
-    CHECKPOINT_REASON,
     MAX_NAME,
     MAX_PROMPT,
     MAX_SIDE,
@@ -15,8 +13,8 @@ from a1111_worker.request.fields import (
     Field,
     FieldClass,
     Limits,
+    checkpoint_field,
     generation_fields,
-    refused_text,
 )
 from a1111_worker.request.values import anything, boolean, integer, multiple_of_8, number, text
 
@@ -44,7 +42,5 @@ def txt2img_fields(limits: Limits) -> Mapping[str, Field]:
         "hr_scheduler": Field(checked, name, only_with="enable_hr"),
         "hr_prompt": Field(passed, prompt),
         "hr_negative_prompt": Field(passed, prompt),
-        "hr_checkpoint_name": replace(
-            refused_text(CHECKPOINT_REASON, "", "Use same checkpoint"), only_with="enable_hr"
-        ),
+        "hr_checkpoint_name": checkpoint_field(limits, "", "Use same checkpoint", only_with="enable_hr"),
     }

@@ -25,6 +25,8 @@ from a1111_worker.webui.timings import WebUITimings
 
 log = logging.getLogger(__name__)
 
+NOT_LISTED = "the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does"
+
 
 def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint]) -> str | None:
     """The file that A1111 loads first, if its option holds the text `named`; None if it lists no checkpoint.
@@ -53,6 +55,20 @@ def checkpoint_names(model: Model) -> tuple[str, ...]:
     return tuple(form.casefold() for form in (*titles, *files, *stems, model.name, short_hash, model.sha256))
 
 
+def listed_title(model: Model, listed: Sequence[ListedCheckpoint]) -> str:
+    """The title under which A1111 lists a checkpoint now: without a hash as long as it has not loaded it.
+
+    Any other text may mean another file: A1111 takes the shortest title that the text is a part of (1.9.3 and 1.10.1).
+    Raises CheckpointNotLoaded if the file is not listed, or has another hash.
+    """
+    entry = next((entry for entry in listed if entry.file == model.shown_file), None)
+    if entry is None:
+        raise CheckpointNotLoaded(f"the WebUI does not list {model.shown_file}", hint=NOT_LISTED)
+    if entry.sha256 not in (None, model.sha256):
+        raise CheckpointNotLoaded(f"the WebUI has another file than {model.name} under its name")
+    return entry.title
+
+
 class CheckpointSwitch:
     """Loads `checkpoint` into the WebUI. `timeout` is seconds for one load."""
 
@@ -76,7 +92,7 @@ class CheckpointSwitch:
         if ours is None:
             raise CheckpointNotLoaded(
                 f"the WebUI does not list {self._checkpoint.shown_file}",
-                hint="the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does",
+                hint=NOT_LISTED,
             )
         steps: tuple[Callable[[Deadline], None], ...] = (self._reload, self._switch)
         if file_loaded_from_cold(named, listed) != ours.file:

@@ -208,6 +208,8 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
         controlnet_models=tuple(model.shown for model in models.values()),
         embeddings=used,
         vae=vae,
+        refiner=held.refiner,
+        hires_checkpoint=held.hires_checkpoint,
     )
 
 

@@ -53,6 +53,7 @@ from a1111_worker.errors import (
 from a1111_worker.images import is_blank
 from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
+from a1111_worker.webui.checkpoint import listed_title
 from a1111_worker.webui.client import WebUI, WebUIResponse
 from a1111_worker.webui.composition import FindEmbeddings, compose, resolve
 from a1111_worker.webui.extensions import listed_models
@@ -210,6 +211,7 @@ class Generator:
         """Read and verify the answer: made with this checkpoint and these LoRAs, all images there and none blank."""
         try:
             answer = self._read(started.answer, context)
+            self._check_new_hashes(started.plan)
             generation = verify(
                 answer,
                 started.plan,
@@ -250,7 +252,7 @@ class Generator:
     def _generate(self, plan: GenerationPlan, context: JobContext) -> StartedGeneration:
         def generate_once() -> StartedGeneration:
             self._prove_upscalers(plan)
-            return self._generate_once(self._with_listed_models(plan), context)
+            return self._generate_once(self._with_titles(self._with_listed_models(plan)), context)
 
         return self._try(generate_once, plan.task, context)
 
@@ -288,6 +290,22 @@ class Generator:
             return plan
         return replace(plan, body=listed_models(plan.body, plan.controlnet_models, self._webui))
 
+    def _with_titles(self, plan: GenerationPlan) -> GenerationPlan:
+        """The plan with the titles under which the WebUI lists the checkpoints that it loads during the job."""
+        if not plan.loaded_meanwhile:
+            return plan
+        self._webui.refresh_checkpoints()
+        listed = self._webui.checkpoints()
+        titles = {field: listed_title(model, listed) for field, model in plan.loaded_meanwhile.items()}
+        return replace(plan, body={**plan.body, **titles})
+
+    def _check_new_hashes(self, plan: GenerationPlan) -> None:
+        """Raise CheckpointNotLoaded if a checkpoint without a hash got another one than its file's as it was loaded."""
+        new = [model for field, model in plan.loaded_meanwhile.items() if plan.body[field] == model.shown_file]
+        listed = self._webui.checkpoints() if new else ()
+        for model in new:
+            listed_title(model, listed)
+
     def _prove_upscalers(self, plan: GenerationPlan) -> None:
         axes = self._readiness.lists.of_task(plan.task).script_axes
         self._readiness.prove_upscalers(used_upscalers(plan.body, self._limits.max_images, axes))
@@ -300,6 +318,8 @@ class Generator:
             if (found := progress.report(look)) is not None:
                 context.report(found)
 
+        if plan.loaded_meanwhile:
+            self._readiness.invalidate()  # another checkpoint is loaded afterwards, and the option still names ours
         with context.timings.measure(Stage.GENERATE):
             answer = self._run(lambda timeout: send(plan.body, timeout=timeout), context, report, previews=plan.preview)
             return StartedGeneration(answer, plan, self._readiness.checkpoint, self._readiness.find_interrupted_job())

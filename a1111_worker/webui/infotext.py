@@ -27,7 +27,8 @@ class Infotext:
 
     `lora_hashes` are the LoRAs that A1111 read, name → 12 hex digits: of this picture's prompt, or of one before it, if
     a script made both. `lora_tags` are the names of the LoRA tags in its prompts. `is_of_grid`: it describes the grid
-    of an X/Y/Z plot, which is no picture of its own.
+    of an X/Y/Z plot, which is no picture of its own. `refiner` and `hires_checkpoint` are `name [10 hex digits]`, the
+    name alone if A1111 had never loaded the file before.
     """
 
     seed: int | None
@@ -36,6 +37,8 @@ class Infotext:
     lora_hashes: Mapping[str, str]
     lora_tags: frozenset[str]
     is_of_grid: bool
+    refiner: str | None = None
+    hires_checkpoint: str | None = None
 
 
 def parse_infotext(text: str) -> Infotext:
@@ -52,6 +55,8 @@ def parse_infotext(text: str) -> Infotext:
         lora_hashes=parse_lora_hashes(_quoted(settings, "Lora hashes")),
         lora_tags=frozenset(tag.name for tag in tags if tag.is_lora),
         is_of_grid=_find(r"(?:^|, )(Script): ", plain) is not None,
+        refiner=_find(r"(?:^|, )Refiner: ([^,]+)", plain),
+        hires_checkpoint=_find(r"(?:^|, )Hires checkpoint: ([^,]+)", plain),
     )
 
 

@@ -47,6 +47,14 @@ class GenerationPlan:
     controlnet_models: tuple[str, ...] = ()
     embeddings: tuple[AppliedEmbedding, ...] = ()
     vae: Model | None = None
+    refiner: Model | None = None
+    hires_checkpoint: Model | None = None
+
+    @property
+    def loaded_meanwhile(self) -> dict[str, Model]:
+        """The checkpoints that the WebUI loads during the job, by the field of the body that names each."""
+        fields = {"refiner_checkpoint": self.refiner, "hr_checkpoint_name": self.hires_checkpoint}
+        return {field: model for field, model in fields.items() if model is not None}
 
 
 PromptUse = tuple[str, str]
@@ -74,6 +82,9 @@ def verify(
         raise GenerationFailed("the WebUI did not finish the pictures", hint=INTERRUPTED)
     texts = _read_texts(images, info, plan.body)
     _check_checkpoint(info, plan.body, checkpoint)
+    settings = [parse_infotext(str(text)) for text in info.get("infotexts") or ()]
+    refiner, unreached = _verify_refiner({text.refiner for text in settings if text.refiner}, plan)
+    _check_hires_checkpoint({text.hires_checkpoint for text in settings if text.hires_checkpoint}, plan)
     _check_sampler(info, plan.body)
     _check_vae(info, plan)
     embeddings, unproven = _verify_embeddings(info, plan, known_uses)
@@ -85,10 +96,12 @@ def verify(
         loras=loras,
         seeds=tuple(picture.seed for picture in pictures),
         webui_version=str(info.get("version", "unknown")),
-        warnings=(*plan.warnings, *warnings, *unproven, *_size_warnings(pictures, plan.body)),
+        warnings=(*plan.warnings, *warnings, *unproven, *unreached, *_size_warnings(pictures, plan.body)),
         pictures=pictures,
         embeddings=embeddings,
         vae=plan.vae,
+        refiner=refiner,
+        hires_checkpoint=plan.hires_checkpoint,
     )
 
 
@@ -187,6 +200,34 @@ def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoi
             f"a picture of this job was made by another checkpoint than {checkpoint.name}",
             hint="a script of the job names another checkpoint; this worker has only one",
         )
+
+
+def _verify_refiner(named: Collection[str], plan: GenerationPlan) -> tuple[Model | None, list[str]]:
+    """The refiner if it has drawn, and a warning if it has not: then its time did not come (1.9.3 and 1.10.1).
+
+    `named` is what A1111 names as the refiner.
+    """
+    if plan.refiner is None:
+        return None, []
+    _check_named(plan.refiner, named)
+    if named:
+        return plan.refiner, []
+    switch_at = plan.body.get("refiner_switch_at")
+    name = quoted(plan.refiner.name)
+    return None, [f"the refiner {name} did not draw: no step came after refiner_switch_at {switch_at}"]
+
+
+def _check_hires_checkpoint(named: Collection[str], plan: GenerationPlan) -> None:
+    if plan.hires_checkpoint is None:
+        return
+    _check_named(plan.hires_checkpoint, named)
+    if not named:
+        raise CheckpointNotLoaded(f"the WebUI did not use {plan.hires_checkpoint.name} for the second pass")
+
+
+def _check_named(model: Model, named: Collection[str]) -> None:
+    if set(named) - {model.shown, f"{model.shown} [{model.sha256[:10]}]"}:
+        raise CheckpointNotLoaded(f"the WebUI used another checkpoint than {model.name}")
 
 
 def _check_sampler(info: Mapping[str, Any], body: Mapping[str, Any]) -> None:

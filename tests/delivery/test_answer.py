@@ -33,6 +33,8 @@ def test_the_worker_block_reports_what_was_verified() -> None:
 
     assert answer["worker"] == {
         "checkpoint": {"name": "The Model", "file": "m.safetensors", "sha256": "ab" * 32},
+        "refiner": None,
+        "hires_checkpoint": None,
         "loras": [
             {
                 "name": "Detail",

@@ -77,7 +77,6 @@ FULL = {
     "hr_scheduler": "Karras",
     "hr_prompt": "sharp",
     "hr_negative_prompt": "",
-    "refiner_switch_at": 0.8,
     "comments": {"a": 1},
     "script_name": "x/y/z plot",
     "script_args": [1, "1,2", [], 0, "", [], 0, "", [], True, False, False, False, False, False, False, 0, False],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from a1111_worker.context import Deadline
 from a1111_worker.domain import Model, ModelKind
 from a1111_worker.errors import CheckpointNotLoaded
 from a1111_worker.webui import client
-from a1111_worker.webui.checkpoint import CheckpointSwitch, file_loaded_from_cold
+from a1111_worker.webui.checkpoint import CheckpointSwitch, file_loaded_from_cold, listed_title
 from a1111_worker.webui.responses import ListedCheckpoint
 from sandbox.models import sdxl_checkpoint
 from sandbox.server import Exchange
@@ -52,6 +53,18 @@ def checkpoint(webui: SandboxWebUI, file: str = OURS, *, sha256: str = "") -> Mo
     if not sha256:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return Model(ModelKind.CHECKPOINT, path.stem.title(), file, path, sha256=sha256, size=1, version_id=1)
+
+
+LISTED = [ListedCheckpoint("xours.safetensors", None), ListedCheckpoint("ours.safetensors [abababab12]", "ab" * 32)]
+
+
+def test_a_checkpoint_is_named_by_the_title_that_is_listed_now() -> None:
+    ours = Model(ModelKind.CHECKPOINT, "Ours", OURS, Path(OURS), sha256="ab" * 32, size=1, version_id=1)
+
+    assert listed_title(ours, LISTED) == "ours.safetensors [abababab12]"
+    for model in (replace(ours, sha256="cd" * 32), replace(ours, file="urs.safetensors")):
+        with pytest.raises(CheckpointNotLoaded):
+            listed_title(model, LISTED)
 
 
 def load(webui: SandboxWebUI, model: Model) -> None:

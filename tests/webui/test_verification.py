@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,37 @@ def test_an_answer_that_shows_everything_is_returned_unchanged() -> None:
     assert generation.seeds == (42,)
     assert generation.webui_version == "v1.10.1"
     assert [applied.loaded for applied in generation.loras] == [True]
+
+
+OTHER = replace(CHECKPOINT, name="Other", file="other.safetensors", sha256="ef" * 32)
+HIRES = 'a cat\nSteps: 3, Model hash: ababababab, Hires prompt: "a, Refiner: x [0123456789]"'
+REFINED = "a cat\nSteps: 3, Model hash: ababababab, Refiner: {}, Refiner switch at: 0.5"
+
+
+# what A1111 names (None: nothing), and whether that is proof that the refiner has drawn
+@pytest.mark.parametrize(
+    ("named", "proven"),
+    [("other [efefefefef]", True), ("other", True), (None, False), ("other [0123456789]", None), ("x", None)],
+)
+def test_a_refiner_is_proven_by_its_name_and_its_hash(named: str | None, proven: bool | None) -> None:
+    found = answer(info={"infotexts": [REFINED.format(named) if named else HIRES]})
+    plan = GenerationPlan({"refiner_switch_at": 0.5}, (lora(),), refiner=OTHER)
+
+    if proven is None:
+        with pytest.raises(CheckpointNotLoaded, match="another checkpoint than Other"):
+            verify(found, plan, CHECKPOINT)
+        return
+    generation = verify(found, plan, CHECKPOINT)
+    assert generation.refiner == (OTHER if proven else None)
+    assert len(generation.warnings) == (0 if proven else 1)
+
+
+@pytest.mark.parametrize("named", [None, "Hires checkpoint: other [0123456789]", "Hires checkpoint: x [efefefefef]"])
+def test_an_answer_that_does_not_name_the_hires_checkpoint_is_refused(named: str | None) -> None:
+    found = answer(info={"infotexts": [HIRES if named is None else f"{HIRES}, {named}"]})
+
+    with pytest.raises(CheckpointNotLoaded):
+        verify(found, GenerationPlan({}, (lora(),), hires_checkpoint=OTHER), CHECKPOINT)
 
 
 # the answer with what is wrong with it, the body that was sent, and the error
