@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from sandbox.models import sdxl_checkpoint, sdxl_lora
 from sandbox.runpod import CANCELLED, COMPLETED, FINAL, IN_QUEUE, QueuedJob, SandboxRunPod
 from tests.fuse import FaultyVolume, faulty_volume, why_not
 from tests.soak_webui import launch_py
-from tests.support import ROOT
+from tests.support import ROOT, free_port
 
 CHECKPOINT = 1590699
 POOL = tuple(range(7_000_000, 7_000_006))  # LoRAs that many jobs use
@@ -648,11 +647,6 @@ def command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return "?"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def say(line: str = "") -> None:

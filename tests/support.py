@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +67,14 @@ def wait_until(condition: Callable[[], T | None], what: str, *, seconds: float =
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.003)
     return result
+
+
+def free_port() -> int:
+    """A port that nobody listens on. Below those that connections get, so that none of them takes it meanwhile."""
+    while True:
+        port = random.randrange(12_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class World:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import pytest
 from benchmarks.gpu_check import Backend, cuda_of, difference, vram_row
 from sandbox import draw
 from tests.soak_webui import launch_py
-from tests.support import ROOT, World, world
+from tests.support import ROOT, World, free_port, world
 
 NO_CUDA = {"ram": {"free": 1, "used": 1, "total": 2}, "cuda": {"error": "unavailable"}}
 CUDA = {  # as modules/api/api.py of A1111 1.10.1 returns it
@@ -80,8 +79,7 @@ def test_against_the_sandbox_everything_works_and_no_figure_is_called_a_gpus(tmp
 
 
 def test_if_no_webui_answers_start_sh_is_run_with_the_check_as_its_worker(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     launch = tmp_path / "webui" / "launch.py"
     launch.parent.mkdir()
     launch.write_text(launch_py(tmp_path), encoding="utf-8")

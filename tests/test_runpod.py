@@ -18,7 +18,7 @@ import pytest
 from sandbox.runpod import SandboxRunPod
 from sandbox.webui import WebUIFault
 from tests.images import gradient, open_base64, png_bytes, to_base64
-from tests.support import DETAIL, ROOT, SMALL, World, wait_until, world
+from tests.support import DETAIL, ROOT, SMALL, World, free_port, wait_until, world
 
 
 class Endpoint:
@@ -368,12 +368,9 @@ def test_a_webui_folder_that_cannot_be_written_answers_the_jobs_that_wait(tmp_pa
 
 
 def test_the_local_api_answers_too(tmp_path: Path) -> None:
-    import socket
-
     import requests
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with world(tmp_path, boot=False) as it, SandboxRunPod() as queue:
         its = Endpoint(it, queue, tmp_path / "worker.log")
         environ = {name: value for name, value in its.environ.items() if not name.startswith("RUNPOD_WEBHOOK")}

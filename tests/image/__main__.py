@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 from sandbox.__main__ import Sandbox
 from sandbox.models import sdxl_checkpoint
 from tests.image import make_mirror
-from tests.support import wait_until
+from tests.support import free_port, wait_until
 
 CHECKOUT = Path(__file__).parent.parent.parent
 SENT = re.findall(r"(?m)^!(.+)$", (CHECKOUT / ".dockerignore").read_text(encoding="utf-8"))
@@ -323,13 +322,6 @@ def ask(url: str, body: Any) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return json.load(answer)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def output(*command: str) -> str:

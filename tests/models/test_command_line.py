@@ -318,7 +318,7 @@ def test_paths_prints_where_everything_lies(shell: Shell) -> None:
     document = shell.run_json("paths")
 
     assert document["models_dir"] == str(shell.models)
-    kinds = ("checkpoints", "loras", "embeddings", "vaes")
+    kinds = [kind.folder for kind in ModelKind]
     assert document["written_to"] == {kind: str(shell.models / kind) for kind in kinds}
     assert document["free"] > 0
 

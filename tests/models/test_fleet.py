@@ -144,6 +144,7 @@ import hashlib, json, random, sys
 from pathlib import Path
 from a1111_worker.context import Deadline, JobContext
 from a1111_worker.errors import VolumeFull
+from a1111_worker.models import care
 from tests.fleet import lora, manager, timings
 
 folder, api, storage, name, operations, limit = sys.argv[1:]

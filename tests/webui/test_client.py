@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from a1111_worker.errors import (
 )
 from a1111_worker.webui.client import WebUI, parse_error, without_paths
 from sandbox.server import Exchange, Server
+from tests.support import free_port
 
 DATA = Path(__file__).parent.parent / "data" / "webui-1.9.3"
 
@@ -119,13 +119,10 @@ def test_no_path_of_the_container_reaches_a_message() -> None:
 
 
 def test_a_refused_connection_is_another_error_than_a_broken_one(server: Scripted) -> None:
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
     server.acts = [Exchange.reset] * 5
 
     with pytest.raises(WebUIRefused):
-        WebUI(f"http://127.0.0.1:{port}", backoff=0.0).set_options({})
+        WebUI(f"http://127.0.0.1:{free_port()}", backoff=0.0).set_options({})
     with pytest.raises(WebUILost) as broken:
         client(server).set_options({})
 
