@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
+from a1111_client.gateway.guard import parse_access
 from sandbox.draw import encode, picture
+from tests.client import scripted
 from tests.client.started import Started
 from tests.support import DATA, ROOT
 
@@ -29,13 +31,15 @@ SCREENSHOT = ROOT / "docs" / "page.png"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
 
-DROP = """([selector, base64, name]) => {
+# Playwright can neither drop nor paste a file: these are the events that a browser sends then.
+GIVE = """([kinds, selector, base64]) => {
     const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
     const transfer = new DataTransfer();
-    transfer.items.add(new File([bytes], name, { type: "image/png" }));
-    const target = document.querySelector(selector);
-    for (const kind of ["dragover", "drop"])
-        target.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+    transfer.items.add(new File([bytes], "photo.png", { type: "image/png" }));
+    const more = { dataTransfer: transfer, clipboardData: transfer, bubbles: true, cancelable: true };
+    for (const kind of kinds)
+        document.querySelector(selector).dispatchEvent(
+            kind === "paste" ? new ClipboardEvent(kind, more) : new DragEvent(kind, more));
 }"""
 
 
@@ -93,7 +97,10 @@ class Desk:
         return [json.loads(request.post_data or "")["input"] for request in sent]
 
     def drop(self, selector: str, data: bytes) -> None:
-        self.page.evaluate(DROP, [selector, base64.b64encode(data).decode(), "photo.png"])
+        self.page.evaluate(GIVE, [["dragover", "drop"], selector, base64.b64encode(data).decode()])
+
+    def paste(self, data: bytes) -> None:
+        self.page.evaluate(GIVE, [["paste"], "#prompt", base64.b64encode(data).decode()])
 
 
 @pytest.fixture
@@ -155,6 +162,9 @@ def test_the_slider_of_a_lora_is_in_the_job_and_its_proof_beside_the_picture(des
         {"version_id": 135867, "scale": 0.8},
         {"url": "https://civitai.com/model-versions/294259", "scale": 1},
     ]
+    card.get_by_role("button", name="Take its settings").click()
+    expect(desk.page.get_by_label("Weight of detail_tweaker_xl")).to_have_value("0.8")
+    expect(desk.page.get_by_label("Prompt", exact=True)).to_have_value("a brick wall")
 
 
 def test_a_dropped_picture_is_changed_where_the_mask_is_painted(desk: Desk) -> None:
@@ -180,8 +190,8 @@ def test_a_dropped_picture_is_changed_where_the_mask_is_painted(desk: Desk) -> N
     assert (painted.size, painted.getpixel((32, 16)), painted.getpixel((2, 62))) == ((64, 64), 255, 0)
 
 
-def test_the_mask_is_painted_by_keyboard_too(desk: Desk) -> None:
-    desk.drop("#drop", drawn("a photo"))
+def test_a_picture_is_pasted_and_its_mask_painted_by_keyboard(desk: Desk) -> None:
+    desk.paste(drawn("a photo"))
     desk.page.get_by_label("Mask: what you paint").focus()
     desk.page.keyboard.press("ArrowRight")
     desk.page.keyboard.press("Space")
@@ -266,6 +276,23 @@ def test_everything_fits_a_telephone_and_the_prompt_is_sent_by_keyboard(desk: De
 
     expect(desk.picture_of("a kite")).to_be_visible(timeout=PATIENCE)
     assert desk.page.evaluate("() => document.documentElement.scrollWidth") <= 360
+
+
+def test_a_gateway_with_users_asks_who_it_is_until_that_is_right(browser: Browser, tmp_path: Path) -> None:
+    access = parse_access(host="127.0.0.1", api_auth="ann:one")
+    with scripted.desk(tmp_path, access=access, asleep=True) as gateway:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(gateway.url)
+        for password in ("two", "one"):
+            page.get_by_label("User").fill("ann")
+            page.get_by_label("Password").fill(password)
+            page.get_by_role("button", name="Go on").click()
+            expect(page.get_by_text("is not right")).to_be_visible(visible=password == "two", timeout=PATIENCE)
+
+        expect(page.get_by_label("Sampler")).to_have_value("DPM++ 2M", timeout=PATIENCE)
+        expect(page.get_by_label("Checkpoint")).to_have_value("House")
+        page.close()
 
 
 @pytest.mark.skipif(not os.environ.get("SCREENSHOT"), reason="SCREENSHOT=1 makes the picture in docs/ again")

@@ -24,6 +24,7 @@ export async function ask(method, path, body) {
 }
 
 function login() {
+  document.getElementById("login-wrong").hidden = !authorization;
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("login");
     dialog.addEventListener("close", () => {
