@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,16 +173,21 @@ class PageJobs:
                     working.cancel()
                     await asyncio.wait([working])  # it tells RunPod
         job.size = len(json.dumps(job.given)) + len(json.dumps(job.answer))
-        self._forget_old()
+        for old in too_many(self._jobs.values(), _MOST_KEPT):
+            del self._jobs[old.id]
 
-    def _forget_old(self) -> None:
-        ended = [job for job in self._jobs.values() if job.state != "open"]
-        size = sum(job.size for job in ended)
-        for job in ended[:-1]:
-            if size <= _MOST_KEPT:
-                return
-            del self._jobs[job.id]
-            size -= job.size
+
+def too_many(jobs: Iterable[PageJob], limit: int) -> list[PageJob]:
+    """The oldest ended jobs, without which the others are at most `limit` bytes. The newest one always stays."""
+    ended = [job for job in jobs if job.state != "open"]
+    size = sum(job.size for job in ended)
+    found: list[PageJob] = []
+    for job in ended[:-1]:
+        if size <= limit:
+            break
+        found.append(job)
+        size -= job.size
+    return found
 
 
 def _is_of(job: PageJob, client: Client) -> bool:

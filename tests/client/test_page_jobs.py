@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from a1111_client.gateway.guard import parse_access
+from a1111_client.gateway.jobs import Client, OpenJob
+from a1111_client.gateway.page_jobs import PageJob, too_many
 from sandbox.runpod import CANCELLED
 from tests.client.scripted import PNG, Desk, desk
 from tests.support import wait_until
@@ -123,6 +125,19 @@ def test_each_user_sees_the_jobs_of_that_user_alone_and_nobody_else_any(tmp_path
             assert its.http.request(method, f"/page/{path}").status_code == 401
         assert its.http.delete(f"/page/jobs/{job_id}").status_code == 401
         assert its.http.get("/page/main.js").status_code == its.http.get("/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "forgotten"),
+    [([], 10, 0), ([5, 5], 10, 0), ([5, 5, 1], 10, 1), ([5, 5, 9], 10, 2), ([11], 10, 0), ([None, 9, 9], 10, 1)],
+)
+def test_the_oldest_results_make_room_and_open_jobs_and_the_newest_result_stay(
+    sizes: list[int | None], limit: int, forgotten: int
+) -> None:
+    opened = OpenJob(Client("", "", ""), "txt2img")
+    jobs = [PageJob(opened, {}, state="done" if size else "open", size=size or 0) for size in sizes]
+
+    assert too_many(jobs, limit) == [job for job in jobs if job.state == "done"][:forgotten]
 
 
 def test_another_page_sends_no_job(awake: Desk) -> None:
