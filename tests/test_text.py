@@ -17,7 +17,7 @@ from a1111_worker.request.fields import Limits
 from a1111_worker.request.parse import parse_request
 from a1111_worker.text import printable, quoted, quoted_list
 from a1111_worker.webui.client import without_paths
-from a1111_worker.webui.composition import WebUILists, resolve
+from a1111_worker.webui.resolution import WebUILists, resolve
 from a1111_worker.webui.samplers import resolve_name
 from tests.support import ROOT
 

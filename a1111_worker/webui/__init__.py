@@ -3,7 +3,8 @@
 The modules, the public one first:
 
     generation      one request to the WebUI, watched until its answer begins, then verified
-    composition     the body of that request: names as the WebUI spells them, LoRAs as tags in the prompt
+    resolution      the names of a job, each as the WebUI spells it and only if it is there
+    composition     the body of that request: models as tags and words in the prompts
     samplers        sampler and scheduler as people write them, and the WebUI's own names for them
     verification    what `info` in an answer must show before the answer is believed
     extras          pictures enlarged: names as the WebUI spells them, what its answer must show

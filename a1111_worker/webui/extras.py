@@ -13,7 +13,7 @@ from a1111_worker.errors import Complaint, GenerationFailed, InvalidRequest, Web
 from a1111_worker.images import read_size
 from a1111_worker.request.upscale import NO_UPSCALER, UPSCALERS
 from a1111_worker.text import quoted_list
-from a1111_worker.webui.composition import WebUILists, resolve_upscaler
+from a1111_worker.webui.resolution import WebUILists, resolve_upscaler
 
 RESTORERS: Mapping[str, str] = {"gfpgan_visibility": "GFPGAN", "codeformer_visibility": "CodeFormer"}
 

@@ -55,11 +55,12 @@ from a1111_worker.request.extensions import detected_maps
 from a1111_worker.request.fields import DEFAULT_LIMITS, Limits
 from a1111_worker.webui.checkpoint import listed_title
 from a1111_worker.webui.client import WebUI, WebUIResponse
-from a1111_worker.webui.composition import FindEmbeddings, compose, resolve
+from a1111_worker.webui.composition import compose
 from a1111_worker.webui.extensions import listed_models
 from a1111_worker.webui.extras import read_extras, resolve_extras, used_in_extras
 from a1111_worker.webui.progress import GenerationProgress
 from a1111_worker.webui.readiness import Readiness
+from a1111_worker.webui.resolution import FindEmbeddings, resolve
 from a1111_worker.webui.responses import WebUIProgress
 from a1111_worker.webui.running import RunningRequest
 from a1111_worker.webui.upscalers import used_upscalers

@@ -28,11 +28,11 @@ from a1111_worker.errors import (
 )
 from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names
 from a1111_worker.webui.client import WebUI
-from a1111_worker.webui.composition import WebUILists, missing_upscaler
 from a1111_worker.webui.extensions import read_lists
 from a1111_worker.webui.faces import usable_restorers
 from a1111_worker.webui.options import OptionsReset
 from a1111_worker.webui.owner import OwnersOptions
+from a1111_worker.webui.resolution import WebUILists, missing_upscaler
 from a1111_worker.webui.responses import WebUIFlags
 from a1111_worker.webui.supervisor import Ownership, Supervisor
 from a1111_worker.webui.timings import WebUITimings

@@ -19,8 +19,8 @@ from a1111_worker.request.img2img import fit_pictures
 from a1111_worker.request.parse import parse_request
 from a1111_worker.request.upscale import fit_upscale
 from a1111_worker.webui.checkpoint import checkpoint_names
-from a1111_worker.webui.composition import resolve
 from a1111_worker.webui.extras import resolve_extras
+from a1111_worker.webui.resolution import resolve
 from a1111_worker.webui.responses import Style
 from tests.support import DATA, parse_generation
 from tests.webui.test_composition import lists

@@ -11,7 +11,8 @@ import pytest
 from a1111_worker.domain import GenerationRequest, HeldModels, Model, ModelKind, ModelRef, Task
 from a1111_worker.errors import InvalidRequest, ModelNotFound
 from a1111_worker.request.fields import Limits
-from a1111_worker.webui.composition import WebUILists, compose, resolve
+from a1111_worker.webui.composition import compose
+from a1111_worker.webui.resolution import WebUILists, resolve
 from a1111_worker.webui.responses import Style, parse_samplers, parse_schedulers, parse_scripts
 from tests.support import DATA, parse_generation
 

@@ -11,7 +11,8 @@ import pytest
 
 from a1111_worker.domain import GenerationRequest, HeldModels, Model, Task
 from a1111_worker.errors import InvalidRequest, ModelNotFound
-from a1111_worker.webui.composition import WebUILists, compose, resolve
+from a1111_worker.webui.composition import compose
+from a1111_worker.webui.resolution import WebUILists, resolve
 from a1111_worker.webui.responses import Style, parse_script_axes
 from a1111_worker.webui.verification import GenerationPlan
 from tests.support import DATA
