@@ -72,12 +72,16 @@ DEFAULT_TIMINGS = Timings()
 
 @dataclass(frozen=True)
 class JobState:
-    """What /status says of a job. `progress` is the worker's own while it works: stage, percent, detail, eta_s, …"""
+    """What /status says of a job. `progress` is the worker's own while it works: stage, percent, detail, eta_s, …
+
+    `gpu_seconds` is RunPod's executionTime, which it bills: None until a worker has the job.
+    """
 
     status: str = "IN_QUEUE"
     output: Any = None
     error: str = ""
     worker: str = ""
+    gpu_seconds: float | None = field(default=None, compare=False)
 
     @property
     def is_final(self) -> bool:
@@ -347,12 +351,13 @@ def _count(counts: Any, name: str) -> int:
 
 
 def _parse_state(answer: Mapping[str, Any]) -> JobState:
-    error = answer.get("error")
+    error, executed = answer.get("error"), answer.get("executionTime")
     return JobState(
         status=str(answer.get("status", "IN_QUEUE")),
         output=answer.get("output"),
         error=error if isinstance(error, str) else json.dumps(error) if error else "",
         worker=str(answer.get("workerId") or ""),
+        gpu_seconds=executed / 1000 if isinstance(executed, (int, float)) else None,
     )
 
 

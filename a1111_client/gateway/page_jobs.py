@@ -116,7 +116,15 @@ class PageJobs:
 
     async def _show(self, request: Request, job_id: str) -> Response:
         job = self._find(request, job_id)
-        return JSONResponse({**job.summary(), "input": job.given, "answer": job.answer, "error": job.error})
+        return JSONResponse(
+            {
+                **job.summary(),
+                "input": job.given,
+                "answer": job.answer,
+                "error": job.error,
+                "gpu_seconds": job.opened.state.gpu_seconds,
+            }
+        )
 
     async def _delete(self, request: Request, job_id: str) -> Response:
         job = self._find(request, job_id)

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,7 @@ def test_a_picture_is_drawn_and_shown_with_its_seed_its_times_and_what_was_verif
     expect(card).to_contain_text("Seed 42, 64 × 64")
     expect(card).to_contain_text("SHA-256")
     expect(card).to_contain_text("generate")
+    expect(card).to_contain_text(re.compile(r"[0-9]\.[0-9] GPU seconds"))
     assert desk.picture_of("a lighthouse, seed 42").evaluate("image => image.naturalWidth") == 64
     expect(desk.page.get_by_role("status")).to_have_text("The picture is there.")
 

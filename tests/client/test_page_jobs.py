@@ -47,6 +47,7 @@ def test_a_job_is_sent_as_it_is_and_its_answer_is_kept(awake: Desk) -> None:
     job = ended(awake, send(awake, given).json()["id"])
 
     assert (job["state"], job["input"], job["error"]) == ("done", given, None)
+    assert job["gpu_seconds"] >= 0
     assert (job["answer"]["images"], job["answer"]["worker"]["delivery"]["mode"]) == ([PNG], "inline")
     assert awake.worker.inputs[-1] == given
     assert job["id"] in [known["id"] for known in awake.http.get("/page/jobs").json()]

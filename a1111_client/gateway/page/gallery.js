@@ -23,6 +23,7 @@ function makeCard(job, image, number, { takeSettings, startFrom, upscale, forget
   const facts = [
     [seed === null ? "" : `Seed ${seed}`, told.width ? `${told.width} × ${told.height}` : ""].filter(Boolean).join(", "),
     times(worker.timings ?? {}),
+    job.gpu_seconds === null ? "" : `${job.gpu_seconds.toFixed(1)} GPU seconds, by RunPod's execution time`,
     ...proofs(worker),
   ].filter(Boolean);
   const card = make("li", {}, picture, ...facts.map((text) => line(text)),
