@@ -110,7 +110,7 @@ class PriorityRecorder:
         self.begun, self._both_hold, self._first_left = threading.Event(), threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def hold(self, refs: Any, context: JobContext, *, tolerate: bool) -> Iterator[None]:
+    def hold(self, refs: Any, context: JobContext, **_how: Any) -> Iterator[None]:
         self._holds += 1
         self.begun.set()
         if self._holds == 1:
