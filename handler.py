@@ -68,7 +68,7 @@ from a1111_worker.webui.owner import OwnersOptions, owner_file
 from a1111_worker.webui.readiness import Readiness
 from a1111_worker.webui.supervisor import Supervisor
 from a1111_worker.webui.timings import WebUITimings
-from model_manager import HeldModels, ModelManager, checkpoint_refs, open_manager
+from model_manager import HeldModels, ModelManager, checkpoint_refs, open_manager, own_checkpoint_ref
 
 log = logging.getLogger("worker")
 
@@ -138,6 +138,8 @@ class Worker:
         self, config: Config, *, models: ModelManager | None = None, timings: WebUITimings | None = None
     ) -> None:
         self._config = config
+        listed = checkpoint_refs(config)
+        may_choose = bool(listed) or config.any_checkpoint
         self.limits = Limits(
             config.max_steps,
             config.max_pixels,
@@ -147,7 +149,8 @@ class Worker:
             image_hosts=config.image_hosts,
             max_input_images=config.max_input_images,
             max_upscale_pixels=config.max_upscale_pixels,
-            checkpoints=((config.checkpoint_name, None), *named) if (named := checkpoint_refs(config)) else (),
+            checkpoints=((config.checkpoint_name, own_checkpoint_ref(config)), *listed) if may_choose else (),
+            max_checkpoint_bytes=config.max_checkpoint_bytes if config.any_checkpoint else None,
         )
         status = StatusPage(config.runpod.output_url, config.runpod.api_key) if config.runpod else StatusPage(None)
         self.jobs = JobRunner(2 * config.jobs_in_flight + 2, status)

@@ -57,6 +57,14 @@ T = TypeVar("T")
 __all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager"]
 
 
+def own_checkpoint_ref(config: Config) -> ModelRef:
+    """The reference of the worker's own checkpoint. ConfigError if CHECKPOINT_URL is none."""
+    try:
+        return parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
+    except BadReference as error:
+        raise ConfigError(f"CHECKPOINT_URL: {error}") from error
+
+
 def checkpoint_refs(config: Config) -> tuple[tuple[str, ModelRef], ...]:
     """The checkpoints of CHECKPOINTS that a job may name, each with its reference. ConfigError if one is none."""
     refs: list[tuple[str, ModelRef]] = []
@@ -79,10 +87,7 @@ def open_manager(
     `timings` are those of CivitAI and Hugging Face, `tuning` is that of the downloads. None: the measured defaults.
     """
     policy = EgressPolicy((*config.storage_hosts, *config.model_hosts, *config.civitai_urls, config.hf_endpoint))
-    try:
-        reference = parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
-    except BadReference as error:
-        raise ConfigError(f"CHECKPOINT_URL: {error}") from error
+    reference = own_checkpoint_ref(config)
     checkpoint = CheckpointSpec(
         replace(reference, sha256=config.checkpoint_sha256 or reference.sha256),
         config.checkpoint_file,

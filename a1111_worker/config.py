@@ -133,6 +133,11 @@ class Config:
         "CHECKPOINTS", checkpoints, (), "further checkpoints that a job may name: JSON, or the path of a JSON file"
     )
 
+    any_checkpoint: bool = setting("ANY_CHECKPOINT", flag, False, "a job may bring a reference to a checkpoint")
+    max_checkpoint_bytes: int = setting(
+        "MAX_CHECKPOINT_GB", gigabytes, 8_000_000_000, "what the file of such a checkpoint may have", default="8"
+    )
+
     jobs_in_flight: int = setting("JOBS_IN_FLIGHT", whole(1, 16), 2, "jobs a worker holds at once; one generates")
     max_steps: int = setting("MAX_STEPS", whole(1, 10_000), 150, "steps of one job")
     max_pixels: int = setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class ModelRef:
     page without a version: its newest version), `hub` (a file on Hugging Face), `url` (a host of MODEL_HOSTS), `name`
     alone. `name` beside an id is only what the caller calls the model. `size`, `fp` and `format` are the variant filter
     of a CivitAI URL: they select one of a version's files. `sha256` is 64 lower-case hex digits that the file must
-    have.
+    have. A file of more than `max_size` bytes is not fetched.
     """
 
     kind: ModelKind
@@ -94,6 +94,15 @@ class ModelRef:
     fp: str | None = None
     format: str | None = None
     hub: HubFile | None = None
+    max_size: int | None = None
+
+    def may_mean(self, other: ModelRef) -> bool:
+        """Whether this reference, by its ids alone, means the file that `other` means, for all that is known."""
+        if self.sha256 is not None and self.sha256 != other.sha256:
+            return False
+        if self.version_id is not None and (self.file_id, self.size, self.fp, self.format) == (None,) * 4:
+            return self.version_id == other.version_id
+        return replace(self, name=None, sha256=None) == replace(other, name=None, sha256=None)
 
     @property
     def is_bare_name(self) -> bool:

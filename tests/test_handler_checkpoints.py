@@ -13,7 +13,7 @@ import pytest
 
 from a1111_worker.errors import ConfigError
 from sandbox.civitai import NOT_FOUND
-from sandbox.models import sd15_checkpoint, sd15_lora, sdxl_checkpoint, sha256_of
+from sandbox.models import sd15_checkpoint, sd15_lora, sdxl_checkpoint, sha256_of, write_safetensors
 from tests.sandbox.webui_client import pixels
 from tests.support import SMALL, World, wait_until, world
 
@@ -22,8 +22,8 @@ LISTED = [{"name": "Other XL", "reference": "civitai:5@77"}, {"name": "Old", "re
 
 
 @contextlib.contextmanager
-def several(folder: Path, *, version: str = "1.10.1", listed: Any = LISTED) -> Iterator[World]:
-    with world(folder, version=version, boot=False, CHECKPOINTS=json.dumps(listed)) as it:
+def several(folder: Path, *, version: str = "1.10.1", listed: Any = LISTED, **settings: str) -> Iterator[World]:
+    with world(folder, version=version, boot=False, CHECKPOINTS=json.dumps(listed), **settings) as it:
         for number, make in ((OTHER, sdxl_checkpoint), (OLD, sd15_checkpoint)):
             path = make(folder / f"{number}.safetensors", number, 3_000_000)
             base = "SDXL 1.0" if number == OTHER else "SD 1.5"
@@ -154,7 +154,9 @@ def test_a_second_checkpoint_draws_and_the_next_job_is_drawn_by_its_own_again(
     with several(tmp_path, version=version) as it:
         before = it.ask(**plain)
         first, second = it.ask(**fields), it.ask(**fields)
+        was_ready = it.worker.readiness.is_ready
         after = it.ask(**plain)
+        is_ready = it.worker.readiness.is_ready
         titles = [body.get(field) for body in it.generations()]
 
     other = {"name": "Other XL", "file": "Other_XL_77.safetensors", "sha256": sha256_of(tmp_path / "77.safetensors")}
@@ -165,7 +167,7 @@ def test_a_second_checkpoint_draws_and_the_next_job_is_drawn_by_its_own_again(
     assert titles == [None, "Other_XL_77.safetensors", f"Other_XL_77.safetensors{digits}", None]
     drawn = [pixels(answer["images"][0]) for answer in (before, first, second, after)]
     assert drawn[0] == drawn[3] != drawn[1] == drawn[2]
-    assert after["worker"]["timings"]["switch"] > 0
+    assert (was_ready, is_ready) == (False, True)  # the switch back is the next job's, and verified
 
 
 def test_three_checkpoints_of_one_job_and_the_workers_own_as_a_refiner(tmp_path: Path) -> None:
@@ -261,6 +263,74 @@ def test_all_checkpoints_of_a_job_are_kept_until_others_are_loaded(tmp_path: Pat
         afterwards = evict(it)
 
     assert (while_loaded, afterwards) == (False, True)
+
+
+BROUGHT = 81
+
+
+def test_a_job_may_bring_any_checkpoint_if_the_operator_allows_that(tmp_path: Path) -> None:
+    with several(tmp_path, ANY_CHECKPOINT="1", MAX_CHECKPOINT_GB="0.01") as it:
+        # The bytes of the worker's own checkpoint, under another name.
+        path = sdxl_checkpoint(tmp_path / "brought.safetensors", 1, 3_000_000)
+        it.civitai.add(BROUGHT, path, name="Model 81", base_model="SDXL 1.0", model_type="Checkpoint")
+        answers = [it.ask(checkpoint=given) for given in (BROUGHT, f"civitai:9@{BROUGHT}", {"version_id": BROUGHT})]
+        prefetched = it.run({"id": "p", "input": {"task": "prefetch", "checkpoints": [BROUGHT]}})["prefetch"]
+        loads = len(it.webui.loads)
+
+    assert [drawn_by(answer) for answer in answers] == [("Model 81", "Model-81_81")] * 3
+    assert prefetched["checkpoints"][0]["downloaded"] is False
+    assert loads == 2  # at the start, and for the first of them
+
+
+@pytest.mark.parametrize(("given", "name"), [(1590699, OWN[0]), ("civitai:5@77", "Other XL")])
+def test_a_reference_to_a_checkpoint_that_is_known_fetches_nothing_new(tmp_path: Path, given: Any, name: str) -> None:
+    with several(tmp_path, ANY_CHECKPOINT="1") as it:
+        answer = it.ask(checkpoint=given)
+
+    assert answer["worker"]["checkpoint"]["name"] == name
+
+
+@pytest.mark.parametrize("size_is_known", [True, False])
+def test_a_checkpoint_that_is_too_large_is_refused_and_not_fetched(tmp_path: Path, size_is_known: bool) -> None:
+    with several(tmp_path, ANY_CHECKPOINT="1", MAX_CHECKPOINT_GB="0.002") as it:
+        path = sdxl_checkpoint(tmp_path / "brought.safetensors", 1, 3_000_000)
+        it.civitai.add(BROUGHT, path, name="Model 81", base_model="SDXL 1.0", model_type="Checkpoint")
+        answer = it.ask(checkpoint=BROUGHT if size_is_known else it.civitai.storage.publish(path))
+        listed = it.ask(checkpoint="Other XL")
+        left = it.leftovers()
+
+    assert answer["code"] == "MODEL_REJECTED"
+    assert ("a job may bring 0.002 GB" if size_is_known else "at most 2,000,000") in answer["error"]
+    assert drawn_by(listed)[0] == "Other XL"  # the operator's own are not held to it
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        (OLD_LORA, "MODEL_REJECTED", "is no checkpoint: CivitAI lists it as LORA"),
+        (82, "MODEL_REJECTED", "A1111 cannot load Model 82: it is Flux.1 D"),
+        (83, "MODEL_REJECTED", "Model 83 is no whole checkpoint: it has no VAE and no text encoder"),
+        ("Otter", "INVALID_REQUEST", "is unknown to this worker, which has"),
+        ("https://elsewhere.example/x.safetensors", "INVALID_REQUEST", "checkpoint"),
+        ({"url": "civitai:5@77", "x": 1}, "INVALID_REQUEST", "checkpoint.x"),
+        (["a"], "INVALID_REQUEST", "must be a checkpoint's name, or a reference"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, given: Any, code: str, message: str) -> None:
+    with several(tmp_path, ANY_CHECKPOINT="1") as it:
+        parts: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {
+            82: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": ("F16", (96, 32))},
+            83: {"model.diffusion_model.input_blocks.0.0.weight": ("F16", (320, 4, 3, 3))},
+        }
+        for number, tensors in parts.items():
+            path = write_safetensors(tmp_path / f"{number}.safetensors", tensors, {})
+            base = "Flux.1 D" if number == 82 else "SDXL 1.0"
+            it.civitai.add(number, path, name=f"Model {number}", base_model=base, model_type="Checkpoint")
+        answer = it.ask(checkpoint=given)
+
+    assert answer["code"] == code
+    assert message in answer["error"]
 
 
 def job(name: str, **given: Any) -> dict[str, Any]:

@@ -92,6 +92,9 @@ class Fetcher:
                 raise
             return hit
         hit = None if copy is None else self._use_copy(target, copy, context.deadline, report)
+        if hit is None and ref.max_size is not None and (target.size or 0) > ref.max_size:
+            most = f"{ref.max_size / 1e9:g} GB"
+            raise ModelRejected(f"{target.label} has {(target.size or 0) / 1e9:.2f} GB, and a job may bring {most}")
         return hit or target
 
     @contextlib.contextmanager
@@ -310,7 +313,7 @@ class Fetcher:
         """
         directory = self._cache.directories.for_new(target.ref.kind)
         link = functools.partial(self._site.link, target.remote, context.deadline)
-        source = Source(target.label, link, size=target.remote.size, sha256=target.sha256)
+        source = Source(target.label, link, size=target.remote.size, sha256=target.sha256, max_size=target.ref.max_size)
         sha256 = self._downloader.fetch(source, partial_file, context, on_bytes).sha256
         if target.sha256 not in (None, sha256):
             log.warning("%s has a wrong SHA-256, %s: downloading it again, with a new link", target.label, sha256[:12])

@@ -12,6 +12,9 @@ from a1111_worker.models.safetensors import Header, families_fit, matched_layers
 
 log = logging.getLogger(__name__)
 
+LOADABLE = ("sd1", "sd2", "sdxl", "sd3")
+"""The families that A1111 1.10.1 has code for (modules/sd_models_config.py)."""
+
 
 class Fit:
     """Checks LoRAs, embeddings and VAEs. Headers that were read are remembered by the files' content."""
@@ -40,18 +43,39 @@ class Fit:
             warnings = (*warnings, describe(model.name, *matched))
         return replace(model, matched=matched, warnings=warnings)
 
+    def check_loadable(self, checkpoint: Model) -> None:
+        """Raise ModelRejected if A1111 cannot load a checkpoint as a whole.
+
+        Another family can break it for good. If a part is missing, it goes on with that of the checkpoint before, under
+        the new one's name (1.9.3 and 1.10.1: `load_state_dict(strict=False)`).
+        """
+        if checkpoint.family not in (None, *LOADABLE):
+            family = checkpoint.base_model or checkpoint.family
+            raise ModelRejected(f"A1111 cannot load {checkpoint.name}: it is {family}")
+        try:
+            missing = self._header(checkpoint).missing_parts
+        except OSError as error:
+            log.warning("the parts of %s cannot be checked (%s)", checkpoint.file, error_name(error))
+            return
+        if missing:
+            raise ModelRejected(f"{checkpoint.name} is no whole checkpoint: it has no {' and no '.join(missing)}")
+
+    def _header(self, checkpoint: Model) -> Header:
+        if checkpoint.sha256 not in self._checkpoints:
+            self._checkpoints[checkpoint.sha256] = read_header(checkpoint.path)
+        return self._checkpoints[checkpoint.sha256]
+
     def _match(self, lora: Model, checkpoint: Model) -> tuple[int, int] | None:
         """How many of the LoRA's layers fit, of how many. None if that is unknown, or a file cannot be read now."""
         key = lora.sha256, checkpoint.sha256
         if key not in self._matched:
             try:
-                if checkpoint.sha256 not in self._checkpoints:
-                    self._checkpoints[checkpoint.sha256] = read_header(checkpoint.path)
+                of_checkpoint = self._header(checkpoint)
                 header = read_header(lora.path)
             except OSError as error:
                 log.warning("the layers of %s cannot be compared (%s)", lora.file, error_name(error))
                 return None
-            self._matched[key] = matched_layers(header, self._checkpoints[checkpoint.sha256])
+            self._matched[key] = matched_layers(header, of_checkpoint)
         return self._matched[key]
 
 

@@ -464,7 +464,10 @@ class ModelManager:
         return HeldModels(models, failures, tolerance.is_tolerant)
 
     def _check_checkpoints(self, held: HeldModels) -> None:
-        """Raise ModelRejected if the job's checkpoints are of different families. A1111 would mix their pictures."""
+        """Raise ModelRejected if A1111 cannot load one of the job's checkpoints, or they are of different families."""
+        for model in (held.checkpoint, held.refiner, held.hires_checkpoint):
+            if model is not None and model is not held.own:
+                self._fit.check_loadable(model)
         for other in (held.refiner, held.hires_checkpoint):
             if other is not None and held.checkpoint is not None:
                 self._fit.check(other, held.checkpoint)

@@ -61,7 +61,7 @@ class Header:
     `families` are those whose tensors look like these, and `declared_family` is what the trainer wrote. `own_hash` is
     the `sshs_model_hash` that A1111 prints unchecked, "" if there is none. `embedding_family` and `vae_channels` are of
     a file that A1111 loads as an embedding or a VAE, else None (`small_models`). `is_inert`, `lora_layers` and
-    `checkpoint_layers`: see `layers`.
+    `checkpoint_layers`: see `layers`. `missing_parts` are those that the file lacks to be a whole checkpoint.
     """
 
     size: int
@@ -74,6 +74,7 @@ class Header:
     vae_channels: int | None = None
     lora_layers: Layers | None = field(default=None, repr=False)
     checkpoint_layers: Layers = field(default_factory=dict, repr=False)
+    missing_parts: tuple[str, ...] = ()
 
 
 def read_header(path: Path) -> Header:
@@ -180,7 +181,19 @@ def parse_header(text: bytes, size: int) -> Header:
         vae_channels=channels,
         lora_layers=lora_layers(table.tensors),
         checkpoint_layers=checkpoint_layers(table.tensors),
+        missing_parts=tuple(
+            part
+            for part, beginnings in _PARTS_OF_CHECKPOINT.items()
+            if not any(name.startswith(beginnings) for name in table.tensors)
+        ),
     )
+
+
+_PARTS_OF_CHECKPOINT: Mapping[str, tuple[str, ...]] = {
+    "UNet": ("model.diffusion_model.",),
+    "VAE": ("first_stage_model.",),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders.", "text_encoders."),
+}
 
 
 # -- which architecture ------------------------------------------------------------------------------------------------
@@ -429,7 +442,7 @@ def parse_in_child(text: bytes, size: int, limits: ChildLimits = ChildLimits()) 
     answer = json.loads(done.stdout)
     if "rejected" in answer:
         raise ModelRejected(answer["rejected"])
-    return Header(**{**answer, "families": tuple(answer["families"])})
+    return Header(**{**answer, **{name: tuple(answer[name]) for name in ("families", "missing_parts")}})
 
 
 def main() -> None:

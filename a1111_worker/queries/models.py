@@ -148,9 +148,7 @@ class ModelsQuery:
         """The worker's own checkpoint, and those that a job may name. What is not known of one is None."""
         own = self._readiness.own_checkpoint
         listed: list[tuple[str, Model | None]] = [(own.name, own)]
-        for name, ref in self._limits.checkpoints:
-            if ref is not None:
-                listed.append((name, self._models.find(ref)))
+        listed += [(name, self._models.find(ref)) for name, ref in self._limits.checkpoints[1:]]
         loaded = self._readiness.checkpoint.sha256 if self._readiness.is_ready else None
         return [
             {

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from a1111_worker.context import JobContext, ignore_progress
-from a1111_worker.domain import Model, ModelKind, ModelRef, PrefetchRequest, Progress, Stage
+from a1111_worker.domain import OWN_CHECKPOINT, Model, ModelKind, ModelRef, PrefetchRequest, Progress, Stage
 from a1111_worker.errors import JobTimeout, ModelError, ModelRejected
 from a1111_worker.models.manager import ModelManager
 from a1111_worker.queries.answer import worker_block
@@ -89,21 +89,21 @@ class PrefetchQuery:
     @contextlib.contextmanager
     def _hold(self, ref: ModelRef, context: JobContext) -> Iterator[Model]:
         if ref.kind is ModelKind.CHECKPOINT:
-            listed = self._listed_checkpoint(ref)
-            if listed is None:
+            allowed = self._allowed_checkpoint(ref)
+            if allowed is None:
                 yield self._checkpoint(ref)
                 return
-            ref = listed
+            ref = allowed
         with self._models.hold([ref], context) as held:
             yield held.models[ref]
 
-    def _listed_checkpoint(self, ref: ModelRef) -> ModelRef | None:
-        """The operator's reference for a checkpoint that jobs may name; None if it is none of these."""
-        name = (ref.name or "").casefold()
-        for listed, known in self._limits.checkpoints:
-            if known is not None and (listed.casefold() == name or (ref.version_id or 0) == known.version_id):
-                return known
-        return None
+    def _allowed_checkpoint(self, ref: ModelRef) -> ModelRef | None:
+        """The reference of a checkpoint that jobs may use; None if it is none of these, or the worker's own."""
+        limits = self._limits
+        listed = limits.checkpoint(ref.name if ref.is_bare_name and ref.name else ref)
+        if listed is None and limits.max_checkpoint_bytes is not None and not ref.is_bare_name:
+            return replace(ref, max_size=limits.max_checkpoint_bytes)
+        return None if listed == OWN_CHECKPOINT else listed
 
     def _checkpoint(self, ref: ModelRef) -> Model:
         """The worker's own checkpoint, which is held as long as the worker lives. Raises ModelRejected for another."""

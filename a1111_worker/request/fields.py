@@ -24,6 +24,7 @@ from a1111_worker.request.values import (
     any_list,
     any_object,
     anything,
+    as_integer,
     boolean,
     describe_value,
     integer,
@@ -71,7 +72,8 @@ class Limits:
     """What the operator allows. `has_bucket`: a bucket is set up.
 
     `model_hosts` and `image_hosts` are the origins of MODEL_HOSTS and IMAGE_HOSTS; the latter may be `*`. `checkpoints`
-    are those that a job may name, the worker's own one first, without a reference. Empty: a job may name none.
+    are those that a job may name, the worker's own one first. Empty: a job may name none. `max_checkpoint_bytes` is
+    the limit for a checkpoint that a job brings; None: a job may bring none.
     """
 
     max_steps: int = 150
@@ -82,12 +84,16 @@ class Limits:
     image_hosts: tuple[str, ...] = ()
     max_input_images: int = 8
     max_upscale_pixels: int = 67_108_864
-    checkpoints: tuple[tuple[str, ModelRef | None], ...] = ()
+    checkpoints: tuple[tuple[str, ModelRef], ...] = ()
+    max_checkpoint_bytes: int | None = None
 
-    def checkpoint(self, name: str) -> ModelRef:
-        """The checkpoint of this name, in any case."""
-        ref = next(ref for listed, ref in self.checkpoints if listed.casefold() == name.casefold())
-        return ref or OWN_CHECKPOINT
+    def checkpoint(self, wanted: str | ModelRef) -> ModelRef | None:
+        """The checkpoint of the list that has this name, in any case, or that a reference means; None if none does."""
+        for index, (name, ref) in enumerate(self.checkpoints):
+            is_meant = wanted.may_mean(ref) if isinstance(wanted, ModelRef) else wanted.casefold() == name.casefold()
+            if is_meant:
+                return ref if index else OWN_CHECKPOINT
+        return None
 
 
 DEFAULT_LIMITS = Limits()
@@ -212,7 +218,7 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         **_dropped_in_generations(),
         **_refused_in_generations(),
         "refiner_checkpoint": checkpoint_field(limits, "", "None", "none"),
-        "checkpoint": checkpoint_field(limits, is_webui_field=False),
+        "checkpoint": _main_checkpoint(limits),
     }
 
 
@@ -226,12 +232,32 @@ def checkpoint_field(limits: Limits, *unset: str, is_webui_field: bool = True, o
         if value in unset:
             return None
         name = text(MAX_NAME).check(value)
-        if name.casefold() not in (known.casefold() for known in names):
-            raise InvalidValue(f"is unknown to this worker, which has {quoted_list(names)}")
+        if limits.checkpoint(name) is None:
+            raise InvalidValue(unknown_checkpoint(limits))
         return str(name)
 
     value_type = ValueType("string", "a checkpoint's name", check)
     return Field(FieldClass.OURS, value_type, is_webui_field=is_webui_field, only_with=only_with)
+
+
+def _main_checkpoint(limits: Limits) -> Field:
+    """The checkpoint that draws, or begins: a name of the list, or a reference if the operator allows that."""
+    field = checkpoint_field(limits, is_webui_field=False)
+    if limits.max_checkpoint_bytes is None:
+        return field
+
+    def check(value: object) -> Any:
+        version_id = as_integer(value)
+        return reference.check(value if version_id is None else str(version_id))
+
+    reference = text_or_object("a checkpoint's name, or a reference as in loras")
+    schema = {"type": ["string", "integer", "object"]}
+    return replace(field, value=replace(reference, check=check, schema=schema))
+
+
+def unknown_checkpoint(limits: Limits) -> str:
+    """The complaint about a name that is not in the list."""
+    return f"is unknown to this worker, which has {quoted_list([name for name, _ in limits.checkpoints])}"
 
 
 def _dropped_in_generations() -> dict[str, Field]:

@@ -25,7 +25,7 @@ from a1111_worker.domain import (
 )
 from a1111_worker.request.embeddings import parse_embeddings, parse_model
 from a1111_worker.request.extensions import is_idle, read_units
-from a1111_worker.request.fields import INERT_OPTIONS
+from a1111_worker.request.fields import INERT_OPTIONS, unknown_checkpoint
 from a1111_worker.request.img2img import FIRST
 from a1111_worker.request.loras import ParsedLoras, has_lora_tag, parse_list, read_tags
 from a1111_worker.request.picture_scripts import is_sd_upscale
@@ -110,17 +110,30 @@ def _request(
 _OF_CHECKPOINTS = ("refiner_checkpoint", "refiner_switch_at", "hr_checkpoint_name")
 
 
+def _main_checkpoint(reader: InputReader) -> ModelRef | None:
+    """The checkpoint of the field `checkpoint`; None if the job leaves it out, or there is a complaint."""
+    limits, value = reader.limits, reader.given.get("checkpoint")
+    listed = limits.checkpoint(value) if isinstance(value, str) else None
+    if value is None or listed is not None:
+        return listed
+    ref, problems = parse_model("checkpoint", value, ModelKind.CHECKPOINT, limits.model_hosts)
+    for problem in problems:
+        reader.complain(problem.path, problem.message)
+    if ref is None:
+        return None
+    if ref.is_bare_name:
+        reader.complain("checkpoint", f"{unknown_checkpoint(limits)}; or give a URL, an AIR, a version id or hf:…")
+    return limits.checkpoint(ref) or replace(ref, max_size=limits.max_checkpoint_bytes)
+
+
 def _checkpoints(reader: InputReader) -> Checkpoints:
     """The checkpoints that a job names. One that would draw in any case is dropped."""
 
     def named(field: str) -> ModelRef | None:
         return reader.limits.checkpoint(reader.given[field]) if field in reader.given else None
 
-    main, refiner, hires = (
-        named("checkpoint") or OWN_CHECKPOINT,
-        named("refiner_checkpoint"),
-        named("hr_checkpoint_name"),
-    )
+    main = _main_checkpoint(reader) or OWN_CHECKPOINT
+    refiner, hires = named("refiner_checkpoint"), named("hr_checkpoint_name")
     if hires == main:
         hires = None
         reader.dropped.append("hr_checkpoint_name")

@@ -7,15 +7,19 @@ checks what depends on other fields, on the WebUI and on the operator's settings
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from a1111_worker.domain import Stage, Task
+from a1111_worker.domain import OWN_CHECKPOINT, Stage, Task
 from a1111_worker.request.fields import DEFAULT_LIMITS, Field, FieldClass
 from a1111_worker.request.generating import DEFAULTS
 from a1111_worker.request.parse import FORMS
 from a1111_worker.request.values import ValueType
 
 Schema = dict[str, Any]
+
+# Of an operator who allows what some do not.
+_LIMITS = replace(DEFAULT_LIMITS, checkpoints=(("any", OWN_CHECKPOINT),), max_checkpoint_bytes=1)
 
 _JSON_TYPES = ("array", "boolean", "integer", "number", "object", "string")
 _TEXT, _WHOLE, _NUMBER, _FLAG = ({"type": name} for name in ("string", "integer", "number", "boolean"))
@@ -35,7 +39,7 @@ def job_schema() -> Schema:
 
 
 def _input_schema(task: Task) -> Schema:
-    fields = FORMS[task].fields(DEFAULT_LIMITS)
+    fields = FORMS[task].fields(_LIMITS)
     required = [name for name, field in fields.items() if field.is_required]
     is_default = task is Task.TXT2IMG
     return {

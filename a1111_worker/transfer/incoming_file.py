@@ -27,13 +27,14 @@ class Source:
 
     `link` returns a URL of the file's bytes, or raises one of our errors. It is called once a file, and again only if
     the last URL is old or was refused. `size` is exact, in bytes. `sha256` tells whether what an earlier download left
-    is of the same file; the bytes are not judged by it. None: unknown.
+    is of the same file; the bytes are not judged by it. None: unknown. A file of more than `max_size` bytes is refused.
     """
 
     label: str
     link: Callable[[], str]
     size: int | None = None
     sha256: str | None = None
+    max_size: int | None = None
 
 
 class IncomingFile:
@@ -43,6 +44,7 @@ class IncomingFile:
         self.part = part
         self._source = source
         self.tuning = tuning
+        self._max_size = min(source.max_size or tuning.max_file_bytes, tuning.max_file_bytes)
         if source.size is not None:
             self._check_size(source.size)
         self.has_ranges = True  # the storage answers range requests, as far as known
@@ -164,7 +166,7 @@ class IncomingFile:
             except ModelError:
                 self.part.path.unlink(missing_ok=True)
                 raise
-        ranges = ByteRanges(size or self.tuning.max_file_bytes)
+        ranges = ByteRanges(size or self._max_size)
         byte_range = ranges.claim(ranges.size if answer.end is None else answer.end)
         assert byte_range is not None
         self.etag, self.has_ranges, self._is_size_known = answer.etag, answer.is_partial, total is not None
@@ -173,7 +175,7 @@ class IncomingFile:
 
     def _check_size(self, size: int) -> None:
         """Raise ModelRejected if this cannot be the size of the file."""
-        label, expected, most = self._source.label, self._source.size, self.tuning.max_file_bytes
+        label, expected, most = self._source.label, self._source.size, self._max_size
         if size > most:
             raise ModelRejected(f"{label} is too large: {size:,} bytes, at most {most:,}")
         if size == 0:

@@ -26,7 +26,7 @@ from a1111_worker.errors import (
     WebUISilent,
     WorkerError,
 )
-from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names
+from a1111_worker.webui.checkpoint import CheckpointSwitch, checkpoint_names, title_of
 from a1111_worker.webui.client import WebUI
 from a1111_worker.webui.extensions import read_lists
 from a1111_worker.webui.faces import usable_restorers
@@ -74,8 +74,8 @@ class Readiness:
         self._step = _Step("waiting for the WebUI")
         self._checkpoint: Model | None = None  # that the next generation needs
         self._own_checkpoint: Model | None = None
-        self._ready_checkpoint = ""  # the SHA-256 of the one that is loaded
-        self._preparing = ""  # the SHA-256 of the one that a preparation loads
+        self._ready_checkpoint = ""  # the title of the one that is loaded: two files may have the same content
+        self._preparing = ""  # the title of the one that a preparation loads
         self._lists: WebUILists | None = None
         self._is_ours = owner is None
         self._options = OptionsReset(webui, owner)
@@ -109,7 +109,7 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         """Whether this process of the WebUI has the verified checkpoint and the reset options, as far as is known."""
-        is_loaded = self._checkpoint is not None and self._ready_checkpoint == self._checkpoint.sha256
+        is_loaded = self._checkpoint is not None and self._ready_checkpoint == title_of(self._checkpoint)
         return is_loaded and self._ready_instance == self._supervisor.instance_id
 
     @property
@@ -187,12 +187,12 @@ class Readiness:
             return
         with context.timings.measure(Stage.SWITCH):
             preparation = self._preparation
-            if preparation is not None and self._preparing != self.checkpoint.sha256:
+            if preparation is not None and self._preparing != title_of(self.checkpoint):
                 self._wait_for(preparation, context)  # it is of a job that was cancelled, and its errors are that job's
                 preparation = None
             if preparation is None or preparation.is_done():
                 prepare = self._prepare_if_changed if self.is_ready else self._prepare
-                self._preparing = self.checkpoint.sha256
+                self._preparing = title_of(self.checkpoint)
                 preparation = self._preparation = BackgroundCall(prepare, name="webui-call")
             self._wait_for(preparation, context)
             preparation.result()
@@ -346,7 +346,7 @@ class Readiness:
         switch.run(self._worker_end)
         # After the switch: setting `sd_vae` makes a WebUI without a checkpoint load the first one of its list.
         self._options.run(instance, timeout=self._ready_timeout)
-        self._ready_instance, self._ready_checkpoint = instance, checkpoint.sha256
+        self._ready_instance, self._ready_checkpoint = instance, title_of(checkpoint)
         if instance != self._supervisor.instance_id:
             raise WebUILost("the WebUI was restarted during its preparation")
 

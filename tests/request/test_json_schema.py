@@ -75,7 +75,7 @@ INVALID = [
     ({"prompt": "x", "on_lora_error": "ignore"}, "txt2img"),
     ({"prompt": "x", "loras": [{"url": "x", "weight": 1}]}, "txt2img"),
     ({"prompt": "x", "output": {"format": "gif"}}, "txt2img"),
-    ({"prompt": "x", "checkpoint": "other"}, "txt2img"),
+    ({"prompt": "x", "checkpoint": ["other"]}, "txt2img"),
     ({"prompt": "x", "task": "health"}, "txt2img"),
     ({"task": "img2img", "prompt": "x"}, "img2img"),
     ({"task": "upscale", "image": 5}, "upscale"),
