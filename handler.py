@@ -49,6 +49,7 @@ from a1111_worker.job.memory import release_free_memory, use_few_arenas
 from a1111_worker.job.run import JobRunner
 from a1111_worker.job.shutdown import Shutdown, job_seconds
 from a1111_worker.job.status import StatusPage
+from a1111_worker.models.read_ahead import read_ahead
 from a1111_worker.pictures.fetch import PictureFetcher
 from a1111_worker.pictures.prepare import PicturePreparer
 from a1111_worker.queries.health import HealthQuery
@@ -273,13 +274,18 @@ class Worker:
             tolerate = request.on_lora_error is OnLoraError.WARN
             with self.models.hold(request.models, context, tolerate=tolerate, checkpoints=request.checkpoints) as held:
                 place.leave()
-                yield held
+                with read_ahead([] if self.gpu.is_free else self._checkpoints_to_load(held)):
+                    yield held
+
+    def _checkpoints_to_load(self, held: HeldModels) -> list[Path]:
+        """The files of a job's checkpoints, without the one that is loaded now, or is being loaded."""
+        loaded = self.readiness.checkpoint.path
+        return [model.path for model in held.loaded if model.path != loaded]
 
     def start(self, request: GenerationRequest, held: HeldModels, context: JobContext) -> StartedGeneration:
         """Generate with models that are still there: another worker may have evicted one while this one was paused."""
         held = self.models.hold_again(held, context)
-        loaded = [model for model in (held.checkpoint, held.refiner, held.hires_checkpoint) if model is not None]
-        with self.models.keep_loaded(loaded, context):
+        with self.models.keep_loaded(held.loaded, context):
             return self.generator.start(request, held, context)
 
     def jobs_in_flight(self, _current: int) -> int:

@@ -257,6 +257,12 @@ class HeldModels:
     def hires_checkpoint(self) -> Model | None:
         return self._checkpoint(self.checkpoints.hires)
 
+    @property
+    def loaded(self) -> list[Model]:
+        """Every checkpoint that the WebUI loads for the job, as far as they are known here."""
+        checkpoints = (self.checkpoint, self.refiner, self.hires_checkpoint)
+        return [model for model in checkpoints if model is not None]
+
     def _checkpoint(self, ref: ModelRef | None) -> Model | None:
         if ref is None:
             return None

@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
-BENCHMARKS = ("warm_job", "in_flight", "memory", "boot", "cache", "headers", "download", "gateway")
+BENCHMARKS = ("warm_job", "in_flight", "checkpoints", "memory", "boot", "cache", "headers", "download", "gateway")
 
 
 def main() -> int:

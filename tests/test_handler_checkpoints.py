@@ -333,6 +333,33 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, given: Any, code: str,
     assert message in answer["error"]
 
 
+def test_the_next_jobs_checkpoint_is_fetched_and_read_ahead_while_another_job_generates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read() -> list[str]:
+        return [message for message in caplog.messages if "read ahead" in message]
+
+    with caplog.at_level("INFO"), several(tmp_path, JOBS_IN_FLIGHT="2") as it:
+        it.webui.step_seconds = 60.0
+
+        async def scene() -> list[Any]:
+            first = asyncio.create_task(it.worker.handle(job("a")))
+            await asyncio.to_thread(wait_until, it.generations, "the generation")
+            second = asyncio.create_task(it.worker.handle(job("b", checkpoint="Other XL")))
+            await asyncio.to_thread(wait_until, read, "the reading")
+            tasks = [first, second]
+            is_running = not first.done()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return [is_running, len(it.generations())]
+
+        assert it.loop.run_until_complete(asyncio.wait_for(scene(), timeout=60)) == [True, 1]
+        it.webui.step_seconds = 0.0
+        it.ask(checkpoint="Old")  # the GPU is free: A1111 reads the file itself
+        assert read() == ["3.0 MB of Other_XL_77.safetensors were read ahead"]
+
+
 def job(name: str, **given: Any) -> dict[str, Any]:
     return {"id": name, "input": {"prompt": name, **SMALL, **given}}
 

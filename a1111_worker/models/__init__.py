@@ -26,6 +26,7 @@ The modules, the public one first:
     names               the names of model files
     webui_folder        the links that the WebUI sees
     leases              one worker of the fleet fetches a file
+    read_ahead          files are read into the page cache
     holds               a model that a worker uses is not evicted
     liveness            which workers are alive
     space               room for what is downloaded

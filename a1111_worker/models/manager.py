@@ -465,8 +465,8 @@ class ModelManager:
 
     def _check_checkpoints(self, held: HeldModels) -> None:
         """Raise ModelRejected if A1111 cannot load one of the job's checkpoints, or they are of different families."""
-        for model in (held.checkpoint, held.refiner, held.hires_checkpoint):
-            if model is not None and model is not held.own:
+        for model in held.loaded:
+            if model is not held.own:
                 self._fit.check_loadable(model)
         for other in (held.refiner, held.hires_checkpoint):
             if other is not None and held.checkpoint is not None:
