@@ -446,7 +446,7 @@ def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BUILT_IN_SCRIPTS = {  # always-on scripts of A1111 itself: they would set fields and bypass the checks
-    "refiner": CHECKPOINT_REASON,
+    "refiner": "use refiner_checkpoint and refiner_switch_at",
     "sampler": "use steps, sampler_name and scheduler",
     "seed": "use seed, subseed and subseed_strength",
     "extra options": "use override_settings",

@@ -198,7 +198,7 @@ def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoi
     if any(found not in (None, expected) for found in by_image):
         raise CheckpointNotLoaded(
             f"a picture of this job was made by another checkpoint than {checkpoint.name}",
-            hint="a script of the job names another checkpoint; this worker has only one",
+            hint="a script of the job names another checkpoint; use the field checkpoint",
         )
 
 

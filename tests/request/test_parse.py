@@ -337,7 +337,7 @@ def test_an_input_that_is_no_job_is_a_complaint(raw: object, path: str, sentence
         (
             {"alwayson_scripts": {"Refiner": {"args": []}}},
             "alwayson_scripts.Refiner",
-            "the checkpoint is this worker's",
+            "use refiner_checkpoint",
         ),
         ({"infotext": "Model: x"}, "infotext", "sets other fields unseen"),
         # what outlives the job, breaks the verification, fills the disk, or is ours
