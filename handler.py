@@ -324,6 +324,7 @@ def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:
 def main() -> None:
     """Start the worker as the arguments and the environment say."""
     use_few_arenas()
+    stop = _StopSignals()
     try:
         arguments = parse_arguments(sys.argv[1:])
         if arguments.wants_schema:
@@ -335,7 +336,7 @@ def main() -> None:
         _check_local_run(arguments)
         prepare_sdk_environment(os.environ)
         boot = Deadline(config.boot_timeout, what="the boot")
-        with _cancelled_by_ctrl_c(boot), ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
+        with stop.cancelling(boot), ThreadPoolExecutor(max_workers=1, thread_name_prefix="main") as threads:
             booted = threads.submit(_build_and_boot, config, boot)
             import runpod  # 1.6 s, while the WebUI starts and the checkpoint arrives
 
@@ -343,7 +344,7 @@ def main() -> None:
     except BadArguments as error:
         _end(str(error), 2)
     except JobCancelled:
-        _end("stopped by Ctrl-C before the worker was ready", 128 + signal.SIGINT)
+        _end(f"stopped by {stop.name} before the worker was ready", 128 + stop.number)
     except ConfigError as error:
         sys.exit(str(error))
     try:
@@ -377,19 +378,31 @@ def _end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-@contextlib.contextmanager
-def _cancelled_by_ctrl_c(deadline: Deadline) -> Iterator[None]:
-    """Inside the block, Ctrl-C cancels the deadline. A second one ends the process at once."""
+class _StopSignals:
+    """Ctrl-C and TERM during the boot. `number` is the one that came."""
 
-    def cancel(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        deadline.cancel()
+    def __init__(self) -> None:
+        self.number = signal.SIGINT
 
-    previous = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    @property
+    def name(self) -> str:
+        return "Ctrl-C" if self.number == signal.SIGINT else self.number.name
+
+    @contextlib.contextmanager
+    def cancelling(self, deadline: Deadline) -> Iterator[None]:
+        """Inside the block, either cancels the deadline, so that leases are released. A second one ends the process."""
+
+        def cancel(number: int, _frame: object) -> None:
+            self.number = signal.Signals(number)
+            signal.signal(number, signal.SIG_DFL)
+            deadline.cancel()
+
+        previous = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _build_and_boot(config: Config, deadline: Deadline) -> Worker:

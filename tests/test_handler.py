@@ -726,20 +726,6 @@ def test_the_job_itself_is_never_changed(shared: World) -> None:
     assert json.dumps(job) == before
 
 
-def test_two_jobs_at_once_generate_one_after_the_other(tmp_path: Path) -> None:
-    with world(tmp_path, JOBS_IN_FLIGHT="2") as it:
-        it.webui.step_seconds = 0.02
-
-        async def scene() -> list[dict[str, Any]]:
-            jobs = [{"id": f"job-{n}", "input": {"prompt": str(n), **SMALL}} for n in range(3)]
-            return await asyncio.gather(*(it.worker.handle(job) for job in jobs))
-
-        answers = it.loop.run_until_complete(scene())
-
-    assert ["error" in answer for answer in answers] == [False, False, False]
-    assert [body["prompt"] for body in it.generations()] == ["0", "1", "2"]
-
-
 # -- boot -------------------------------------------------------------------------------------------------------------
 
 
@@ -897,7 +883,8 @@ def test_a_taken_port_ends_the_start_at_once_with_one_line() -> None:
     assert "--rp_api_port" in line
 
 
-def test_ctrl_c_during_the_boot_ends_it_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_during_the_boot_ends_it_with_one_line(tmp_path: Path, number: signal.Signals, name: str) -> None:
     with world(tmp_path, boot=False) as it:
         downloading = threading.Event()
 
@@ -916,13 +903,13 @@ def test_ctrl_c_during_the_boot_ends_it_with_one_line(tmp_path: Path) -> None:
         )
         try:
             assert downloading.wait(30)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, printed = process.communicate(timeout=30)
         finally:
             process.kill()
 
-    assert process.returncode == 130
-    assert printed.splitlines()[-1] == "handler.py: stopped by Ctrl-C before the worker was ready"
+    assert process.returncode == 128 + number
+    assert printed.splitlines()[-1] == f"handler.py: stopped by {name} before the worker was ready"
     assert "Traceback" not in printed and "WARNING" not in printed and "ERROR" not in printed
     assert not [path for path in it.models_dir.rglob(".leases/*") if path.is_file()]  # no other worker waits for it
 
