@@ -10,7 +10,7 @@ from a1111_worker.errors import ModelRejected
 from a1111_worker.transfer.connection import Answer, Connection, TemporaryFault
 from a1111_worker.transfer.incoming_file import IncomingFile
 from a1111_worker.transfer.ranges import ByteRange, Pace
-from a1111_worker.transfer.retries import PROGRESS, Link
+from a1111_worker.transfer.retries import Link
 
 
 class RangeFetch:
@@ -51,8 +51,8 @@ class RangeFetch:
         return self.received / max(1e-3, now - self.began)
 
     def pace(self, now: float, patience: float) -> Pace | None:
-        """How fast it is; None while it is too young to tell. A connection without bytes gets `patience` seconds."""
-        if self.received < PROGRESS and now - self.began < patience:
+        """How fast it is; None in its first `patience` seconds: a busy machine makes the fastest one look slow."""
+        if now - self.began < patience:
             return None
         return Pace(self.byte_range, self.speed(now), self.connection.answer_seconds)
 
