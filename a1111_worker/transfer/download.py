@@ -119,9 +119,8 @@ class Download:
     def run(self, progress: Progress) -> Fetched:
         began, file, pool = time.monotonic(), self._file, self._pool
         try:
-            with self._context.deadline.on_cancel(pool.wake):
-                file.resume()
-                self._receive(progress)
+            file.resume()
+            self._receive(progress)
         finally:
             self._close()
         log.info(

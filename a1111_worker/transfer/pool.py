@@ -28,7 +28,8 @@ class ConnectionPool:
         self._tuning = tuning
         self._budget = budget
         self._idle: list[Connection] = []
-        self._events: queue.SimpleQueue[RangeFetch | None] = queue.SimpleQueue()
+        # No SimpleQueue: its get waits for ever at times, although it has a timeout (CPython 3.10 and 3.11).
+        self._events: queue.Queue[RangeFetch] = queue.Queue()
         self.speed = 0.0  # bytes a second of the last connection that ended a request well
         self._received = 0  # by fetches that are over
         self._slow_since = 0.0
@@ -56,18 +57,13 @@ class ConnectionPool:
         self.most = max(self.most, len(self.at_work))
 
     def reports(self, seconds: float) -> Iterator[RangeFetch]:
-        """The fetches that were answered, or are over. If there are none, wait for one, or for `wake`."""
+        """The fetches that were answered, or are over. If there are none, wait for one."""
         try:
             while True:
-                fetch = self._events.get(timeout=seconds)
+                yield self._events.get(timeout=seconds)
                 seconds = 0.0
-                if fetch is not None:
-                    yield fetch
         except queue.Empty:
             pass
-
-    def wake(self) -> None:
-        self._events.put(None)
 
     def end(self, fetch: RangeFetch) -> None:
         """A fetch is over: its connection can be used for another one."""
