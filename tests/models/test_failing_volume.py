@@ -365,8 +365,9 @@ def test_a_dead_claim_blocks_nobody_on_a_full_volume(fleet: Fleet, full: FaultyV
 
 def test_a_volume_that_fails_a_listing_makes_no_model_disappear(fleet: Fleet, volume: FaultyVolume) -> None:
     (ref,) = serve(fleet, 1)
-    fetch(fleet.start(checkpoint=None), ref)
-    worker = fleet.start(checkpoint=None, timings=timings(heartbeat=3600))
+    still = timings(heartbeat=3600)  # else the housekeeping meets the fault
+    fetch(fleet.start(checkpoint=None, timings=still), ref)
+    worker = fleet.start(checkpoint=None, timings=still)
     volume.fail("listdir", errno.EIO, on="loras", times=1)
 
     failed = outcome(worker, ref)
