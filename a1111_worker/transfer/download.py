@@ -45,7 +45,7 @@ from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.incoming_file import IncomingFile, Source
 from a1111_worker.transfer.partial_file import PartialFile
 from a1111_worker.transfer.pool import ConnectionPool
-from a1111_worker.transfer.progress import OnBytes, Progress
+from a1111_worker.transfer.progress import OnBytes, ProgressReporter
 from a1111_worker.transfer.range_fetch import RangeFetch
 from a1111_worker.transfer.ranges import ByteRange, ByteRanges, Tuning, plan_theft, range_size
 from a1111_worker.transfer.retries import Links, Retries
@@ -96,7 +96,7 @@ class Downloader:
             part.close()
             raise
         try:
-            return Download(self, source, file, context).run(Progress(source.label, on_bytes))
+            return Download(self, source, file, context).run(ProgressReporter(source.label, on_bytes))
         except OriginRefused as error:
             raise ModelRejected(f"{source.label} is somewhere that may not be reached: {error}") from error
 
@@ -116,7 +116,7 @@ class Download:
         self._retries = Retries(tuning)
         self._restart: RequestFault | None = None  # why it starts over, as soon as no connection is at work
 
-    def run(self, progress: Progress) -> Fetched:
+    def run(self, progress: ProgressReporter) -> Fetched:
         began, file, pool = time.monotonic(), self._file, self._pool
         try:
             file.resume()
@@ -129,7 +129,7 @@ class Download:
         )
         return Fetched(file.done, file.sha256, pool.received, file.resumed, pool.most)
 
-    def _receive(self, progress: Progress) -> None:
+    def _receive(self, progress: ProgressReporter) -> None:
         """Have all bytes on disk, and their SHA-256."""
         file, pool, tuning = self._file, self._pool, self._tuning
         running = RunningTime(time.monotonic(), tuning.longest_step)

@@ -11,7 +11,9 @@ OnBytes = Callable[[int, "int | None"], None]
 """Gets the bytes on disk and the file's size (None: unknown), some four times a second, from one thread."""
 
 
-class Progress:
+class ProgressReporter:
+    """Reports how much of one file is on disk: each tenth to the log, and more often to `on_bytes`."""
+
     def __init__(self, label: str, on_bytes: OnBytes | None) -> None:
         self._label = label
         self._on_bytes = on_bytes
