@@ -19,7 +19,8 @@ ARG BASE_IMAGE=ubuntu:22.04
 FROM ${BASE_IMAGE} AS system
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PYTHON=python3.10
-# libgoogle-perftools4: tcmalloc for the WebUI; git: for GitPython, which A1111 imports
+# libgoogle-perftools4: tcmalloc for the WebUI; git: for GitPython, which A1111 imports.
+# Their versions are not pinned (DL3008): Ubuntu's archive deletes a version when it publishes the next one.
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
 rm -f /etc/apt/apt.conf.d/docker-clean
@@ -32,6 +33,7 @@ END
 FROM system AS tools
 ARG PYPI_INDEX_URL=https://pypi.org/simple
 COPY locks/uv.txt /tmp/
+# DL3008: as above. DL3013 wants a version for pip's package: uv.txt pins it, with its hash.
 # hadolint ignore=DL3008,DL3013
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked <<'END'
 export DEBIAN_FRONTEND=noninteractive
@@ -133,6 +135,7 @@ END
 
 # ---- what A1111 would fetch from the Hugging Face hub with its first model ----
 FROM webui AS tokenizer
+# DL3064 takes the name for that of a secret: this is CLIP's tokenizer.
 # hadolint ignore=DL3064
 ARG BAKE_TOKENIZER=1
 COPY image/tokenizer.py /image/
@@ -218,6 +221,7 @@ END
 FROM extensions AS smoke-webui
 ARG SMOKE_TEST=1
 ARG EXTENSIONS=
+# DL3064 takes the name for that of a secret: this is CLIP's tokenizer.
 # hadolint ignore=DL3064
 ARG BAKE_TOKENIZER=1
 COPY image/smoke.py image/tokenizer.py start.sh /image/

@@ -47,6 +47,10 @@ _BAD_TOKEN = json_fault(
 )
 
 
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
 def _gated(status: int) -> ServerFault:
     message = "Access to model is restricted and you are not in the authorized list."
     return json_fault(status, {"error": message}, **{"x-error-code": "GatedRepo", "x-error-message": message})
@@ -105,7 +109,7 @@ class SandboxHuggingFace(FaultyServer):
         hosted = self.repos.setdefault(repo, HostedRepo())
         files = dict(hosted.commits.get(hosted.refs.get(branch, ""), {}))
         files[name] = HostedFile(path, self.storage.put(path), is_large)
-        commit = hashlib.sha1(f"{repo}@{branch} {len(hosted.commits)}".encode()).hexdigest()  # noqa: S324 - as git does
+        commit = _git_hash(f"{repo}@{branch} {len(hosted.commits)}".encode())
         hosted.commits[commit] = files
         hosted.refs[branch] = commit
         return commit
@@ -142,7 +146,7 @@ class SandboxHuggingFace(FaultyServer):
         content = file.path.read_bytes()
         headers = {"x-repo-commit": commit, "accept-ranges": "bytes", "x-powered-by": "huggingface-moon SANDBOX"}
         if not file.is_large:
-            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 - as git does
+            blob = _git_hash(b"blob %d\0" % len(content) + content)
             exchange.send(200, content, {**headers, "etag": f'"{blob}"', "content-type": "application/octet-stream"})
             return
         sha256 = file.sha256 or hashlib.sha256(content).hexdigest()

@@ -342,9 +342,8 @@ class SandboxStorage(StorageKnobs, Traffic, FaultyServer):
         """Status, first byte, end and headers of the answer."""
         about = stored.path.stat()
         size = about.st_size
-        identity = hashlib.md5(  # noqa: S324 — R2's own ETags are MD5
-            f"{stored.path}:{stored.generation}:{size}:{about.st_mtime_ns}".encode()
-        ).hexdigest()
+        content = f"{stored.path}:{stored.generation}:{size}:{about.st_mtime_ns}".encode()
+        content_id = hashlib.md5(content, usedforsecurity=False).hexdigest()  # R2's own ETags are MD5 too
         headers = {
             "accept-ranges": "bytes",
             "content-type": "application/octet-stream",
@@ -352,10 +351,10 @@ class SandboxStorage(StorageKnobs, Traffic, FaultyServer):
         }
         etag = None
         if "Authorization" in asked.query:
-            headers["x-bz-file-id"] = f"4_z{identity[:24]}_f1{identity[24:]}"
+            headers["x-bz-file-id"] = f"4_z{content_id[:24]}_f1{content_id[24:]}"
             headers["x-bz-file-name"] = quote(stored.file_name)
         else:
-            etag = fault.etag or f'"{identity}"'
+            etag = fault.etag or f'"{content_id}"'
             headers |= {"etag": etag, "last-modified": formatdate(about.st_mtime, usegmt=True)}
         if asked.headers.get("if-match", etag) != etag:
             return 412, 0, 0, headers

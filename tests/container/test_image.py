@@ -538,11 +538,11 @@ def test_the_hubs_gpus_run_the_torch_that_is_pinned() -> None:
 
 @pytest.mark.parametrize("path", [".runpod/hub.json", ".runpod/tests.json"])
 def test_the_hosts_drivers_are_new_enough_for_the_torch_that_is_pinned(path: str) -> None:
-    (major, minor) = re.search(r"cu(\d+)(\d)$", DOCKERFILE.arg("TORCH_INDEX_URL")).groups()  # type: ignore[union-attr] # fails the test
+    cuda = re.search(r"cu(\d+)(\d)$", DOCKERFILE.arg("TORCH_INDEX_URL"))
 
     allowed = [tuple(map(int, version.split("."))) for version in json_of(path)["config"]["allowedCudaVersions"]]
 
-    assert min(allowed) == (int(major), int(minor))
+    assert cuda is not None and min(allowed) == (int(cuda[1]), int(cuda[2]))
 
 
 def test_the_hubs_settings_exist_and_their_defaults_are_valid() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -126,15 +127,15 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-def pin_of(path: str, content: bytes, url: str = "http://127.0.0.1:9", **more: object) -> Pin:
-    fields: dict[str, object] = {
+def pin_of(path: str, content: bytes, url: str = "http://127.0.0.1:9", **more: Any) -> Pin:
+    fields: dict[str, Any] = {
         "sha256": hashlib.sha256(content).hexdigest(),
         "licence": "MIT",
         "argument": "BAKE_UPSCALERS",
         "words": ("1",),
         **more,
     }
-    return Pin(PurePosixPath(path), url, **fields)  # type: ignore[arg-type]
+    return Pin(PurePosixPath(path), url, **fields)
 
 
 def test_a_file_is_fetched_once_and_then_comes_from_the_cache(tmp_path: Path, site: tuple[Path, str]) -> None:

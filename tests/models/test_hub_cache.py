@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ FILE = HubFile(REPO, NAME)
 OPEN = HubAccess(repos=frozenset({REPO}))
 
 
-def hub(file: HubFile = FILE, **more: str) -> ModelRef:
-    return ModelRef(ModelKind.LORA, hub=file, **more)  # type: ignore[arg-type]
+def hub(file: HubFile = FILE, **more: Any) -> ModelRef:
+    return ModelRef(ModelKind.LORA, hub=file, **more)
 
 
 def publish(fleet: Fleet, seed: int = 1, *, private: bool = False) -> tuple[Path, HubFile]:
@@ -126,8 +127,8 @@ WAYS: list[tuple[str, Callable[[Model, HubFile], ModelRef], type[WorkerError]]] 
 ]
 
 
-def _elsewhere(**more: str) -> ModelRef:
-    return ModelRef(ModelKind.LORA, url="http://127.0.0.1:9/x.safetensors", **more)  # type: ignore[arg-type]
+def _elsewhere(**more: Any) -> ModelRef:
+    return ModelRef(ModelKind.LORA, url="http://127.0.0.1:9/x.safetensors", **more)
 
 
 @pytest.mark.parametrize(("how", "error"), [row[1:] for row in WAYS], ids=[row[0] for row in WAYS])

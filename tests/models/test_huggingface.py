@@ -23,6 +23,7 @@ from a1111_worker.models.sites import SiteTimings
 from a1111_worker.transfer.egress import EgressPolicy
 from sandbox.huggingface import SERVER_ERROR, TOO_MANY, SandboxHuggingFace
 from sandbox.models import sdxl_lora, sha256_of
+from sandbox.server import Exchange
 from sandbox.storage import CUT, RESET, SILENCE, ServerFault, html_fault, redirect
 
 TOKEN = "hf_0123456789"
@@ -85,7 +86,7 @@ def test_a_link_leads_to_the_storage_of_the_same_commit(hub: SandboxHuggingFace,
     link = client.link(remote, Deadline())
 
     assert link.startswith(hub.storage.url) and "style" in link
-    assert hub.asked[-1].path.split("/")[4] == remote.hub.revision  # type: ignore[union-attr]
+    assert remote.hub is not None and hub.asked[-1].path.split("/")[4] == remote.hub.revision
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,12 @@ def test_a_silent_hub_is_given_up_on(hub: SandboxHuggingFace) -> None:
 
 def test_a_cancelled_job_does_not_wait_for_the_hub(hub: SandboxHuggingFace) -> None:
     deadline = Deadline()
-    hub.before.append(lambda _: deadline.cancel() or False)  # type: ignore[func-returns-value]
+
+    def cancel(_: Exchange) -> bool:
+        deadline.cancel()
+        return False  # the hub answers
+
+    hub.before.append(cancel)
     hub.fail(SILENCE, times=None)
 
     with pytest.raises(JobCancelled):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -84,8 +84,8 @@ def test_what_a1111_ignores_in_a_vae_does_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [sdxl_checkpoint, sdxl_lora, sd15_embedding, sdxl_embedding, vae])
-def test_a_file_of_another_kind_is_no_embedding_and_no_vae(tmp_path: Path, make: object) -> None:
-    header = read_header(make(tmp_path / "x.safetensors"))  # type: ignore[operator]
+def test_a_file_of_another_kind_is_no_embedding_and_no_vae(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    header = read_header(make(tmp_path / "x.safetensors"))
 
     kinds = [header.embedding_family is not None, header.vae_channels is not None]
     assert kinds == [make in (sd15_embedding, sdxl_embedding), make is vae]

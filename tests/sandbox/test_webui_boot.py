@@ -11,10 +11,8 @@ import pytest
 
 from sandbox import models
 from sandbox.webui import SandboxWebUI
-from tests.sandbox.webui_client import get, post, txt2img
-from tests.support import DATA
+from tests.sandbox.webui_client import get, post, recordings, txt2img
 
-VERSIONS = ("1.9.3", "1.10.1")
 OPTIONS = ("sd_model_checkpoint", "sd_checkpoint_hash")
 
 
@@ -24,14 +22,6 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("tiny_a", "tiny_b"), start=1):
         models.sd15_checkpoint(folder / "Stable-diffusion" / f"{name}.safetensors", seed)
     return folder
-
-
-def recordings() -> list[Any]:
-    return [
-        pytest.param(version, path, id=f"{version}-{path.stem}")
-        for version in VERSIONS
-        for path in sorted((DATA / f"webui-{version}" / "cold_boot").glob("*.json"))
-    ]
 
 
 def our_hashes(model_files: Path) -> dict[str, str]:
@@ -54,7 +44,7 @@ def with_our_hashes(value: Any, hashes: Mapping[str, str]) -> Any:
     return json.loads(text)
 
 
-@pytest.mark.parametrize(("version", "path"), recordings())
+@pytest.mark.parametrize(("version", "path"), recordings("cold_boot"))
 def test_a_cold_boot_goes_as_recorded(version: str, path: Path, model_files: Path) -> None:
     case = with_our_hashes(json.loads(path.read_text()), our_hashes(model_files))
     config = case.get("config_json_before")

@@ -10,8 +10,7 @@ import pytest
 
 from sandbox import models
 from sandbox.webui import SandboxWebUI
-from tests.sandbox.test_webui_recordings import recordings
-from tests.sandbox.webui_client import get, image, post, switch, txt2img, typed, without_variable_parts
+from tests.sandbox.webui_client import get, image, post, recordings, switch, txt2img, typed, without_variable_parts
 
 HIRES = {"enable_hr": True, "denoising_strength": 0.5, "hr_upscaler": "Lanczos"}
 REFINER = {"refiner_checkpoint": "tiny_b", "refiner_switch_at": 0.5}

@@ -13,21 +13,10 @@ import pytest
 
 from sandbox import models
 from sandbox.webui import SandboxWebUI
-from tests.sandbox.webui_client import get, pixels, post, switch
-from tests.support import DATA
-
-VERSIONS = ("1.9.3", "1.10.1")
+from tests.sandbox.webui_client import VERSIONS, get, pixels, post, recordings, switch
 
 # What was asked before a recorded request, by its name: the prompt, the negative prompt.
 BEFORE = {"emb_constant_negative": ("one", "tinyemb"), "emb_space": ("a My Emb thing", "")}
-
-
-def recordings(beginning: str) -> list[Any]:
-    return [
-        pytest.param(version, path, id=f"{version}-{path.stem}")
-        for version in VERSIONS
-        for path in sorted((DATA / f"webui-{version}" / "embeddings").glob(f"{beginning}*.json"))
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +70,7 @@ def facts(answer: dict[str, Any]) -> tuple[Any, Any, Any]:
     return params, info["sd_vae_name"], info["sd_model_name"]
 
 
-@pytest.mark.parametrize(("version", "path"), recordings("emb_"))
+@pytest.mark.parametrize(("version", "path"), recordings("embeddings", "emb_*"))
 def test_embeddings_are_used_and_reported_as_recorded(
     servers: dict[str, SandboxWebUI], embeddings: Path, version: str, path: Path
 ) -> None:
@@ -121,7 +110,7 @@ def test_an_embedding_acts_though_a_prompt_is_not_read_again(servers: dict[str, 
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize(("version", "path"), recordings("vae_"))
+@pytest.mark.parametrize(("version", "path"), recordings("embeddings", "vae_*"))
 def test_vaes_are_used_and_reported_as_recorded(servers: dict[str, SandboxWebUI], version: str, path: Path) -> None:
     recorded, webui = json.loads(path.read_text(encoding="utf-8")), servers[version]
     near = path.stem == "vae_near_checkpoint"

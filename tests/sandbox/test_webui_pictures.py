@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from sandbox.webui import SandboxWebUI
-from tests.sandbox.test_webui_recordings import VERSIONS, model_files, recordings, servers  # noqa: F401 - fixtures
 from tests.sandbox.webui_client import (
     get,
     in_background,
     open_image,
     pixels,
     post,
+    recordings,
     sampling,
     switch,
     txt2img,
@@ -83,7 +83,7 @@ def is_cpus(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(("version", "path"), cases("img2img", "scripts", *NOT_IMITATED, *TESTED_BELOW))
-def test_img2img_answers_as_recorded(version: str, path: Path, servers: dict[str, SandboxWebUI]) -> None:  # noqa: F811
+def test_img2img_answers_as_recorded(version: str, path: Path, servers: dict[str, SandboxWebUI]) -> None:
     case = json.loads(path.read_text())
     body = request_of(case)
     if "Clip skip: 2" in json.dumps(case["response"]):  # what a job before the recorded one has left
@@ -118,7 +118,7 @@ SIZES = {
 def test_an_img2img_has_another_size_than_asked_for(
     name: str,
     size: tuple[int, int],
-    servers: dict[str, SandboxWebUI],  # noqa: F811
+    servers: dict[str, SandboxWebUI],
 ) -> None:
     case = json.loads((DATA / "webui-1.10.1" / "img2img" / f"{name}.json").read_text())
 
@@ -127,7 +127,7 @@ def test_an_img2img_has_another_size_than_asked_for(
     assert open_image(images[-1]).size == size
 
 
-def test_the_lists_of_scripts_are_as_recorded(servers: dict[str, SandboxWebUI]) -> None:  # noqa: F811
+def test_the_lists_of_scripts_are_as_recorded(servers: dict[str, SandboxWebUI]) -> None:
     case = json.loads((DATA / "webui-1.10.1" / "img2img" / "scripts.json").read_text())
 
     assert get(servers["1.10.1"], "scripts") == case["response"]["body"]
@@ -137,7 +137,7 @@ TINY = {"prompt": "a dog", "steps": 4, "seed": 3, "width": 64, "height": 64, "sa
 
 
 @pytest.fixture
-def webui(model_files: Path) -> Iterator[SandboxWebUI]:  # noqa: F811
+def webui(model_files: Path) -> Iterator[SandboxWebUI]:
     with SandboxWebUI(model_files) as server:
         switch(server, "tiny_a")
         yield server

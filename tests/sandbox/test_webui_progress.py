@@ -11,10 +11,8 @@ import pytest
 from sandbox import models
 from sandbox.webui import SandboxWebUI
 from sandbox.webui_process import SharedState
-from tests.sandbox.webui_client import get, image, post, sampling, started, txt2img
+from tests.sandbox.webui_client import VERSIONS, get, image, post, recordings, sampling, started, txt2img
 from tests.support import DATA, wait_until
-
-VERSIONS = ("1.9.3", "1.10.1")
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +22,8 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recordings() -> list[Any]:
-    return [
-        pytest.param(path, id=f"{version}-{path.stem}")
-        for version in VERSIONS
-        for path in sorted((DATA / f"webui-{version}" / "progress").glob("*.json"))
-    ]
-
-
-@pytest.mark.parametrize("path", recordings())
-def test_progress_is_computed_as_recorded(path: Path) -> None:
+@pytest.mark.parametrize(("version", "path"), recordings("progress"))
+def test_progress_is_computed_as_recorded(version: str, path: Path) -> None:
     case = json.loads(path.read_text())
     looks = case.get("progress_changes") or case["progress"]
 

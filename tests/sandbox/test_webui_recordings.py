@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from sandbox import models
 from sandbox.webui import SandboxWebUI
-from tests.sandbox.webui_client import get, open_image, pixels, post, switch, typed, without_variable_parts
+from tests.sandbox.webui_client import (
+    VERSIONS,
+    get,
+    open_image,
+    pixels,
+    post,
+    recordings,
+    typed,
+    without_variable_parts,
+)
 from tests.support import DATA
-
-VERSIONS = ("1.9.3", "1.10.1")
 
 # The options that were set before a recorded request, by the beginning of its name.
 OPTIONS_BEFORE: dict[str, dict[str, Any]] = {
@@ -30,39 +35,6 @@ OPTIONS_BEFORE: dict[str, dict[str, Any]] = {
     "matrix_return_grid_false": {"return_grid": False},
     "xyz_seed_return_grid_false": {"return_grid": False},
 }
-
-
-def recordings(folder: str) -> list[Any]:
-    return [
-        pytest.param(version, path, id=f"{version}-{path.stem}")
-        for version in VERSIONS
-        for path in sorted((DATA / f"webui-{version}" / folder).glob("*.json"))
-    ]
-
-
-@pytest.fixture(scope="module")
-def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small versions of the files with which the recordings were made."""
-    folder = tmp_path_factory.mktemp("models")
-    checkpoints, loras = folder / "Stable-diffusion", folder / "Lora"
-    for seed, name in enumerate(("tiny_a", "tiny_b"), start=1):
-        models.sd15_checkpoint(checkpoints / f"{name}.safetensors", seed)
-    aliases = {"pa": "pb", "pb": "pb", "qa": "qa", "qb": "qa", "forged": "forged_out", "lora_two": "something_else"}
-    hashes = {"comma_hash": "0123, 4567, 89ab", "forged": "a, other: 123456789abcdef", "lora_two": "ab" * 32}
-    for seed, name in enumerate(("lora_one", "lora_two", "lora_three", "comma_hash", "forged", "pa", "pb", "qa", "qb")):
-        metadata = {"ss_output_name": aliases.get(name), "sshs_model_hash": hashes.get(name)}
-        given: dict[str, Any] = {key: value for key, value in metadata.items() if value is not None}
-        models.sd15_lora(loras / f"{name}.safetensors", 10 + seed, **given)
-    return folder
-
-
-@pytest.fixture
-def servers(model_files: Path) -> Iterator[dict[str, SandboxWebUI]]:
-    """A WebUI of each version with `tiny_a` loaded."""
-    with SandboxWebUI(model_files, version="1.9.3") as old, SandboxWebUI(model_files, version="1.10.1") as new:
-        for webui in (old, new):
-            switch(webui, "tiny_a")
-        yield {"1.9.3": old, "1.10.1": new}
 
 
 def replay(webui: SandboxWebUI, case: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A client of the sandbox's WebUI, and how its answers are compared with recorded ones."""
+"""A client of the sandbox's WebUI, the recorded answers of real ones, and how the two are compared."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import requests
 from PIL import Image
 
 from sandbox.webui import SandboxWebUI
-from tests.support import wait_until
+from tests.support import DATA, wait_until
+
+VERSIONS = ("1.9.3", "1.10.1")
 
 TINY = {"prompt": "a cat", "steps": 2, "width": 64, "height": 64, "seed": 1}
+
+
+def recordings(folder: str, names: str = "*") -> list[Any]:
+    """The rows `(version, path)` of a table: each version's recordings in a folder, those with these names."""
+    return [
+        pytest.param(version, path, id=f"{version}-{path.stem}")
+        for version in VERSIONS
+        for path in sorted((DATA / f"webui-{version}" / folder).glob(f"{names}.json"))
+    ]
 
 
 def post(webui: SandboxWebUI, path: str, body: Any = None) -> requests.Response:
