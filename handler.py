@@ -87,7 +87,7 @@ async def generate(worker: Worker, request: GenerationRequest, context: JobConte
     async with jobs.enter(context, Stage.MODELS, worker.models_for(request, context)) as held:
         async with worker.gpu.turn(context):
             started = await jobs.run(context, worker.start, request, held, undo=StartedGeneration.discard)
-        with context.timings.measure(Stage.DELIVER):
+        with context.times.measure(Stage.DELIVER):
             generation = await jobs.run(context, worker.generator.finish, started)
             generation = await jobs.run(context, worker.models_query.add_menus, generation, request)
     return await jobs.run(context, worker.delivery.deliver, generation, request.output)

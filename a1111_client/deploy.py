@@ -42,7 +42,7 @@ _SECRET_VALUE = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
 
 
 @dataclass(frozen=True)
-class Volume:
+class WantedVolume:
     """A network volume: one that is there (`id`), or a new one of `gigabytes`."""
 
     id: str = ""
@@ -56,7 +56,7 @@ class Deployment:
     image: str
     name: str = "a1111"
     pools: tuple[str, ...] = ("ADA_24", "AMPERE_24")
-    volume: Volume | None = None
+    volume: WantedVolume | None = None
     data_centers: tuple[str, ...] = ()
     secrets: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -80,15 +80,15 @@ def parse_workers(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_volume(text: str) -> Volume | None:
+def parse_volume(text: str) -> WantedVolume | None:
     """`50` → a new volume of 50 GB; anything else is the id of one that is there. Raises EndpointError."""
     if not text:
         return None
     if not text.isdigit():
-        return Volume(id=text)
+        return WantedVolume(id=text)
     if not MIN_VOLUME <= int(text[:9]) <= MAX_VOLUME:
         raise _bad(f"--volume takes {MIN_VOLUME} to {MAX_VOLUME} GB, or the id of a volume")
-    return Volume(gigabytes=int(text))
+    return WantedVolume(gigabytes=int(text))
 
 
 def parse_secrets(words: Sequence[str]) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Deadline:
             timer.cancel()
 
 
-class Timings:
+class StageTimes:
     """The seconds that each stage took, and all of it since this object was made."""
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class Timings:
         return {**{s.value: spent for s, spent in self._spent.items()}, "total": time.monotonic() - self._began}
 
 
-def format_timings(seconds: Mapping[str, float]) -> str:
-    """Timings for a log line, without the stages that took no time."""
+def format_times(seconds: Mapping[str, float]) -> str:
+    """Times for a log line, without the stages that took no time."""
     return ", ".join(f"{stage} {spent:.2f} s" for stage, spent in seconds.items() if spent >= 0.005 or stage == "total")
 
 
@@ -124,14 +124,14 @@ class JobContext:
 
     `is_next` returns whether the GPU waits for this job, or will wait for it next. It is asked again and again:
     downloads of such a job go first. `dataclasses.replace` derives a context with another deadline or another listener;
-    both share the timings.
+    both share the times.
     """
 
     deadline: Deadline = field(default_factory=Deadline)
     report: ReportProgress = ignore_progress
     job_id: str = ""
     is_next: Callable[[], bool] = _always
-    timings: Timings = field(default_factory=Timings)
+    times: StageTimes = field(default_factory=StageTimes)
 
 
 class _Cancellation:

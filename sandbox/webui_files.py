@@ -128,7 +128,7 @@ class HashCache:
 
 
 @dataclass(eq=False)
-class Checkpoint:
+class CheckpointInfo:
     """A1111's `CheckpointInfo`. `name` is the path inside the folder."""
 
     path: Path
@@ -187,7 +187,7 @@ class CheckpointList:
     def __init__(self, folder: Path, hashes: HashCache) -> None:
         self._folder = folder
         self._hashes = hashes
-        self.listed: list[Checkpoint] = []
+        self.listed: list[CheckpointInfo] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -195,17 +195,17 @@ class CheckpointList:
             path for path in _walk(self._folder, (".ckpt", ".safetensors")) if path.exists()
         ]  # leaves out broken links
         self.listed = [
-            Checkpoint(path, name, self._hashes.cached(f"checkpoint/{name}", path))
+            CheckpointInfo(path, name, self._hashes.cached(f"checkpoint/{name}", path))
             for path, name in sorted(
                 ((path, path.relative_to(self._folder).as_posix()) for path in found), key=lambda pair: pair[1].lower()
             )
         ]
 
-    def find(self, name: object) -> Checkpoint | None:
+    def find(self, name: object) -> CheckpointInfo | None:
         """By an exact name only: the case matters; a part of a name or a path is not accepted."""
         return next((each for each in reversed(self.listed) if name in each.ids), None)
 
-    def find_closest(self, name: str) -> Checkpoint | None:
+    def find_closest(self, name: str) -> CheckpointInfo | None:
         """`get_closet_checkpoint_match`, which A1111 uses for the refiner's and the hires checkpoint.
 
         Else the shortest title counts that the text is a part of, with or without the hash at its end.
@@ -217,7 +217,7 @@ class CheckpointList:
                 return min(found, key=lambda each: len(each.title))
         return None
 
-    def hash(self, checkpoint: Checkpoint) -> str | None:
+    def hash(self, checkpoint: CheckpointInfo) -> str | None:
         digest = self._hashes.compute(f"checkpoint/{checkpoint.name}", checkpoint.path)
         for each in (checkpoint, *self.listed):  # the list may be a newer one than the checkpoint's
             if each.name == checkpoint.name:

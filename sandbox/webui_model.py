@@ -14,7 +14,7 @@ from typing import Any
 
 from sandbox.webui_errors import WebUIError
 from sandbox.webui_fields import as_option
-from sandbox.webui_files import Checkpoint, ModelFiles, SafetensorsHeader, open_model
+from sandbox.webui_files import CheckpointInfo, ModelFiles, SafetensorsHeader, open_model
 from sandbox.webui_knobs import WebUIKnobs
 
 # Options that the API does not set (`restrict_api`). It ignores them without an error.
@@ -58,7 +58,7 @@ class OptionStore:
 class LoadedModel:
     """The model in memory. `weights` says whose weights these really are. Pictures follow them, not the name."""
 
-    checkpoint: Checkpoint
+    checkpoint: CheckpointInfo
     sha256: str | None
     config: str
     architecture: str
@@ -105,7 +105,7 @@ class ModelSlot:
                     self._reload()
             return self.loaded
 
-    def reload_weights(self, info: Checkpoint | None = None) -> None:
+    def reload_weights(self, info: CheckpointInfo | None = None) -> None:
         """`reload_model_weights`: load a checkpoint, without one that of the option. The caller holds the queue lock.
 
         With one the option keeps its text (`SkipWritingToConfig`), and the hash beside it becomes that of the file.
@@ -117,7 +117,7 @@ class ModelSlot:
         if info is not None:
             self._options.data["sd_model_checkpoint"] = named
 
-    def _reload(self, info: Checkpoint | None = None) -> None:
+    def _reload(self, info: CheckpointInfo | None = None) -> None:
         target, current = info or self._selected(), self.loaded
         if current and current.checkpoint.path == target.path:
             return
@@ -159,7 +159,7 @@ class ModelSlot:
         self.vae = selected
         self.is_hijacked = True
 
-    def _selected(self) -> Checkpoint:
+    def _selected(self) -> CheckpointInfo:
         """`select_checkpoint`: the checkpoint of the option, else the first of the list."""
         if checkpoint := self._files.checkpoints.find(self._options.get("sd_model_checkpoint")):
             return checkpoint
@@ -174,7 +174,7 @@ class ModelSlot:
             )
         return self._files.checkpoints.listed[0]
 
-    def _open(self, target: Checkpoint) -> SafetensorsHeader:
+    def _open(self, target: CheckpointInfo) -> SafetensorsHeader:
         """Hash the file, then open it."""
         hashes = self._files.hashes
         self._loads.append(target.path.name)
@@ -186,7 +186,9 @@ class ModelSlot:
         except OSError as error:
             raise WebUIError(type(error).__name__, str(error)) from None
 
-    def _load(self, target: Checkpoint, header: SafetensorsHeader, config: str, previous: LoadedModel | None) -> None:
+    def _load(
+        self, target: CheckpointInfo, header: SafetensorsHeader, config: str, previous: LoadedModel | None
+    ) -> None:
         """`load_model_weights`: sets the title at once, and the hash only when the weights are loaded."""
         self._options.data["sd_model_checkpoint"] = target.title
         self._pause(self._knobs.switch_seconds * 0.85)

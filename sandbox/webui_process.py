@@ -19,7 +19,7 @@ from PIL import Image
 from sandbox import draw
 from sandbox.webui_errors import WebUIError
 from sandbox.webui_extensions import ExtensionFiles, add_to_tables
-from sandbox.webui_files import ActiveLora, Checkpoint, HashCache, ModelFiles
+from sandbox.webui_files import ActiveLora, CheckpointInfo, HashCache, ModelFiles
 from sandbox.webui_knobs import WebUIKnobs
 from sandbox.webui_model import ModelSlot, OptionStore
 
@@ -248,7 +248,7 @@ class Process:
                 self.data[key] = before
         self._server.config_json = dict(self.data)
 
-    def _find_checkpoint(self, name: Any) -> Checkpoint | None:
+    def _find_checkpoint(self, name: Any) -> CheckpointInfo | None:
         try:
             hash(name)
         except TypeError as error:

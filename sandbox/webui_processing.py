@@ -16,7 +16,7 @@ from PIL import Image
 
 from sandbox import draw, webui_img2img
 from sandbox.webui_errors import HTTPException, WebUIError
-from sandbox.webui_files import ActiveLora, Checkpoint
+from sandbox.webui_files import ActiveLora, CheckpointInfo
 from sandbox.webui_img2img import InitPictures
 from sandbox.webui_model import LoadedModel, lowvram
 from sandbox.webui_process import Process
@@ -100,8 +100,8 @@ class Txt2ImgJob:
     hr_size: tuple[int, int] | None = None
     conditions: tuple[str, ...] = ()  # of extensions
     init: InitPictures | None = None
-    refiner: Checkpoint | None = None
-    hires_checkpoint: Checkpoint | None = None
+    refiner: CheckpointInfo | None = None
+    hires_checkpoint: CheckpointInfo | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -626,7 +626,7 @@ def nans() -> WebUIError:
     )
 
 
-def _known_checkpoint(job: Txt2ImgJob, name: str) -> Checkpoint:
+def _known_checkpoint(job: Txt2ImgJob, name: str) -> CheckpointInfo:
     found = job.process.files.checkpoints.find_closest(name)
     if found is None:
         raise WebUIError("Exception", f"Could not find checkpoint with name {name}")

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from a1111_worker.context import Deadline, Timings
+from a1111_worker.context import Deadline, StageTimes
 from a1111_worker.domain import Stage
 from a1111_worker.errors import JobCancelled, JobTimeout
 
@@ -114,12 +114,12 @@ def test_after_the_block_nothing_is_unblocked() -> None:
     assert not unblocked.is_set()
 
 
-def test_timings_have_every_stage_and_the_total() -> None:
-    measured = Timings()
+def test_the_times_have_every_stage_and_the_total() -> None:
+    measured = StageTimes()
 
     with measured.measure(Stage.GENERATE):
         pass
 
-    timings = measured.seconds()
-    assert list(timings) == ["models", "queue", "switch", "generate", "deliver", "total"]
-    assert timings["generate"] > 0 and timings["models"] == 0
+    times = measured.seconds()
+    assert list(times) == ["models", "queue", "switch", "generate", "deliver", "total"]
+    assert times["generate"] > 0 and times["models"] == 0

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from a1111_worker import __version__
-from a1111_worker.context import format_timings
+from a1111_worker.context import format_times
 from a1111_worker.domain import AppliedLora, DeliveryMode, Generation, ImageFormat, Model, OutputOptions, Upscaling
 from a1111_worker.errors import GenerationFailed, ResultTooLarge
 
@@ -49,7 +49,7 @@ def format_summary(worker: Mapping[str, Any]) -> str:
     """The `worker` block as the job's last log line. It contains no link."""
     if "checkpoint" not in worker:
         facts = [f"done with {len(worker['pictures'])} pictures enlarged"]
-        return f"{', '.join(facts)}; {format_timings(worker['timings'])}"
+        return f"{', '.join(facts)}; {format_times(worker['timings'])}"
     loras = [
         f"{lora['file'] or lora['name']} × {lora['scale']:g}"
         + ("" if lora["loaded"] else " (not applied)")
@@ -61,7 +61,7 @@ def format_summary(worker: Mapping[str, Any]) -> str:
         facts.append("nothing to download")
     if worker["delivery"]["urls"]:
         facts.append(f"{len(worker['delivery']['urls'])} in the bucket")
-    return f"{', '.join(facts)}; {format_timings(worker['timings'])}"
+    return f"{', '.join(facts)}; {format_times(worker['timings'])}"
 
 
 def _worker_block(result: Generation | Upscaling, delivered: Delivered, timings: Mapping[str, float]) -> dict[str, Any]:

@@ -55,14 +55,14 @@ class Delivery:
 
         Raises ResultTooLarge, DeliveryFailed, JobTimeout or JobCancelled; nothing is left in the bucket then.
         """
-        with context.timings.measure(Stage.DELIVER):
+        with context.times.measure(Stage.DELIVER):
             result, images = _convert_all(result, options, context)
             delivered = Delivered(images, options.format)
-            draft = build_answer(result, delivered, context.timings.seconds())
+            draft = build_answer(result, delivered, context.times.seconds())
             mode = choose_mode(draft, options, size_limit(context.job_id), has_bucket=self._bucket is not None)
             if mode is DeliveryMode.BUCKET and self._bucket is not None:
                 delivered = self._bucket.deliver(result.seeds, delivered, context)
-        answer = build_answer(result, delivered, context.timings.seconds())
+        answer = build_answer(result, delivered, context.times.seconds())
         log.info("%s", format_summary(answer["worker"]))
         if options.raw:
             del answer["worker"]

@@ -26,7 +26,7 @@ class GpuQueue:
     @contextlib.asynccontextmanager
     async def turn(self, context: JobContext) -> AsyncIterator[None]:
         """Wait for the GPU, and keep it until the block ends. Raises JobTimeout or JobCancelled if that comes first."""
-        with context.timings.measure(Stage.QUEUE):
+        with context.times.measure(Stage.QUEUE):
             await self._acquire(context)
         try:
             yield

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from a1111_worker.context import Deadline, JobContext, format_timings
+from a1111_worker.context import Deadline, JobContext, format_times
 from a1111_worker.domain import Stage
 from a1111_worker.job.status import StatusPage
 
@@ -52,7 +52,7 @@ class JobRunner:
             try:
                 yield context
             except BaseException:
-                log.info("ended early: %s", format_timings(context.timings.seconds()))
+                log.info("ended early: %s", format_times(context.times.seconds()))
                 raise
             finally:
                 if status.is_sending:
@@ -80,7 +80,7 @@ class JobRunner:
         """
         stack = contextlib.ExitStack()
         try:
-            with context.timings.measure(stage):
+            with context.times.measure(stage):
                 entered = await self._call(context, functools.partial(stack.enter_context, resource))
             yield entered
         except asyncio.CancelledError:

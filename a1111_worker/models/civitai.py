@@ -35,7 +35,7 @@ from a1111_worker.models.civitai_files import (
     remote_file,
     remote_file_without_metadata,
 )
-from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
+from a1111_worker.models.civitai_responses import POLICY, CivitAIRefused, CivitAIResponse, Refusal, error_of, refusal_of
 from a1111_worker.models.sites import SiteTimings
 from a1111_worker.origins import CIVITAI_ORIGINS, OriginRefused, origin_of
 from a1111_worker.retry import Backoff
@@ -157,7 +157,7 @@ class CivitAI:
         def read(response: CivitAIResponse) -> dict[str, Any]:
             content = response.json()
             if not isinstance(content, dict) or content.get("id") != expected_id:
-                raise Refused(Refusal.NOT_JSON)
+                raise CivitAIRefused(Refusal.NOT_JSON)
             return content
 
         return self._get(path, label, deadline, read)
@@ -165,7 +165,7 @@ class CivitAI:
     def _read_link(self, response: CivitAIResponse) -> str:
         # A mirror may send the file itself: then this URL is the link. (It is fetched without the key, as every file.)
         if response.location is None and response.is_text:
-            raise Refused(Refusal.NOT_JSON)
+            raise CivitAIRefused(Refusal.NOT_JSON)
         link = response.location or response.url
         log.info("CivitAI: the link leads to %s", self._policy.check(link))
         return link
@@ -179,8 +179,8 @@ class CivitAI:
             try:
                 return read(self._try(url, deadline))
             except OriginRefused as error:
-                refused = Refused(Refusal.REDIRECT_REFUSED, str(error))
-            except Refused as error:
+                refused = CivitAIRefused(Refusal.REDIRECT_REFUSED, str(error))
+            except CivitAIRefused as error:
                 refused = error
             pause = retries.next_pause(refused)
             if pause is None or 0 < deadline.remaining() <= pause:
@@ -197,7 +197,7 @@ class CivitAI:
         call = BackgroundCall(functools.partial(self._follow, url), name="civitai-request")
         if not call.wait(self._timings.answer, deadline):
             deadline.check()
-            raise Refused(Refusal.NO_CONNECTION, "no answer in time")
+            raise CivitAIRefused(Refusal.NO_CONNECTION, "no answer in time")
         return call.result()
 
     def _follow(self, url: str) -> CivitAIResponse:
@@ -209,7 +209,7 @@ class CivitAI:
                 response = self._hop(route)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             # ValueError: http.client was told that a chunk has a negative size.
-            raise Refused(Refusal.NO_CONNECTION) from error
+            raise CivitAIRefused(Refusal.NO_CONNECTION) from error
         if refused := refusal_of(response, keyed=bool(self._key)):
             raise refused
         return response
@@ -225,7 +225,7 @@ class CivitAI:
         if origin_of(route.url) not in self._origins:
             return CivitAIResponse(url, status, location=route.url)
         if urlsplit(route.url).path.startswith("/login"):  # what CivitAI does with browsers
-            raise Refused(Refusal.KEY_REFUSED if self._key else Refusal.NO_KEY)
+            raise CivitAIRefused(Refusal.KEY_REFUSED if self._key else Refusal.NO_KEY)
         return None
 
 
@@ -238,7 +238,7 @@ def _read(response: requests.Response, url: str) -> CivitAIResponse:
     for chunk in response.iter_content(64 * 1024):
         body += chunk
         if len(body) > _BODY_LIMIT:
-            raise Refused(Refusal.NOT_JSON)
+            raise CivitAIRefused(Refusal.NOT_JSON)
     return replace(head, body=bytes(body))
 
 
@@ -253,7 +253,7 @@ class _Retries:
         self._rate_limit_patience = timings.too_many
         self._rate_limited = 0.0
 
-    def next_pause(self, refused: Refused) -> float | None:
+    def next_pause(self, refused: CivitAIRefused) -> float | None:
         """Seconds until the next try; None if no further try is allowed."""
         rule = POLICY[refused.refusal]
         self._refusals[refused.refusal] += 1

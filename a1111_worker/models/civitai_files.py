@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from a1111_worker.domain import ModelKind, ModelRef, RemoteFile
 from a1111_worker.errors import ModelNotFound, ModelRejected
-from a1111_worker.models.civitai_responses import Refusal, Refused, as_dict, as_text, error_of
+from a1111_worker.models.civitai_responses import CivitAIRefused, Refusal, as_dict, as_text, error_of
 from a1111_worker.text import printable
 
 ANY_MODEL_FILE = {"type": "Model", "format": "SafeTensor"}
@@ -57,7 +57,7 @@ def remote_file(
     if listed_type and listed_type.casefold() not in _LISTED_TYPES[ref.kind]:
         raise ModelRejected(f"{ref.label} is no {ref.kind.label}: CivitAI lists it as {show(listed_type)}")
     if as_text(version.get("usageControl")) not in ("", "Download"):
-        raise error_of(Refused(Refusal.DISABLED), ref.label)
+        raise error_of(CivitAIRefused(Refusal.DISABLED), ref.label)
     file, doubts = choose_file(_dicts(version.get("files")), ref)
     file_id = _id(file)
     sha256 = _sha256(file)

@@ -154,7 +154,7 @@ class CivitAIResponse:
             return None
 
 
-class Refused(Exception):
+class CivitAIRefused(Exception):
     """A response that is not what was asked for. `retry_after` is in seconds."""
 
     def __init__(self, refusal: Refusal, detail: str = "", retry_after: float | None = None) -> None:
@@ -173,7 +173,7 @@ _REFUSAL_OF_STATUS = {
 }
 
 
-def refusal_of(response: CivitAIResponse, *, keyed: bool) -> Refused | None:
+def refusal_of(response: CivitAIResponse, *, keyed: bool) -> CivitAIRefused | None:
     """Why a response is a refusal, None if it is none. `keyed` is whether a key was sent."""
     status = response.status
     if status == 200 or response.location is not None:
@@ -182,22 +182,22 @@ def refusal_of(response: CivitAIResponse, *, keyed: bool) -> Refused | None:
     explanation = f"{as_text(content.get('error'))} {as_text(content.get('message'))}".casefold()
     if status == 401:
         if "disabled" in explanation:
-            return Refused(Refusal.DISABLED)
-        return Refused(Refusal.KEY_REFUSED if keyed else Refusal.NO_KEY)
+            return CivitAIRefused(Refusal.DISABLED)
+        return CivitAIRefused(Refusal.KEY_REFUSED if keyed else Refusal.NO_KEY)
     if status == 403:
         if "early access" in explanation:
             end = re.match(r"\d{4}-\d{2}-\d{2}", as_text(content.get("deadline")))
-            return Refused(Refusal.EARLY_ACCESS, f" until {end.group()}" if end else "")
-        return Refused(Refusal.PRIVATE if "access" in explanation else Refusal.FORBIDDEN)
+            return CivitAIRefused(Refusal.EARLY_ACCESS, f" until {end.group()}" if end else "")
+        return CivitAIRefused(Refusal.PRIVATE if "access" in explanation else Refusal.FORBIDDEN)
     retry_after = parse_retry_after(response.retry_after)
     if status in _REFUSAL_OF_STATUS:
-        return Refused(_REFUSAL_OF_STATUS[status], retry_after=retry_after if status == 429 else None)
+        return CivitAIRefused(_REFUSAL_OF_STATUS[status], retry_after=retry_after if status == 429 else None)
     if status >= 500 or status in (408, 425):  # 520 to 527 are Cloudflare's
-        return Refused(Refusal.SERVER, str(status), retry_after)
-    return Refused(Refusal.OTHER, str(status))
+        return CivitAIRefused(Refusal.SERVER, str(status), retry_after)
+    return CivitAIRefused(Refusal.OTHER, str(status))
 
 
-def error_of(refused: Refused, label: str) -> ModelError:
+def error_of(refused: CivitAIRefused, label: str) -> ModelError:
     """The error that a refusal ends as. `label` is how the message names the model."""
     rule = POLICY[refused.refusal]
     return rule.error(rule.message.format(model=label, detail=refused.detail), hint=rule.hint)

@@ -27,5 +27,5 @@ def check_size(answer: Mapping[str, Any], context: JobContext) -> None:
 
 def worker_block(webui_version: str | None, context: JobContext) -> dict[str, Any]:
     """How long the job took, in seconds, and which worker it was."""
-    total = context.timings.seconds()["total"]
+    total = context.times.seconds()["total"]
     return {"warnings": [], "timings": {"total": round(total, 3)}, "versions": versions(webui_version)}

@@ -171,7 +171,7 @@ class Generator:
 
     def upscale(self, request: UpscaleRequest, context: JobContext) -> Upscaling:
         """Enlarge the pictures of a job, one after the other. Each is verified."""
-        with self._watch_memory(), context.timings.measure(Stage.GENERATE):
+        with self._watch_memory(), context.times.measure(Stage.GENERATE):
             self._wait_for_interruption(context)
             self._readiness.ensure_ready(context)
             made = []
@@ -321,7 +321,7 @@ class Generator:
 
         if plan.loaded_meanwhile:
             self._readiness.invalidate()  # another checkpoint is loaded afterwards, and the option still names ours
-        with context.timings.measure(Stage.GENERATE):
+        with context.times.measure(Stage.GENERATE):
             answer = self._run(lambda timeout: send(plan.body, timeout=timeout), context, report, previews=plan.preview)
             return StartedGeneration(answer, plan, self._readiness.checkpoint, self._readiness.find_interrupted_job())
 

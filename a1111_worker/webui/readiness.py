@@ -185,7 +185,7 @@ class Readiness:
         self._checkpoint = checkpoint or self.checkpoint
         if self.is_ready and self._is_ours:
             return
-        with context.timings.measure(Stage.SWITCH):
+        with context.times.measure(Stage.SWITCH):
             preparation = self._preparation
             if preparation is not None and self._preparing != title_of(self.checkpoint):
                 self._wait_for(preparation, context)  # it is of a job that was cancelled, and its errors are that job's

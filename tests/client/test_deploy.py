@@ -14,7 +14,7 @@ from a1111_client.deploy import (
     Changes,
     Deployment,
     Findings,
-    Volume,
+    WantedVolume,
     check,
     create,
     describe,
@@ -34,7 +34,7 @@ from tests.client.runpod_platform import KEY, RunPodPlatform, center, errors_of,
 
 IMAGE = "you/a1111-worker:1"
 QUICK = ApiTimings(timeout=10.0, pause=0.001, quiet=0.2)
-WITH_VOLUME = Deployment(IMAGE, volume=Volume(gigabytes=50), data_centers=("EU-RO-1",))
+WITH_VOLUME = Deployment(IMAGE, volume=WantedVolume(gigabytes=50), data_centers=("EU-RO-1",))
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_bad_numbers_of_workers_are_refused(text: str) -> None:
 def test_a_volume_is_new_by_its_gigabytes_or_there_by_its_id() -> None:
     assert (parse_volume(""), parse_volume("50"), parse_volume("abc123")) == (
         None,
-        Volume(gigabytes=50),
-        Volume(id="abc123"),
+        WantedVolume(gigabytes=50),
+        WantedVolume(id="abc123"),
     )
     for text in ("9", "4097", "9" * 50):
         with pytest.raises(EndpointError, match="10 to 4096"):
@@ -171,13 +171,19 @@ def test_a_price_is_one_of_an_hour_or_of_a_second(price: dict[str, float], hourl
 REFUSED = [
     # what is wanted → every complaint
     (Deployment(IMAGE, pools=("ADA_48",)), ["there is no pool ADA_48", "there are ADA_24, AMPERE_24"]),
-    (Deployment(IMAGE, volume=Volume(gigabytes=50)), ["name it with --datacenter; able are EU-RO-1, US-TX-3"]),
-    (Deployment(IMAGE, volume=Volume(gigabytes=50), data_centers=("EU-SE-1",)), ["EU-SE-1 has no network volumes"]),
+    (Deployment(IMAGE, volume=WantedVolume(gigabytes=50)), ["name it with --datacenter; able are EU-RO-1, US-TX-3"]),
+    (
+        Deployment(IMAGE, volume=WantedVolume(gigabytes=50), data_centers=("EU-SE-1",)),
+        ["EU-SE-1 has no network volumes"],
+    ),
     (Deployment(IMAGE, data_centers=("EU-XX-9",)), ["there is no data center EU-XX-9"]),
-    (Deployment(IMAGE, volume=Volume(id="vol1"), data_centers=("US-TX-3",)), ["vol1 is in EU-RO-1, not in US-TX-3"]),
+    (
+        Deployment(IMAGE, volume=WantedVolume(id="vol1"), data_centers=("US-TX-3",)),
+        ["vol1 is in EU-RO-1, not in US-TX-3"],
+    ),
     (Deployment(IMAGE, name="taken"), ["an endpoint taken is there"]),
     (
-        Deployment(IMAGE, name="taken", pools=("X",), volume=Volume(gigabytes=50)),
+        Deployment(IMAGE, name="taken", pools=("X",), volume=WantedVolume(gigabytes=50)),
         ["an endpoint taken is there", "there is no pool X", "--datacenter"],
     ),
 ]
@@ -292,7 +298,7 @@ def test_a_volume_that_is_there_is_used_where_it_is_and_survives_a_failure(
     api: RunPodApi, platform: RunPodPlatform
 ) -> None:
     its_id = api.create_volume({"name": WITH_VOLUME.name, "size": 20, "dataCenter": "EU-RO-1"})["id"]
-    wanted = Deployment(IMAGE, volume=Volume(id=its_id))
+    wanted = Deployment(IMAGE, volume=WantedVolume(id=its_id))
     findings = findings_of(api, wanted)
     wanted = replace(wanted, data_centers=findings.data_centers)
     platform.fail("POST", "/v2/serverless", 500)

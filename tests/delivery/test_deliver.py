@@ -55,7 +55,7 @@ def test_the_time_of_the_delivery_is_measured() -> None:
 
     answer = Delivery().deliver(generation(), OutputOptions(), context)
 
-    spent = context.timings.seconds()
+    spent = context.times.seconds()
     assert spent["deliver"] > 0.0
     assert answer["worker"]["timings"]["deliver"] == round(spent["deliver"], 3)
     assert sum(spent[stage.value] for stage in Stage) == spent["deliver"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1111_worker.errors import ModelAccessDenied
-from a1111_worker.models.civitai_responses import POLICY, CivitAIResponse, Refusal, Refused, error_of, refusal_of
+from a1111_worker.models.civitai_responses import POLICY, CivitAIRefused, CivitAIResponse, Refusal, error_of, refusal_of
 
 
 def test_every_refusal_has_a_rule() -> None:
@@ -61,7 +61,7 @@ def test_a_redirect_that_leaves_the_api_is_no_refusal() -> None:
 
 
 def test_an_error_names_the_model_and_what_the_response_adds() -> None:
-    error = error_of(Refused(Refusal.EARLY_ACCESS, " until 2027-01-31"), "'x'")
+    error = error_of(CivitAIRefused(Refusal.EARLY_ACCESS, " until 2027-01-31"), "'x'")
 
     assert type(error) is ModelAccessDenied
     assert error.message == "'x' is in early access until 2027-01-31"
