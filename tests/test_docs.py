@@ -310,7 +310,7 @@ def test_every_field_of_the_worker_block_is_described() -> None:
     model = Model(ModelKind.LORA, "a", "a.safetensors", Path("a"), "0" * 64, 1)
     loras, pictures = (AppliedLora("a", 1.0, model, loaded=True),), (PictureFacts(1, 1, 1, 1),)
     generation = Generation({"images": []}, model, loras, (1,), "", pictures=pictures)
-    answer = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())
+    answer = build_answer(generation, Delivered(), JobContext(Deadline()).times.seconds())
 
     described = " ".join(table(API, "The answer", "field"))
 
@@ -563,7 +563,7 @@ def test_the_readmes_answer_has_the_worker_block_of_a_real_answer() -> None:
     loras, pictures = (AppliedLora("a", 1.0, model, loaded=True),), (PictureFacts(1, 1, 1, 1),)
     generation = Generation({"images": []}, model, loras, (1,), "", pictures=pictures)
 
-    real = build_answer(generation, Delivered(), JobContext(Deadline()).timings.seconds())["worker"]
+    real = build_answer(generation, Delivered(), JobContext(Deadline()).times.seconds())["worker"]
 
     assert {name: _shape(value) for name, value in shown.items()} == {n: _shape(value) for n, value in real.items()}
 
