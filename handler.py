@@ -139,20 +139,7 @@ class Worker:
         self, config: Config, *, models: ModelManager | None = None, timings: WebUITimings | None = None
     ) -> None:
         self._config = config
-        listed = checkpoint_refs(config)
-        may_choose = bool(listed) or config.any_checkpoint
-        self.limits = Limits(
-            config.max_steps,
-            config.max_pixels,
-            config.max_images,
-            config.model_hosts,
-            has_bucket=config.bucket is not None,
-            image_hosts=config.image_hosts,
-            max_input_images=config.max_input_images,
-            max_upscale_pixels=config.max_upscale_pixels,
-            checkpoints=((config.checkpoint_name, own_checkpoint_ref(config)), *listed) if may_choose else (),
-            max_checkpoint_bytes=config.max_checkpoint_bytes if config.any_checkpoint else None,
-        )
+        self.limits = _limits(config)
         status = StatusPage(config.runpod.output_url, config.runpod.api_key) if config.runpod else StatusPage(None)
         self.jobs = JobRunner(2 * config.jobs_in_flight + 2, status)
         self.models = models or open_manager(config)
@@ -310,6 +297,24 @@ class Worker:
             return
         for path in save_images(self._config.output_dir, str(job["id"]), answer):
             log.info("wrote %s", path)
+
+
+def _limits(config: Config) -> Limits:
+    """What the settings allow a job."""
+    listed = checkpoint_refs(config)
+    may_choose = bool(listed) or config.any_checkpoint
+    return Limits(
+        config.max_steps,
+        config.max_pixels,
+        config.max_images,
+        config.model_hosts,
+        has_bucket=config.bucket is not None,
+        image_hosts=config.image_hosts,
+        max_input_images=config.max_input_images,
+        max_upscale_pixels=config.max_upscale_pixels,
+        checkpoints=((config.checkpoint_name, own_checkpoint_ref(config)), *listed) if may_choose else (),
+        max_checkpoint_bytes=config.max_checkpoint_bytes if config.any_checkpoint else None,
+    )
 
 
 def _wait_for_all(futures: Sequence[Future[Any]], deadline: Deadline) -> None:

@@ -51,13 +51,9 @@ def measure_pictures(quick: bool) -> list[Row]:
         before = idle_size(pid)
         run_picture_jobs(queue, host, jobs)
         last, peak = idle_size(pid), resident(pid, "VmHWM")
-    ratio = last / before
     return [
-        Row(
-            f"… after {jobs} img2img, each with {PICTURES} pictures of noise, against before the first",
-            f"{ratio:.2f} × ({last / MB:.0f} MB, {before / MB:.0f} MB)",
-            f"≤ {ALLOWED} ×",
-            ratio <= ALLOWED,
+        _growth(
+            f"… after {jobs} img2img, each with {PICTURES} pictures of noise, against before the first", before, last
         ),
         Row(
             "… at most on the way, with two of them in flight",
@@ -110,16 +106,16 @@ def measure_results(quick: bool) -> list[Row]:
         second = idle_size(pid)
         run_jobs(queue, jobs - 2)
         last, peak = idle_size(pid), resident(pid, "VmHWM")
-    ratio = last / second
     return [
-        Row(
-            f"resident size of the idle worker after {jobs} jobs of 20 MB, against after the second",
-            f"{ratio:.2f} × ({last / MB:.0f} MB, {second / MB:.0f} MB)",
-            f"≤ {ALLOWED} ×",
-            ratio <= ALLOWED,
-        ),
+        _growth(f"resident size of the idle worker after {jobs} jobs of 20 MB, against after the second", second, last),
         Row("… before the first job, and at most on the way", f"{before / MB:.0f} MB, {peak / MB:.0f} MB"),
     ]
+
+
+def _growth(what: str, first: int, last: int) -> Row:
+    ratio = last / first
+    measured = f"{ratio:.2f} × ({last / MB:.0f} MB, {first / MB:.0f} MB)"
+    return Row(what, measured, f"≤ {ALLOWED} ×", ratio <= ALLOWED)
 
 
 def run_jobs(queue: SandboxRunPod, count: int) -> None:

@@ -151,6 +151,19 @@ DISK_REASON = "nothing is kept on the worker's disk"
 
 def generation_fields(limits: Limits) -> dict[str, Field]:
     """What every task takes that generates pictures."""
+    return {
+        "task": TASK,
+        **_webuis_own_fields(limits),
+        **_workers_own_fields(limits),
+        **_dropped_in_generations(),
+        **_refused_in_generations(),
+        "refiner_checkpoint": checkpoint_field(limits, "", "None", "none"),
+        "checkpoint": _main_checkpoint(limits),
+    }
+
+
+def _webuis_own_fields(limits: Limits) -> dict[str, Field]:
+    """The fields of A1111's own body that change the pictures."""
     ours, passed, checked = FieldClass.OURS, FieldClass.PASSED, FieldClass.CHECKED
     side = multiple_of_8(MIN_SIDE, MAX_SIDE)
     noise_side = multiple_of_8(MIN_SIDE, MAX_SIDE, or_else=(-1, 0))
@@ -158,12 +171,10 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
     images = integer(1, limits.max_images)
     sampling = number(0, MAX_SAMPLING_PARAMETER)
     share = number(0, 1)
-    prompt = text(MAX_PROMPT, blank=True)
     name = text(MAX_NAME, blank=True)
     return {
-        "task": TASK,
         "prompt": Field(ours, text(MAX_PROMPT), is_required=True),
-        "negative_prompt": Field(ours, prompt),
+        "negative_prompt": Field(ours, text(MAX_PROMPT, blank=True)),
         "steps": Field(ours, integer(1, limits.max_steps)),
         "cfg_scale": Field(ours, number(0, MAX_CFG)),
         "width": Field(ours, side),
@@ -197,29 +208,25 @@ def generation_fields(limits: Limits) -> dict[str, Field]:
         "alwayson_scripts": Field(
             checked, object_of(check_always_on_script, 'an object like {"a script\'s name": {"args": […]}}')
         ),
-        "loras": Field(
-            ours,
-            replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs", schema=LORAS_SCHEMA),
-            is_webui_field=False,
-        ),
-        "on_lora_error": Field(ours, one_of(*(choice.value for choice in OnLoraError)), is_webui_field=False),
-        "clip_skip": Field(ours, OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value, is_webui_field=False),
-        "vae": Field(ours, text_or_object("a name, or a reference as in loras"), is_webui_field=False),
-        "embeddings": Field(
-            ours,
-            replace(any_list(), expected=f"a list of at most {MAX_EMBEDDINGS} embeddings"),
-            is_webui_field=False,
-        ),
-        "include": Field(ours, list_of(one_of("models"), 1, "keys of the answer: models"), is_webui_field=False),
-        "output": Field(ours, output_options(has_bucket=limits.has_bucket), is_webui_field=False),
-        "allow_blank": Field(ours, boolean(), is_webui_field=False),
-        "preview": Field(ours, boolean(), is_webui_field=False),
-        "trigger_words": Field(ours, boolean(), is_webui_field=False),
-        **_dropped_in_generations(),
-        **_refused_in_generations(),
-        "refiner_checkpoint": checkpoint_field(limits, "", "None", "none"),
-        "checkpoint": _main_checkpoint(limits),
     }
+
+
+def _workers_own_fields(limits: Limits) -> dict[str, Field]:
+    """The fields that A1111 does not know."""
+    loras = replace(any_list(), expected=f"a list of at most {MAX_LORAS} LoRAs", schema=LORAS_SCHEMA)
+    values = {
+        "loras": loras,
+        "on_lora_error": one_of(*(choice.value for choice in OnLoraError)),
+        "clip_skip": OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value,
+        "vae": text_or_object("a name, or a reference as in loras"),
+        "embeddings": replace(any_list(), expected=f"a list of at most {MAX_EMBEDDINGS} embeddings"),
+        "include": list_of(one_of("models"), 1, "keys of the answer: models"),
+        "output": output_options(has_bucket=limits.has_bucket),
+        "allow_blank": boolean(),
+        "preview": boolean(),
+        "trigger_words": boolean(),
+    }
+    return {name: Field(FieldClass.OURS, value, is_webui_field=False) for name, value in values.items()}
 
 
 def checkpoint_field(limits: Limits, *unset: str, is_webui_field: bool = True, only_with: str | None = None) -> Field:

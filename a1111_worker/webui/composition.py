@@ -45,25 +45,9 @@ def compose(request: GenerationRequest, held: HeldModels, script_axes: Sequence[
     if vae is not None:
         body["override_settings"] = {**body.get("override_settings", {}), "sd_vae": vae.shown_file}
         warnings += vae.warnings
-    placements = [lora.placement() for lora in loras]
     separator = separator_of(body)
     words = _append_trigger_words(body, loras, separator) if request.trigger_words else {}
-    given = str(body.get("prompt", ""))
-    body["prompt"] = prompt.place(given, placements, separator=separator)
-    if body.get("hr_prompt"):
-        body["hr_prompt"] = prompt.place(body["hr_prompt"], placements)
-        if body.get("enable_hr"):
-            shown = [lora.model.shown for lora in loras if lora.model]
-            body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], shown)
-    if body.get("script_args"):
-        weighed = prompt.weigh(given, placements, separator=separator)
-        script = rename_in_script(body, weighed, placements, script_axes)
-        body["script_args"] = script.args
-        warnings += [
-            f"the prompt of a picture names the LoRA {quoted(lora.model.name)} twice, so it acts twice there"
-            for lora in loras
-            if lora.model and lora.model.shown in script.doubled
-        ]
+    warnings += _place_loras(body, loras, separator, script_axes)
     applied = tuple(replace(lora.applied(), trigger_words=words.get(index, ())) for index, lora in enumerate(loras))
     used = _used_embeddings(body, [model for model, _ in embeddings])
     for (model, names), embedding in zip(embeddings, used, strict=True):
@@ -143,6 +127,30 @@ def _job_loras(request: GenerationRequest, held: HeldModels) -> tuple[list[_JobL
         loras[key] = _JobLora(lora_request, model, (ref,))
         warnings += model.warnings if model else ()
     return list(loras.values()), warnings
+
+
+def _place_loras(
+    body: dict[str, Any], loras: Sequence[_JobLora], separator: str | None, script_axes: Sequence[str]
+) -> list[str]:
+    """Write the tags of the LoRAs into the prompts and the script's arguments. Returns the warnings about them."""
+    placements = [lora.placement() for lora in loras]
+    given = str(body.get("prompt", ""))
+    body["prompt"] = prompt.place(given, placements, separator=separator)
+    if body.get("hr_prompt"):
+        body["hr_prompt"] = prompt.place(body["hr_prompt"], placements)
+        if body.get("enable_hr"):
+            shown = [lora.model.shown for lora in loras if lora.model]
+            body["hr_prompt"] = prompt.mention_loras(body["hr_prompt"], shown)
+    if not body.get("script_args"):
+        return []
+    weighed = prompt.weigh(given, placements, separator=separator)
+    script = rename_in_script(body, weighed, placements, script_axes)
+    body["script_args"] = script.args
+    return [
+        f"the prompt of a picture names the LoRA {quoted(lora.model.name)} twice, so it acts twice there"
+        for lora in loras
+        if lora.model and lora.model.shown in script.doubled
+    ]
 
 
 def _append_trigger_words(

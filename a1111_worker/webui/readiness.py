@@ -74,13 +74,13 @@ class Readiness:
         self._step = _Step("waiting for the WebUI")
         self._checkpoint: Model | None = None  # that the next generation needs
         self._own_checkpoint: Model | None = None
-        self._ready_checkpoint = ""  # the title of the one that is loaded: two files may have the same content
         self._preparing = ""  # the title of the one that a preparation loads
         self._lists: WebUILists | None = None
         self._is_ours = owner is None
         self._options = OptionsReset(webui, owner)
         self._upscaler_proofs = UpscalerProofs(webui, timeout=timings.silence)
-        self._ready_instance: str | None = None
+        # The WebUI's process that is ready, and the title of its checkpoint: two files may have the same content.
+        self._ready: tuple[str, str] | None = None
 
     @property
     def lists(self) -> WebUILists:
@@ -109,8 +109,8 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         """Whether this process of the WebUI has the verified checkpoint and the reset options, as far as is known."""
-        is_loaded = self._checkpoint is not None and self._ready_checkpoint == title_of(self._checkpoint)
-        return is_loaded and self._ready_instance == self._supervisor.instance_id
+        wanted = self._checkpoint
+        return wanted is not None and self._ready == (self._supervisor.instance_id, title_of(wanted))
 
     @property
     def instance_id(self) -> str:
@@ -142,7 +142,7 @@ class Readiness:
 
     def invalidate(self) -> None:
         """Have the next job prepare the WebUI again."""
-        self._ready_instance = None
+        self._ready = None
 
     def expect_script(self) -> None:
         """A script runs now: it may leave settings behind that no job may override, so the next job prepares again."""
@@ -341,12 +341,12 @@ class Readiness:
         self._lists = self._read_lists(flags, instance)
         self._options.begin(checkpoint)
         self._step = _Step(f"loading {checkpoint.name}")
-        self._ready_checkpoint = ""
+        self._ready = None
         switch = CheckpointSwitch(self._webui, checkpoint, timeout=self._ready_timeout, timings=self.timings)
         switch.run(self._worker_end)
         # After the switch: setting `sd_vae` makes a WebUI without a checkpoint load the first one of its list.
         self._options.run(instance, timeout=self._ready_timeout)
-        self._ready_instance, self._ready_checkpoint = instance, title_of(checkpoint)
+        self._ready = instance, title_of(checkpoint)
         if instance != self._supervisor.instance_id:
             raise WebUILost("the WebUI was restarted during its preparation")
 

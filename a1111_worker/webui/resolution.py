@@ -7,21 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from a1111_worker import prompt
-from a1111_worker.domain import (
-    EmbeddingRequest,
-    GenerationRequest,
-    ModelRef,
-    Task,
-)
+from a1111_worker.domain import EmbeddingRequest, GenerationRequest, ModelRef, Task
 from a1111_worker.errors import Complaint, InvalidRequest
 from a1111_worker.request.embeddings import texts_of
-from a1111_worker.request.fields import (
-    BUILT_IN_SCRIPTS,
-    CHECKPOINT_OPTION,
-    CHECKPOINT_REASON,
-    DEFAULT_LIMITS,
-    Limits,
-)
+from a1111_worker.request.fields import BUILT_IN_SCRIPTS, CHECKPOINT_OPTION, CHECKPOINT_REASON, DEFAULT_LIMITS, Limits
 from a1111_worker.request.loras import has_lora_tag, read_tags, read_tags_of_script
 from a1111_worker.request.picture_scripts import SD_UPSCALER, is_sd_upscale
 from a1111_worker.request.script_plan import ScriptPlan, ScriptRun
@@ -90,7 +79,23 @@ def resolve(
     """
     lists = lists.of_task(request.task)
     request = _with_webuis_vae(request, lists)
-    body = dict(request.body)
+    body = _resolve_names(request.body, lists)
+    resolved = replace(
+        request,
+        body=body,
+        controlnet_models=models_to_hold(body, request.controlnet_models),
+        warnings=(*request.warnings, *_warnings(request, body, lists)),
+    )
+    resolved = _merge_styles(_with_named_embeddings(resolved, lists, find_embeddings), lists)
+    if complaints := check_script(resolved.body, limits, lists.script_axes, request.task):
+        raise InvalidRequest(complaints)
+    plan = read_script(resolved.body, limits.max_images, lists.script_axes)
+    return resolved if plan is None else _resolve_runs(resolved, plan, lists)
+
+
+def _resolve_names(given: Body, lists: WebUILists) -> dict[str, Any]:
+    """The body with every name as the WebUI spells it, or every complaint about them at once."""
+    body = dict(given)
     complaints: list[Complaint] = []
     for resolve_part in _RESOLVERS:
         try:
@@ -101,29 +106,29 @@ def resolve(
         raise InvalidRequest(complaints)
     if body.get("override_settings") == {}:
         del body["override_settings"]  # it held the checkpoint's name alone
-    warnings = request.warnings
+    return body
+
+
+def _warnings(request: GenerationRequest, body: Body, lists: WebUILists) -> Iterator[str]:
     dropped = list(request.dropped)
     if CHECKPOINT_OPTION in request.body.get("override_settings", ()):
         dropped.append(f"override_settings.{CHECKPOINT_OPTION}")
     if dropped:
-        warnings = (*warnings, f"dropped, because it cannot change the pictures: {quoted_list(dropped, most=50)}")
+        yield f"dropped, because it cannot change the pictures: {quoted_list(dropped, most=50)}"
     if body.get("restore_faces") and lists.can_restore_faces is None:
-        warnings = (
-            *warnings,
-            "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders",
-        )
-    models = models_to_hold(body, request.controlnet_models)
-    resolved = replace(request, body=body, controlnet_models=models, warnings=warnings)
-    styles = [lists.styles[name] for name in body.get("styles") or ()]
+        yield "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders"
+
+
+def _with_named_embeddings(
+    request: GenerationRequest, lists: WebUILists, find_embeddings: FindEmbeddings
+) -> GenerationRequest:
+    """The request with those embeddings of the cache too that its texts and its styles name."""
+    styles = [lists.styles[name] for name in request.body.get("styles") or ()]
     style_texts = [text for style in styles for text in (style.prompt, style.negative_prompt)]
-    found = find_embeddings([*texts_of(resolved), *style_texts])
-    listed = {embedding.ref for embedding in resolved.embeddings}
+    found = find_embeddings([*texts_of(request), *style_texts])
+    listed = {embedding.ref for embedding in request.embeddings}
     named = tuple(EmbeddingRequest(ref, "prompt") for ref in found if ref not in listed)
-    resolved = _merge_styles(replace(resolved, embeddings=(*resolved.embeddings, *named)), lists)
-    if complaints := check_script(resolved.body, limits, lists.script_axes, request.task):
-        raise InvalidRequest(complaints)
-    plan = read_script(resolved.body, limits.max_images, lists.script_axes)
-    return resolved if plan is None else _resolve_runs(resolved, plan, lists)
+    return replace(request, embeddings=(*request.embeddings, *named))
 
 
 def resolve_upscaler(name: str, lists: WebUILists, *, path: str, latent: bool = False) -> str:

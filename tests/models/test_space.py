@@ -225,21 +225,29 @@ def test_a_job_that_does_without_loras_waits_before_it_goes_on_without_them(flee
 # -- what takes room besides models
 
 
-def test_what_a_killed_evictor_left_in_the_trash_counts_and_is_removed(fleet: Fleet) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".trash/dead-1-Model-9_9.safetensors",  # it evicted a model
+        ".parts/alone-v9-unknown.other.part",  # it downloaded a model, without a lease
+    ],
+)
+def test_what_a_killed_worker_was_doing_takes_room_until_it_is_known_to_be_dead(fleet: Fleet, name: str) -> None:
     (ref,) = sizes(fleet, 1)
     worker = fleet.start(
         checkpoint=None, limit=int(1.5 * MB), timings=timings(heartbeat=3600, stale_after=0.3, room_wait=0)
     )
-    trashed = fleet.loras / ".trash/dead-1-Model-9_9.safetensors"
-    trashed.write_bytes(bytes(MB))
+    left = fleet.loras / name
+    left.write_bytes(bytes(MB))
 
     with pytest.raises(VolumeFull):  # it may be a living worker's
         fetch(worker, ref)
-    wait_until(lambda: all(entry.keep is None for entry in worker.cache.list_entries()), "the evictor's death")
+    was_kept = left.exists()
+    wait_until(lambda: all(entry.keep is None for entry in worker.cache.list_entries()), "its owner's death")
     model = fetch(worker, ref)
 
-    assert model.downloaded
-    assert not trashed.exists()
+    assert was_kept
+    assert model.downloaded and not left.exists()
 
 
 def test_what_a_killed_evictor_left_in_the_trash_is_removed_by_those_who_live(fleet: Fleet) -> None:
@@ -260,24 +268,6 @@ def test_what_another_worker_is_still_downloading_counts_towards_the_limit(fleet
     fetch(worker, second)
 
     assert fleet.models_there() == ["Model-2_2.safetensors"]  # with all three the cache would be too large
-
-
-def test_the_file_of_a_living_worker_without_a_lease_is_not_evicted(fleet: Fleet) -> None:
-    (ref,) = sizes(fleet, 1)
-    worker = fleet.start(
-        checkpoint=None, limit=int(1.5 * MB), timings=timings(heartbeat=3600, stale_after=0.3, room_wait=0)
-    )
-    alone = fleet.loras / ".parts/alone-v9-unknown.other.part"
-    alone.write_bytes(bytes(MB))
-
-    with pytest.raises(VolumeFull):
-        fetch(worker, ref)
-    was_kept = alone.exists()
-    wait_until(lambda: all(entry.keep is None for entry in worker.cache.list_entries()), "its owner's death")
-    fetch(worker, ref)
-
-    assert was_kept
-    assert not alone.exists()
 
 
 # -- disks that are full
