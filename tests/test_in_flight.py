@@ -100,14 +100,14 @@ def test_a_download_for_one_job_does_not_keep_the_gpu_from_another(it: World) ->
 
 
 class PriorityRecorder:
-    """In place of the model manager: records `is_next` of two jobs once both hold, and of the second when the first is
-    prepared."""
+    """In place of the model manager: records `is_next` of two jobs while both prepare, and of the second one after the
+    first one is prepared."""
 
     def __init__(self) -> None:
         self.first: list[bool] = []
         self.second: list[bool] = []
         self._holds = 0
-        self.begun, self._both_hold, self._first_left = threading.Event(), threading.Event(), threading.Event()
+        self.begun, self._both_hold, self.first_is_prepared = threading.Event(), threading.Event(), threading.Event()
 
     @contextlib.contextmanager
     def hold(self, refs: Any, context: JobContext, **_how: Any) -> Iterator[None]:
@@ -117,11 +117,10 @@ class PriorityRecorder:
             self._both_hold.wait(20)
             self.first.append(context.is_next())
             yield
-            self._first_left.set()
             return
         self.second.append(context.is_next())
         self._both_hold.set()
-        self._first_left.wait(20)
+        self.first_is_prepared.wait(20)
         self.second.append(context.is_next())
         yield
 
@@ -131,11 +130,18 @@ def test_of_the_jobs_that_prepare_the_oldest_is_next(it: World) -> None:
     worker = Worker(it.config(), models=recorder)
     request = parse_generation({"prompt": "a lighthouse"}, worker.limits)
 
-    def prepare(name: str) -> None:
-        with worker.models_for(request, JobContext(job_id=name)):
-            pass
+    second_is_prepared = threading.Event()
 
-    threads = [threading.Thread(target=prepare, args=(name,)) for name in ("first", "second")]
+    def prepare_first() -> None:
+        with worker.models_for(request, JobContext()):
+            recorder.first_is_prepared.set()
+            second_is_prepared.wait(20)  # as if it were at the GPU meanwhile
+
+    def prepare_second() -> None:
+        with worker.models_for(request, JobContext()):
+            second_is_prepared.set()
+
+    threads = [threading.Thread(target=prepare) for prepare in (prepare_first, prepare_second)]
     threads[0].start()
     recorder.begun.wait(20)
     threads[1].start()

@@ -80,8 +80,9 @@ def test_a_job_that_is_cancelled_while_it_waits_never_gets_the_gpu() -> None:
             waiting = asyncio.ensure_future(gpu.turn(context).__aenter__())
             await asyncio.sleep(0)
             waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert not gpu.is_free  # the first job still has it
 
         async with gpu.turn(context):
             pass
@@ -97,6 +98,7 @@ def test_a_job_whose_time_is_up_stops_waiting() -> None:
         async with gpu.turn(context):
             with pytest.raises(JobTimeout):
                 await gpu.turn(short).__aenter__()
+            assert not gpu.is_free  # the first job still has it
 
         async with gpu.turn(context):
             pass
@@ -115,6 +117,7 @@ def test_a_job_that_the_shutdown_cancels_stops_waiting() -> None:
             await asyncio.to_thread(ended.deadline.cancel)
             with pytest.raises(JobCancelled):
                 await waiting
+            assert not gpu.is_free  # the first job still has it
 
         assert gpu.is_free
 
