@@ -14,8 +14,10 @@ import pytest
 from a1111_worker.errors import ConfigError
 from sandbox.civitai import NOT_FOUND
 from sandbox.models import sd15_checkpoint, sd15_lora, sdxl_checkpoint, sha256_of, write_safetensors
+from sandbox.server import Exchange
 from tests.sandbox.webui_client import pixels
 from tests.support import SMALL, World, wait_until, world
+from tests.webui.supervised import supervised
 
 OTHER, OLD, OLD_LORA = 77, 78, 79
 LISTED = [{"name": "Other XL", "reference": "civitai:5@77"}, {"name": "Old", "reference": "civitai:6@78"}]
@@ -24,13 +26,17 @@ LISTED = [{"name": "Other XL", "reference": "civitai:5@77"}, {"name": "Old", "re
 @contextlib.contextmanager
 def several(folder: Path, *, version: str = "1.10.1", listed: Any = LISTED, **settings: str) -> Iterator[World]:
     with world(folder, version=version, boot=False, CHECKPOINTS=json.dumps(listed), **settings) as it:
-        for number, make in ((OTHER, sdxl_checkpoint), (OLD, sd15_checkpoint)):
-            path = make(folder / f"{number}.safetensors", number, 3_000_000)
-            base = "SDXL 1.0" if number == OTHER else "SD 1.5"
-            it.civitai.add(number, path, name=f"Model {number}", base_model=base, model_type="Checkpoint")
-        it.civitai.add(OLD_LORA, sd15_lora(folder / "lora.safetensors", 9), name="Old ink", base_model="SD 1.5")
+        publish(it)
         it.boot()
         yield it
+
+
+def publish(it: World) -> None:
+    for number, make in ((OTHER, sdxl_checkpoint), (OLD, sd15_checkpoint)):
+        path = make(it.folder / f"{number}.safetensors", number, 3_000_000)
+        base = "SDXL 1.0" if number == OTHER else "SD 1.5"
+        it.civitai.add(number, path, name=f"Model {number}", base_model=base, model_type="Checkpoint")
+    it.civitai.add(OLD_LORA, sd15_lora(it.folder / "lora.safetensors", 9), name="Old ink", base_model="SD 1.5")
 
 
 def drawn_by(answer: dict[str, Any]) -> tuple[str, str]:
@@ -63,6 +69,27 @@ def test_a_job_is_drawn_by_the_checkpoint_that_it_names_and_the_next_one_by_the_
     assert other["images"] != own["images"] == back["images"]
     assert len(loads) == 3  # one for each switch, and none for the job that wants what is there
     assert other["worker"]["timings"]["switch"] > 0.1  # a look alone, without a switch, takes milliseconds
+
+
+def test_a_preparation_that_fails_after_its_switch_does_not_fail_the_next_job(tmp_path: Path) -> None:
+    with supervised(tmp_path, boot=False, CHECKPOINTS=json.dumps(LISTED)) as (it, _):
+        publish(it)
+        it.boot()
+
+        def refuse_once(exchange: Exchange) -> bool:
+            if exchange.asked.method != "POST" or b"CLIP_stop_at_last_layers" not in exchange.asked.body:
+                return False
+            it.webui.before.remove(refuse_once)
+            exchange.send_json(500, {"error": "RuntimeError", "detail": "", "errors": "an extension's own"})
+            return True
+
+        it.webui.before.append(refuse_once)  # when the other checkpoint is loaded, and the options are set
+
+        failed = it.ask(checkpoint="Other XL")
+        own = it.ask()
+
+    assert failed["code"] == "GENERATION_FAILED"
+    assert drawn_by(own) == OWN
 
 
 def test_a_lora_must_fit_the_checkpoint_that_the_job_names(tmp_path: Path) -> None:

@@ -64,6 +64,19 @@ def test_a_heartbeat_keeps_a_lease_and_a_dead_owner_loses_it(tmp_path: Path, sta
     assert (tmp_path / "lost").exists()  # the dead worker woke up and left: the lease is another's, and stays
 
 
+def test_a_worker_that_seemed_dead_does_not_keep_the_lease_of_another_one_alive(
+    tmp_path: Path, start: StartWorker
+) -> None:
+    woken, killed, third = start("woken"), start("killed", is_alive=False), start("third")
+    path = tmp_path / "v1"
+
+    with granted(woken.leases.acquire(path)):
+        path.unlink()  # by a worker that had seen no sign of life while this one was paused
+        killed.leases.acquire(path)
+
+        wait_until(lambda: third.leases.acquire(path) is not None, "the killed worker's lease", seconds=20)
+
+
 def test_a_lease_that_cannot_be_made_is_granted_to_its_owner(tmp_path: Path, start: StartWorker) -> None:
     (tmp_path / "file").touch()
 
