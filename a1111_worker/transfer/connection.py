@@ -64,6 +64,7 @@ class Connection:
         self.url = ""  # of the present answer, behind all redirects
         self.answer_seconds = 0.0  # from the last request to its answer
         self.received = 0  # bytes, of all answers
+        self.buffer = memoryview(bytearray(tuning.buffer_bytes))  # its user's; new memory is slower than memory in use
 
     @property
     def is_read(self) -> bool:

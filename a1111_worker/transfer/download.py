@@ -55,7 +55,6 @@ __all__ = ["Downloader", "Fetched", "OnBytes", "Source"]
 
 log = logging.getLogger(__name__)
 
-_YOUNG_SECONDS = 0.5  # for so long at least, the speed of a request says nothing
 _FAR_BEHIND = 8  # times as long as a new range takes
 _END_SECONDS = 0.8  # how long the end of a download waits for its threads
 
@@ -199,14 +198,13 @@ class Download:
 
     def _steal(self, ranges: ByteRanges, now: float, seconds: float) -> ByteRange | None:
         """A part of a range that is requested already, and would take more than so many `seconds`."""
-        patience = max(_YOUNG_SECONDS, 4 * self._pool.answer_seconds)
-        paces = {fetch: pace for fetch in self._pool.at_work if (pace := fetch.pace(now, patience)) is not None}
-        theft = plan_theft(list(paces.values()), self._pool.speed, self._tuning.min_steal_bytes, seconds)
+        pool = self._pool
+        theft = plan_theft(pool.paces(now), pool.speed, self._tuning.min_steal_bytes, seconds)
         if theft is None:
             return None
         stolen = ranges.steal(*theft)
-        for fetch in paces:
-            if not fetch.byte_range.left:
+        for fetch in pool.at_work:
+            if fetch.byte_range is theft[0] and not fetch.byte_range.left:
                 fetch.abort()
         return stolen
 

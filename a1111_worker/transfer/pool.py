@@ -12,14 +12,15 @@ from a1111_worker.transfer.connection import Connection
 from a1111_worker.transfer.egress import EgressPolicy
 from a1111_worker.transfer.incoming_file import IncomingFile
 from a1111_worker.transfer.range_fetch import RangeFetch
-from a1111_worker.transfer.ranges import ByteRange, Tuning
+from a1111_worker.transfer.ranges import ByteRange, Pace, Tuning
 from a1111_worker.transfer.retries import Link
+from a1111_worker.transfer.speed import judged_speed
 
 log = logging.getLogger(__name__)
 
 
 class ConnectionPool:
-    """One thread uses it; only `wake` may be called from any. `at_work` has the oldest fetch first."""
+    """One thread uses it. `at_work` has the oldest fetch first."""
 
     def __init__(self, policy: EgressPolicy, tuning: Tuning, budget: ConnectionBudget) -> None:
         self.at_work: list[RangeFetch] = []
@@ -28,7 +29,7 @@ class ConnectionPool:
         self._tuning = tuning
         self._budget = budget
         self._idle: list[Connection] = []
-        # No SimpleQueue: its get waits for ever at times, although it has a timeout (CPython 3.10 and 3.11).
+        # No SimpleQueue: its get can wait for ever in spite of a timeout if the machine is busy (CPython 3.10 to 3.12).
         self._events: queue.Queue[RangeFetch] = queue.Queue()
         self.speed = 0.0  # bytes a second of the last connection that ended a request well
         self._received = 0  # by fetches that are over
@@ -40,10 +41,14 @@ class ConnectionPool:
         """Bytes that came over all connections, whether they are on disk yet or not."""
         return self._received + sum(fetch.received for fetch in self.at_work)
 
-    @property
-    def answer_seconds(self) -> float:
-        """From a request to its answer, at the slowest connection."""
-        return max((fetch.connection.answer_seconds for fetch in self.at_work), default=0.0)
+    def paces(self, now: float) -> list[Pace]:
+        """How fast the requested ranges come, as far as that is known."""
+        answer_seconds = max((fetch.connection.answer_seconds for fetch in self.at_work), default=0.0)
+        return [
+            Pace(fetch.byte_range, speed, fetch.connection.answer_seconds)
+            for fetch in self.at_work
+            if (speed := judged_speed(fetch.received, now - fetch.began, answer_seconds, self.speed)) is not None
+        ]
 
     def has_room(self) -> bool:
         """Whether one more connection may be used."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from a1111_worker.errors import ModelRejected
 from a1111_worker.transfer.connection import Answer, Connection, TemporaryFault
 from a1111_worker.transfer.incoming_file import IncomingFile
-from a1111_worker.transfer.ranges import ByteRange, Pace
+from a1111_worker.transfer.ranges import ByteRange
 from a1111_worker.transfer.retries import Link
 
 
@@ -50,12 +50,6 @@ class RangeFetch:
         """Bytes a second since the request."""
         return self.received / max(1e-3, now - self.began)
 
-    def pace(self, now: float, patience: float) -> Pace | None:
-        """How fast it is; None in its first `patience` seconds: a busy machine makes the fastest one look slow."""
-        if now - self.began < patience:
-            return None
-        return Pace(self.byte_range, self.speed(now), self.connection.answer_seconds)
-
     def abort(self) -> None:
         """End it now. What is missing of its range can be fetched anew."""
         self.connection.abort()
@@ -91,7 +85,7 @@ class RangeFetch:
 
     def _copy(self, byte_range: ByteRange) -> bool:
         """Copy the answer to disk until it, or the range, is over. Returns whether it ended without being announced."""
-        connection, file, buffer = self.connection, self._file, memoryview(bytearray(self._file.tuning.buffer_bytes))
+        connection, file, buffer = self.connection, self._file, self.connection.buffer
         filled, flushed_at, count = 0, time.monotonic(), 1
         try:
             # The end of the range may be stolen meanwhile.

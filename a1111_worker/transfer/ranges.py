@@ -133,17 +133,20 @@ class ByteRanges:
         self._missing.insert(self._missing.index(missing) + 1, new)
 
 
+_FIRST_BYTES = 128 * MiB  # all first requests together: the hash can begin when the first of them ends
+
+
 def range_size(done: int, unclaimed: int, connections: int, tuning: Tuning) -> int:
     """How many bytes the next request asks for.
 
     Little at first, since the hash begins with the first bytes; then much, so that requests are few; and ever less
-    towards the end of the file, so that all connections end together.
+    towards the end of the file, so that all connections end together. Each should have two more requests at least.
     """
-    fair = min(done, unclaimed) // connections
+    fair = min(_FIRST_BYTES + done // 2, unclaimed // 2) // connections
     return max(tuning.min_range_bytes, min(tuning.max_range_bytes, fair - fair % MiB))
 
 
-_GAIN_SECONDS = 0.5  # what a theft must bring at least: the bytes on their way to the victim come twice
+_GAIN_SECONDS = 0.2  # what a theft must bring at least: the bytes on their way to the victim come twice
 
 
 @dataclass(frozen=True)

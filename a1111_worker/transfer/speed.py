@@ -23,6 +23,20 @@ class RunningTime:
         return self.seconds
 
 
+_YOUNG_SECONDS = 0.5
+
+
+def judged_speed(received: int, seconds: float, answer_seconds: float, usual: float) -> float | None:
+    """The speed of a request that was sent so many `seconds` ago, in bytes a second; None if it is unknown.
+
+    Its first half second says nothing: a busy machine makes the fastest connection look slow. Nor does a time in which
+    answers are still expected. Then it counts as `usual` (0: unknown).
+    """
+    if seconds < max(_YOUNG_SECONDS, 4 * answer_seconds):
+        return usual or None
+    return received / seconds
+
+
 class SpeedCheck:
     """Finds out every `period` seconds whether bytes came too slowly. Seconds are a RunningTime's."""
 

@@ -120,10 +120,11 @@ def test_bytes_that_were_on_their_way_when_their_range_was_stolen_count_once() -
 @pytest.mark.parametrize(
     ("done", "unclaimed", "connections", "expected"),
     [
-        (0, 6_900 * MiB, 16, 4 * MiB),  # the hash should get its bytes soon
-        (512 * MiB, 6_000 * MiB, 16, 32 * MiB),
+        (0, 6_900 * MiB, 16, 8 * MiB),  # the hash should get its bytes soon
+        (0, 205 * MiB, 16, 6 * MiB),  # two requests for each connection
+        (512 * MiB, 6_000 * MiB, 16, 24 * MiB),
         (3_000 * MiB, 3_900 * MiB, 16, 64 * MiB),  # few requests while much is missing
-        (6_000 * MiB, 512 * MiB, 16, 32 * MiB),
+        (6_000 * MiB, 512 * MiB, 16, 16 * MiB),
         (6_900 * MiB, 60 * MiB, 16, 4 * MiB),  # and small ones at the end
         (6_900 * MiB, 1, 16, 4 * MiB),
         (3_000 * MiB, 1024 * MiB, 1, 64 * MiB),
@@ -144,6 +145,8 @@ FAST, EQUAL, SLOW, STILL = ByteRange(0, 4000), ByteRange(4000, 8000), ByteRange(
         ([Pace(FAST, 1000.0, 0.1)], 2001, None),  # too little for a request
         ([Pace(FAST, 1000.0, 3.0)], 1, None),  # it would take longer than to wait
         ([Pace(FAST, 100_000.0, 0.01)], 1, None),
+        ([Pace(FAST, 3000.0, 0.0)], 1, (FAST, 1000)),  # it ends a third of a second earlier
+        ([Pace(FAST, 4000.0, 0.0)], 1, None),  # a fifth is not worth a request
         ([Pace(FAST, 1000.0, 0.1), Pace(SLOW, 100.0, 0.1)], 1, (SLOW, 909)),  # the last one to end; most of it
         ([Pace(FAST, 1000.0, 0.1), Pace(EQUAL, 1000.0, 0.1), Pace(STILL, 0.0, 0.0)], 1, (STILL, 500)),  # all of it
     ],

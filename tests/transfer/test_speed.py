@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from a1111_worker.transfer.speed import RunningTime, SpeedCheck
+from a1111_worker.transfer.speed import RunningTime, SpeedCheck, judged_speed
 from tests.support import ROOT
 from tests.transfer.download_setup import FETCH, QUICK, DownloadSetup, KiB
 
@@ -23,6 +23,22 @@ def test_time_in_which_the_process_ran_counts_and_no_other() -> None:
     counted = [running.advance(now) for now in (100.1, 100.5, 100.5, 161.0, 161.2)]
 
     assert counted == pytest.approx([0.1, 0.5, 0.5, 1.0, 1.2])  # 60 seconds count as half of one
+
+
+@pytest.mark.parametrize(
+    ("received", "seconds", "answer_seconds", "usual", "expected"),
+    [
+        (1000, 0.4, 0.0, 0.0, None),  # too young
+        (0, 0.4, 0.0, 9e6, 9e6),  # it seems to stand still on a busy machine
+        (1000, 0.5, 0.0, 9e6, 2000.0),
+        (0, 1.9, 0.5, 9e6, 9e6),  # answers take long here
+        (0, 2.0, 0.5, 9e6, 0.0),
+    ],
+)
+def test_the_speed_of_a_young_request_is_taken_to_be_the_usual_one(
+    received: int, seconds: float, answer_seconds: float, usual: float, expected: float | None
+) -> None:
+    assert judged_speed(received, seconds, answer_seconds, usual) == expected
 
 
 def test_speed_is_judged_by_whole_periods_of_their_own() -> None:
