@@ -55,7 +55,6 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "growing and shrinking requests: all of 16 MiB": {"min_range_bytes": 16 * MiB, "max_range_bytes": 16 * MiB},
     "growing and shrinking requests: all of 64 MiB": {"min_range_bytes": 64 * MiB, "max_range_bytes": 64 * MiB},
     "more connections for small files": {"min_range_bytes": 16 * MiB},
-    "replacing slow connections": {"min_speed": 0.0},
     "the budget": {},
     "the job that the GPU waits for first": {},
 }
@@ -69,9 +68,7 @@ def cases(scale: float) -> list[Case]:
     line = {**_NETWORK, "line": 320 * MB}
     return [
         Case("a checkpoint, 20 MB/s a connection, 50 ms latency", (mb(1600),), without="stealing|8$|requests"),
-        Case(
-            "… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, "stealing|slow"
-        ),
+        Case("… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, "stealing"),
         Case("… a reset every 200 MB", (mb(1600),), {**_NETWORK, "reset_every": 200 * MB}, "stealing"),
         Case("… without instructions for SHA-256", (mb(1600),), without="requests", settings=NO_SHA),
         Case("… not throttled", (mb(1600),), {}, "stealing|8$"),

@@ -49,13 +49,12 @@ from a1111_worker.transfer.progress import OnBytes, ProgressReporter
 from a1111_worker.transfer.range_fetch import RangeFetch
 from a1111_worker.transfer.ranges import ByteRange, ByteRanges, Tuning, plan_theft, range_size
 from a1111_worker.transfer.retries import Links, Retries
-from a1111_worker.transfer.speed import RunningTime, SpeedCheck
+from a1111_worker.transfer.speed import SpeedCheck
 
 __all__ = ["Downloader", "Fetched", "OnBytes", "Source"]
 
 log = logging.getLogger(__name__)
 
-_FAR_BEHIND = 8  # times as long as a new range takes
 _END_SECONDS = 0.8  # how long the end of a download waits for its threads
 
 
@@ -131,17 +130,15 @@ class Download:
     def _receive(self, progress: ProgressReporter) -> None:
         """Have all bytes on disk, and their SHA-256."""
         file, pool, tuning = self._file, self._pool, self._tuning
-        running = RunningTime(time.monotonic(), tuning.longest_step)
-        speed = SpeedCheck(tuning.patience_seconds, running.seconds)
+        speed = SpeedCheck(tuning.patience_seconds, tuning.longest_step, time.monotonic())
         while not file.is_hashed:
             self._context.deadline.check()
-            now = running.advance(time.monotonic())
-            if file.is_complete or not self._request_ranges():
-                speed.restart(now, pool.received)  # the hash is missing, or other files have all the connections
-            elif speed.is_too_slow(now, pool.received, tuning.min_speed):
+            now = time.monotonic()
+            # It cannot come if only the hash is missing, or if other files have all the connections.
+            can_come = not file.is_complete and self._request_ranges()
+            if speed.is_too_slow(now, pool.received, tuning.min_speed if can_come else 0.0):
                 least = tuning.min_speed * tuning.patience_seconds / 1e3
                 raise self._failed(f"fewer than {least:,.0f} kB came in {tuning.patience_seconds:.3g} s")
-            pool.abort_slow(now)
             file.save_sometimes(now)
             progress.report_sometimes(now, file.done, file.size)
             pause = 0.0 if file.hash_some() else min(tuning.poll_seconds, self._context.deadline.remaining())
@@ -192,14 +189,13 @@ class Download:
         if ranges is None:  # the first answer says what the file is
             return ByteRange(0, self._tuning.min_range_bytes)
         size = range_size(file.done, ranges.unclaimed, connections, self._tuning)
-        # While there are others, only a range that is far behind is divided: the hash waits for it.
-        seconds = _FAR_BEHIND * size / max(self._pool.speed, 1.0) if ranges.unclaimed else 0.0
-        return self._steal(ranges, now, seconds) or ranges.claim(size)
+        return self._steal(ranges, now) or ranges.claim(size)
 
-    def _steal(self, ranges: ByteRanges, now: float, seconds: float) -> ByteRange | None:
-        """A part of a range that is requested already, and would take more than so many `seconds`."""
-        pool = self._pool
-        theft = plan_theft(pool.paces(now), pool.speed, self._tuning.min_steal_bytes, seconds)
+    def _steal(self, ranges: ByteRanges, now: float) -> ByteRange | None:
+        """A part of a range that is requested already. While others are not, only of one that is far behind."""
+        pool, tuning = self._pool, self._tuning
+        idle_speed = max(pool.speed, tuning.min_speed)
+        theft = plan_theft(pool.paces(now), idle_speed, tuning.min_steal_bytes, ranges.unclaimed > 0)
         if theft is None:
             return None
         stolen = ranges.steal(*theft)

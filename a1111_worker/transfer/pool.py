@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from a1111_worker.transfer.range_fetch import RangeFetch
 from a1111_worker.transfer.ranges import ByteRange, Pace, Tuning
 from a1111_worker.transfer.retries import Link
 from a1111_worker.transfer.speed import judged_speed
-
-log = logging.getLogger(__name__)
 
 
 class ConnectionPool:
@@ -33,8 +30,6 @@ class ConnectionPool:
         self._events: queue.Queue[RangeFetch] = queue.Queue()
         self.speed = 0.0  # bytes a second of the last connection that ended a request well
         self._received = 0  # by fetches that are over
-        self._slow_since = 0.0
-        self._received_then: dict[RangeFetch, int] = {}
 
     @property
     def received(self) -> int:
@@ -86,18 +81,6 @@ class ConnectionPool:
             connection.close()
             self._budget.release(self)
         self._idle.clear()
-
-    def abort_slow(self, now: float) -> None:
-        """Abort what was slower than its share of `min_speed` for `stall_seconds`. `now` is a RunningTime's."""
-        seconds = now - self._slow_since
-        if seconds < self._tuning.stall_seconds:
-            return
-        for fetch in self.at_work:
-            speed = (fetch.received - self._received_then.get(fetch, -1 << 60)) / seconds
-            if speed < self._tuning.min_speed / len(self.at_work):
-                log.warning("a connection at %.0f kB/s is replaced", speed / 1e3)
-                fetch.abort()
-        self._slow_since, self._received_then = now, {fetch: fetch.received for fetch in self.at_work}
 
     def abort(self) -> None:
         for fetch in self.at_work:

@@ -24,7 +24,7 @@ class Tuning:
     remember_seconds: float = 1.0
     max_file_bytes: int = 64 * 1024 * MiB
     connect_seconds: float = 10.0
-    stall_seconds: float = 15.0  # a connection that is silent or too slow for so long is replaced
+    stall_seconds: float = 15.0  # a connection that is silent for so long is replaced
     min_speed: float = 100_000.0  # bytes a second of the whole file
     patience_seconds: float = 60.0  # a file that gets less than that for so long has failed
     longest_step: float = 1.0  # a process that did not run for longer was stopped: it counts as so many seconds
@@ -147,6 +147,7 @@ def range_size(done: int, unclaimed: int, connections: int, tuning: Tuning) -> i
 
 
 _GAIN_SECONDS = 0.2  # what a theft must bring at least: the bytes on their way to the victim come twice
+_FAR_BEHIND = 8  # times as slow as the idle connection
 
 
 @dataclass(frozen=True)
@@ -159,18 +160,21 @@ class Pace:
 
 
 def plan_theft(
-    paces: Sequence[Pace], idle_speed: float, least: int, seconds: float = 0.0
+    paces: Sequence[Pace], idle_speed: float, least: int, only_far_behind: bool = False
 ) -> tuple[ByteRange, int] | None:
     """Which of the requested ranges an idle connection should take bytes from, and how many. None: it is not worth it.
 
-    It is the range that would be the last to end. The bytes are divided so that both connections end together.
-    `idle_speed` is what the idle one was able to do. A connection that does not move loses all it has. Nothing is taken
-    of a range that ends within so many `seconds`.
+    It is the range that would be the last to end. The bytes are divided so that both connections end together; one that
+    is far behind loses all it has. `idle_speed` is what the idle one was able to do.
     """
     if not paces:
         return None
     last = max(paces, key=lambda pace: pace.byte_range.left / max(pace.speed, 1.0))
-    left, idle_speed = last.byte_range.left, max(1.0, idle_speed)
-    count = int(left * idle_speed / (idle_speed + last.speed))
-    seconds = max(seconds, _GAIN_SECONDS + 2 * last.answer_seconds + count / idle_speed)
-    return (last.byte_range, count) if count >= least and left / max(last.speed, 1.0) > seconds else None
+    is_far_behind = last.speed * _FAR_BEHIND < idle_speed
+    if only_far_behind and not is_far_behind:
+        return None
+    left = last.byte_range.left
+    count = left if is_far_behind else int(left * idle_speed / (idle_speed + last.speed))
+    seconds = _GAIN_SECONDS + 2 * last.answer_seconds + count / idle_speed
+    is_worth_it = (is_far_behind or count >= least) and left / max(last.speed, 1.0) > seconds
+    return (last.byte_range, count) if is_worth_it else None

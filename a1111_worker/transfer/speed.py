@@ -1,27 +1,6 @@
-"""Whether something is too slow, and by which clock."""
+"""How fast a request is, and whether a file comes too slowly."""
 
 from __future__ import annotations
-
-
-class RunningTime:
-    """The seconds for which this process ran. Who was slow is judged by them.
-
-    Nothing is received while the process is stopped (a paused container, a frozen machine), however fast the storage
-    is. So the time between two calls of `advance` counts up to `longest_step` seconds, and no more. Whoever calls it
-    does so many times a second.
-    """
-
-    def __init__(self, now: float, longest_step: float) -> None:
-        self.seconds = 0.0
-        self._now = now
-        self._longest_step = longest_step
-
-    def advance(self, now: float) -> float:
-        """The seconds so far. `now` is on the monotonic clock."""
-        self.seconds += min(now - self._now, self._longest_step)
-        self._now = now
-        return self.seconds
-
 
 _YOUNG_SECONDS = 0.5
 
@@ -38,20 +17,29 @@ def judged_speed(received: int, seconds: float, answer_seconds: float, usual: fl
 
 
 class SpeedCheck:
-    """Finds out every `period` seconds whether bytes came too slowly. Seconds are a RunningTime's."""
+    """Finds out every `period` seconds whether bytes came too slowly.
 
-    def __init__(self, period: float, now: float, received: int = 0) -> None:
+    Only seconds in which this process ran count. Nothing is received while it is stopped (a paused container, a frozen
+    machine), however fast the storage is. So the time between two questions, of which there are many a second, counts
+    up to `longest_step` seconds, and no more.
+    """
+
+    def __init__(self, period: float, longest_step: float, now: float) -> None:
         self._period = period
-        self.restart(now, received)
-
-    def restart(self, now: float, received: int) -> None:
-        """Begin a new period: `received` bytes have come in all."""
-        self._began, self._received = now, received
+        self._longest_step = longest_step
+        self._now = now
+        self._seconds = 0.0  # of this period
+        self._received = 0  # when it began
 
     def is_too_slow(self, now: float, received: int, least: float) -> bool:
-        """Whether a period is over in which fewer than `least` bytes a second came."""
-        seconds, count = now - self._began, received - self._received
-        if seconds < self._period:
+        """Whether a period is over in which fewer than `least` bytes a second came. `now` is on the monotonic clock.
+
+        `received` bytes have come in all. If `least` is 0, none are expected now: a new period begins.
+        """
+        self._seconds += min(now - self._now, self._longest_step)
+        self._now = now
+        if least and self._seconds < self._period:
             return False
-        self.restart(now, received)
-        return count < least * seconds
+        is_too_slow = received - self._received < least * self._seconds
+        self._seconds, self._received = 0.0, received
+        return is_too_slow

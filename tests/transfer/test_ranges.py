@@ -147,8 +147,9 @@ FAST, EQUAL, SLOW, STILL = ByteRange(0, 4000), ByteRange(4000, 8000), ByteRange(
         ([Pace(FAST, 100_000.0, 0.01)], 1, None),
         ([Pace(FAST, 3000.0, 0.0)], 1, (FAST, 1000)),  # it ends a third of a second earlier
         ([Pace(FAST, 4000.0, 0.0)], 1, None),  # a fifth is not worth a request
-        ([Pace(FAST, 1000.0, 0.1), Pace(SLOW, 100.0, 0.1)], 1, (SLOW, 909)),  # the last one to end; most of it
-        ([Pace(FAST, 1000.0, 0.1), Pace(EQUAL, 1000.0, 0.1), Pace(STILL, 0.0, 0.0)], 1, (STILL, 500)),  # all of it
+        ([Pace(FAST, 1000.0, 0.1), Pace(SLOW, 200.0, 0.1)], 1, (SLOW, 833)),  # the last one to end; most of it
+        ([Pace(FAST, 1000.0, 0.1), Pace(SLOW, 100.0, 0.1)], 2000, (SLOW, 1000)),  # far behind: all of it
+        ([Pace(FAST, 1000.0, 0.1), Pace(EQUAL, 1000.0, 0.1), Pace(STILL, 0.0, 0.0)], 1, (STILL, 500)),
     ],
 )
 def test_what_an_idle_connection_takes_from_another(
@@ -157,8 +158,6 @@ def test_what_an_idle_connection_takes_from_another(
     assert plan_theft(paces, 1000.0, least) == expected
 
 
-def test_nothing_is_taken_of_a_range_that_ends_soon_enough() -> None:
-    paces = [Pace(SLOW, 100.0, 0.1)]
-
-    assert plan_theft(paces, 1000.0, 1, seconds=9.0) == (SLOW, 909)
-    assert plan_theft(paces, 1000.0, 1, seconds=11.0) is None
+def test_while_other_bytes_are_missing_they_are_taken_only_of_a_range_that_is_far_behind() -> None:
+    assert plan_theft([Pace(SLOW, 130.0, 0.1)], 1000.0, 1, only_far_behind=True) is None
+    assert plan_theft([Pace(SLOW, 120.0, 0.1)], 1000.0, 1, only_far_behind=True) == (SLOW, 1000)

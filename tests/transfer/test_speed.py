@@ -12,17 +12,9 @@ import time
 
 import pytest
 
-from a1111_worker.transfer.speed import RunningTime, SpeedCheck, judged_speed
+from a1111_worker.transfer.speed import SpeedCheck, judged_speed
 from tests.support import ROOT
 from tests.transfer.download_setup import FETCH, QUICK, DownloadSetup, KiB
-
-
-def test_time_in_which_the_process_ran_counts_and_no_other() -> None:
-    running = RunningTime(now=100.0, longest_step=0.5)
-
-    counted = [running.advance(now) for now in (100.1, 100.5, 100.5, 161.0, 161.2)]
-
-    assert counted == pytest.approx([0.1, 0.5, 0.5, 1.0, 1.2])  # 60 seconds count as half of one
 
 
 @pytest.mark.parametrize(
@@ -42,7 +34,7 @@ def test_the_speed_of_a_young_request_is_taken_to_be_the_usual_one(
 
 
 def test_speed_is_judged_by_whole_periods_of_their_own() -> None:
-    check = SpeedCheck(10.0, now=0.0)
+    check = SpeedCheck(10.0, longest_step=60.0, now=0.0)
     looks = [(9.0, 0), (10.0, 1000), (15.0, 1000), (21.0, 2000), (31.0, 2999)]
 
     assert [check.is_too_slow(now, received, least=100.0) for now, received in looks] == [
@@ -52,6 +44,20 @@ def test_speed_is_judged_by_whole_periods_of_their_own() -> None:
         True,  # 1000 bytes in eleven seconds
         True,
     ]
+
+
+def test_time_in_which_the_process_did_not_run_does_not_count() -> None:
+    check = SpeedCheck(1.0, longest_step=0.5, now=100.0)
+
+    # 60 seconds count as half of one
+    assert [check.is_too_slow(now, 0, least=1.0) for now in (100.1, 160.1, 160.4, 160.6)] == [False, False, False, True]
+
+
+def test_time_in_which_no_bytes_are_expected_does_not_count() -> None:
+    check = SpeedCheck(1.0, longest_step=0.5, now=100.0)
+
+    looks = [(100.5, 1.0), (100.9, 0.0), (101.4, 1.0), (101.9, 1.0)]
+    assert [check.is_too_slow(now, 0, least) for now, least in looks] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
