@@ -281,6 +281,7 @@ class Endpoint:
             )
         headers = {"Content-Type": "application/json"}
         for number in range(self.timings.tries):
+            asked_for = 0.0
             try:
                 response = await self._http.post(f"{self.url}/run", content=body, headers=headers)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -293,10 +294,10 @@ class Endpoint:
             else:
                 if not _is_worth_another_try(response):
                     return str(_read_json(self.url, response).get("id", ""))
-                problem = f"it answers {response.status_code}"
+                problem, asked_for = f"it answers {response.status_code}", _retry_after(response)
             if number + 1 == self.timings.tries or not is_wanted():
                 break
-            pause = self._pause(number)
+            pause = self._pause(number, asked_for)
             log.warning("the endpoint does not take the job yet: %s; again in %.1f s", problem, pause)
             await asyncio.sleep(pause)
         raise _unreachable(self.url, problem)
@@ -305,6 +306,7 @@ class Endpoint:
         """An answer, asked for again until patience ends. Only for requests that may be repeated."""
         begun, number = time.monotonic(), 0
         while True:
+            asked_for = 0.0
             try:
                 response = await self._http.request(method, self.url + path)
             except httpx.HTTPError as error:
@@ -312,8 +314,8 @@ class Endpoint:
             else:
                 if not _is_worth_another_try(response):
                     return _read_json(self.url, response)
-                problem = f"it answers {response.status_code}"
-            pause = self._pause(number)
+                problem, asked_for = f"it answers {response.status_code}", _retry_after(response)
+            pause = self._pause(number, asked_for)
             if time.monotonic() + pause - begun > self.timings.patience:
                 raise _unreachable(self.url, problem)
             if number == 0:
@@ -321,9 +323,10 @@ class Endpoint:
             await asyncio.sleep(pause)
             number += 1
 
-    def _pause(self, number: int) -> float:
-        """The seconds before the try after the given one (0: the first)."""
-        return min(self.timings.pause_most, self.timings.pause * 2.0 ** min(number, 10))
+    def _pause(self, number: int, asked_for: float = 0.0) -> float:
+        """The seconds before the try after the given one (0: the first). `asked_for`: what the server asks to wait."""
+        own = min(self.timings.pause_most, self.timings.pause * 2.0 ** min(number, 10))
+        return max(own, min(asked_for, self.timings.patience / 2))
 
     async def _cancel_when_sent(self, sending: Awaitable[str]) -> None:
         with contextlib.suppress(EndpointError):
@@ -363,6 +366,12 @@ def _parse_state(answer: Mapping[str, Any]) -> JobState:
 
 def _is_worth_another_try(response: httpx.Response) -> bool:
     return response.status_code == _TOO_MANY or response.is_server_error
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """The seconds that the answer asks to wait (RFC 9110, 10.2.3); 0 if it does not, or names a date."""
+    asked = response.headers.get("Retry-After", "")
+    return float(asked) if asked.isdecimal() else 0.0
 
 
 def _unreachable(url: str, problem: str) -> EndpointError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -110,6 +111,20 @@ def test_a_job_whose_caller_left_while_it_was_sent_is_cancelled_too(queue: Sandb
     asyncio.run(run())
 
     assert [job.status for job in queue.jobs.values()] == [CANCELLED]
+
+
+def test_an_endpoint_that_says_when_to_ask_again_is_asked_then(
+    queue: SandboxRunPod, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with endpoint_of(queue) as endpoint, endpoint.job({}):
+            pass
+
+    for asked_for in ("0.25", "0", "9", "Wed, 21 Oct 2026 07:28:00 GMT"):
+        queue.fail(json_fault(429, {}, **{"retry-after": asked_for}), on="/run")
+    asyncio.run(run())
+
+    assert re.findall(r"again in (.+) s", caplog.text) == ["0.0", "0.0", "0.2", "0.1"]  # at most half of the patience
 
 
 @pytest.mark.parametrize("fault", [json_fault(429, {}), json_fault(503, {}), html_fault(502, "Bad Gateway")])
