@@ -44,7 +44,7 @@ serve: $(VENV)/worker ## a local endpoint (RunPod's routes) in front of the sand
 	@$(BIN)/python -m sandbox -- $(BIN)/python -m local_queue --port 8000 -- $(BIN)/python handler.py
 
 gateway: $(VENV)/worker $(VENV)/client ## A1111's API in front of the sandbox's queue and a real worker, on 127.0.0.1:7860
-	@$(BIN)/python -m sandbox --worker -- $(BIN)/a1111 serve $(GATEWAY_ARGS)
+	@$(BIN)/python -m sandbox --worker -- $(BIN)/a1111 serve --refresh $(GATEWAY_ARGS)
 
 # Four processes on two cores: most tests wait for sockets and processes, not for the processor.
 test: $(VENV)/dev ## the tests that need no long waits

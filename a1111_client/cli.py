@@ -96,6 +96,9 @@ def serve(
     allowed_hosts: Annotated[
         str, typer.Option(help="Further names under which it may be called.", metavar="NAMES")
     ] = "",
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="First ask a worker for its lists; it may have to start.")
+    ] = False,
 ) -> None:
     """Answer A1111's API and OpenAI's Images API on this machine, with the endpoint's pictures."""
     from a1111_client.gateway import guard, runner, server  # FastAPI takes half a second, which others need not wait
@@ -112,11 +115,13 @@ def serve(
             allowed_hosts=allowed_hosts,
             origins=cors_allow_origins,
         )
-        chosen = the_endpoint(endpoint, url)
+        chosen, store = the_endpoint(endpoint, url), SnapshotStore(data_folder() / "snapshots")
+        if refresh:
+            commands.ask_for_lists(the_endpoint(endpoint, url), store)
         listening = server.listen(host, port)
     except guard.BadAccess as error:
         fail(str(error), status=WRONG_OPTIONS)
     except OSError as error:
         fail(f"{host} port {port}: {error.strerror}")
     print(f"A1111's API is at {server.address(listening)}, in front of {chosen.url}", flush=True)
-    server.serve(runner.Runner(chosen, SnapshotStore(data_folder() / "snapshots")), access, listening)
+    server.serve(runner.Runner(chosen, store), access, listening)

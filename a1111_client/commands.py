@@ -207,8 +207,7 @@ def models(
     store = SnapshotStore(data_folder() / "snapshots")
     snapshot = store.load(chosen.url)
     if refresh or snapshot.is_default:
-        snapshot = Snapshot(_ask(chosen, {"task": "models"}, as_json=as_json)["models"])
-        store.save(chosen.url, snapshot)
+        snapshot = ask_for_lists(chosen, store, as_json=as_json)
     if as_json:
         print_json(snapshot.models)
         return
@@ -228,6 +227,13 @@ def models(
         for entry in snapshot.webui(name):
             table.add_row(kind, str(entry.get("label") or entry.get("name")), "", "")
     Console().print(table)
+
+
+def ask_for_lists(endpoint: Endpoint, store: SnapshotStore, *, as_json: bool = False) -> Snapshot:
+    """What a worker tells of its lists, kept in the store. The endpoint is closed. A failure ends the command."""
+    snapshot = Snapshot(_ask(endpoint, {"task": "models"}, as_json=as_json)["models"])
+    store.save(endpoint.url, snapshot)
+    return snapshot
 
 
 def prefetch(

@@ -10,7 +10,7 @@ POST interrogate, train/…, create/…, server-…                     refused,
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from a1111_client import __version__
@@ -45,7 +46,10 @@ def create_app(runner: Runner, access: Access) -> FastAPI:
         await page_jobs.close()
         await runner.endpoint.close()
 
-    app = FastAPI(title="A1111's API in front of an endpoint", version=__version__, lifespan=lifespan)
+    # FastAPI's own /docs loads scripts from another host.
+    app = FastAPIOffline(
+        redoc_url=None, title="A1111's API in front of an endpoint", version=__version__, lifespan=lifespan
+    )
     app.state.gateway = gateway
     app.include_router(_sdapi(gateway))
     app.include_router(ImagesApi(gateway).router())
@@ -61,6 +65,7 @@ def create_app(runner: Runner, access: Access) -> FastAPI:
             allow_methods=["*"],
             allow_headers=["*"],
             allow_credentials=True,
+            allow_private_network=True,  # Chrome asks before a page of the internet may call this machine
         )
     app.add_middleware(Guard, access=access)  # the last one added is the outermost
     return app
@@ -185,12 +190,19 @@ _JSON_TYPES = {
 
 def _body(path: str) -> dict[str, Any]:
     """The schema of a body, for the OpenAPI page."""
+    schema = _schema(bodies.fields(path))
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+
+def _schema(table: Mapping[str, Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
-    for name, field in bodies.fields(path).items():
+    for name, field in table.items():
         properties[name] = {"type": _JSON_TYPES[field["type"]]}
-        if field["type"] == "list":
-            properties[name]["items"] = {"type": _JSON_TYPES[field["items"]]} if "items" in field else {}
+        items = field.get("items")
+        if isinstance(items, dict):
+            properties[name]["items"] = _schema(items)
+        elif field["type"] == "list":
+            properties[name]["items"] = {"type": _JSON_TYPES[items]} if items else {}
         if "default" in field:
             properties[name]["default"] = field["default"]
-    schema = {"type": "object", "properties": properties}
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+    return {"type": "object", "properties": properties}

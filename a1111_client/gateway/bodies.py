@@ -13,12 +13,16 @@ from typing import Any
 
 from a1111_client.gateway.errors import InvalidFields
 
-Problem = tuple[tuple[str | int, ...], str, str]
+Place = tuple[str | int, ...]
+Problem = tuple[Place, str, str]
 
 
 @cache
 def fields(path: str) -> Mapping[str, Mapping[str, Any]]:
-    """The fields of an endpoint's body by their names: type, items, default, required, nullable."""
+    """The fields of an endpoint's body by their names: type, items, default, required, nullable.
+
+    `items` is the type of a list's entries; for objects it is the table of their fields.
+    """
     tables: dict[str, Any] = json.loads(
         resources.files(__package__).joinpath("fields.json").read_text(encoding="utf-8")
     )
@@ -45,19 +49,8 @@ def parse_json(body: bytes, content_type: str) -> Any:
 
 def read(path: str, body: Any) -> dict[str, Any]:
     """The fields of a body that were given, each in its type. Raises InvalidFields with all problems at once."""
-    if not isinstance(body, dict):
-        raise InvalidFields([(("body",), "value is not a valid dict", "type_error.dict")])
     problems: list[Problem] = []
-    given: dict[str, Any] = {}
-    for name, field in fields(path).items():
-        if name not in body:
-            if field.get("required"):
-                problems.append((("body", name), "field required", "value_error.missing"))
-            continue
-        try:
-            given[name] = _convert(body[name], field)
-        except _Mismatch as mismatch:
-            problems.append((("body", name, *mismatch.where), mismatch.message, mismatch.kind))
+    given = _read(fields(path), body, ("body",), problems)
     if problems:
         raise InvalidFields(problems)
     return given
@@ -68,28 +61,43 @@ def with_defaults(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given.get(name, field.get("default")) for name, field in fields(path).items()}
 
 
+def _read(table: Mapping[str, Any], value: Any, where: Place, problems: list[Problem]) -> dict[str, Any]:
+    """The fields of an object that were given. What is wrong is added to the problems."""
+    if not isinstance(value, dict):
+        problems.append((where, "value is not a valid dict", "type_error.dict"))
+        return {}
+    given: dict[str, Any] = {}
+    for name, field in table.items():
+        if name in value:
+            given[name] = _convert(value[name], field, (*where, name), problems)
+        elif field.get("required"):
+            problems.append(((*where, name), "field required", "value_error.missing"))
+    return given
+
+
+def _convert(value: Any, field: Mapping[str, Any], where: Place, problems: list[Problem]) -> Any:
+    """A value in the type of its field."""
+    if value is None:
+        if not field.get("nullable"):
+            problems.append((where, "none is not an allowed value", "type_error.none.not_allowed"))
+        return None
+    try:
+        converted = _CONVERTERS[field["type"]](value)
+    except _Mismatch as mismatch:
+        problems.append((where, mismatch.message, mismatch.kind))
+        return None
+    items = field.get("items")
+    if isinstance(items, dict):
+        return [_read(items, item, (*where, number), problems) for number, item in enumerate(converted)]
+    if items:
+        return [_convert(item, {"type": items}, (*where, number), problems) for number, item in enumerate(converted)]
+    return converted
+
+
 class _Mismatch(Exception):
-    def __init__(self, message: str, kind: str, *where: int) -> None:
+    def __init__(self, message: str, kind: str) -> None:
         self.message = message
         self.kind = kind
-        self.where = where
-
-
-def _convert(value: Any, field: Mapping[str, Any]) -> Any:
-    if value is None:
-        if field.get("nullable"):
-            return None
-        raise _Mismatch("none is not an allowed value", "type_error.none.not_allowed")
-    converted = _CONVERTERS[field["type"]](value)
-    if "items" not in field:
-        return converted
-    items = []
-    for number, item in enumerate(converted):
-        try:
-            items.append(_CONVERTERS[field["items"]](item))
-        except _Mismatch as mismatch:
-            raise _Mismatch(mismatch.message, mismatch.kind, number) from None
-    return items
 
 
 def _integer(value: Any) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -14,13 +14,13 @@ from fastapi.responses import JSONResponse, Response
 
 from a1111_client.errors import EndpointError
 from a1111_client.gateway import bodies
-from a1111_client.gateway.errors import Failed, InvalidFields, Refused
+from a1111_client.gateway.errors import InvalidFields, Refused
 from a1111_client.gateway.guard import Access
 from a1111_client.gateway.jobs import Client, OpenJob, OpenJobs, idle_progress
 from a1111_client.gateway.runner import Interrupted, Runner
 from a1111_client.gateway.sizes import decode
-from a1111_client.gateway.translate import Input, generation_input, upscale_input
-from a1111_client.infotext import NotAPicture, parse_infotext, read_infotext
+from a1111_client.gateway.translate import Input, changes_pictures, generation_input, upscale_input
+from a1111_client.infotext import open_picture, parse_infotext, read_infotext
 from a1111_client.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Gateway:
         async def handle(request: Request) -> Response:
             client = self.client_of(request)
             given = bodies.read(name, await _json(request))
+            await _check_pictures([*(given.get("init_images") or ()), *([given["mask"]] if given.get("mask") else ())])
             images = (given.get("batch_size") or 1) * (given.get("n_iter") or 1)
             opened = OpenJob(client, name, images, given.get("steps") or 50)
             with self.jobs.open(opened):
@@ -118,28 +119,37 @@ class Gateway:
         async def handle(request: Request) -> Response:
             client = self.client_of(request)
             given = bodies.read(name, await _json(request))
-            with self.jobs.open(OpenJob(client, "upscale")) as opened:
-                work = self.runner.run(opened, lambda _snapshot: upscale_input(given))
-                try:
-                    answer = await self.run(request, opened, work)
-                except Interrupted:
-                    answer = {}
+            is_single = name == "extra-single-image"
+            pictures = [given.get("image", "")] if is_single else [entry["data"] for entry in given["imageList"]]
+            await _check_pictures(pictures)
+            if not changes_pictures(given) and not any(map(_is_link, pictures)):
+                answer: dict[str, Any] = {"images": [picture.rpartition(",")[2] for picture in pictures]}
+            else:
+                answer = await self._upscale(request, OpenJob(client, "upscale"), given)
             images, html_info = answer.get("images", []), answer.get("html_info", "<p></p>")
-            if name == "extra-single-image":
+            if is_single:
                 return JSONResponse({"html_info": html_info, "image": images[0] if images else ""})
             return JSONResponse({"html_info": html_info, "images": images})
 
         return handle
 
+    async def _upscale(self, request: Request, opened: OpenJob, given: Mapping[str, Any]) -> dict[str, Any]:
+        with self.jobs.open(opened):
+            work = self.runner.run(opened, lambda _snapshot: upscale_input(given))
+            try:
+                return await self.run(request, opened, work)
+            except Interrupted:
+                return {}
+
     async def png_info(self, request: Request) -> Response:
         given = bodies.read("png-info", await _json(request))
-        image = str(given["image"])
-        if image.startswith(("http://", "https://")):
-            raise Failed(500, "HTTPException", "Request to local resource not allowed", "")
+        image = given["image"]
+        if _is_link(image):
+            raise Refused(500, "Request to local resource not allowed")
         try:
             infotext, items = await asyncio.to_thread(lambda: read_infotext(decode(image)))
-        except (NotAPicture, ValueError):
-            raise Failed(500, "HTTPException", "Invalid encoded image", "") from None
+        except ValueError:
+            raise Refused(500, _NO_PICTURE) from None
         return JSONResponse({"info": infotext, "items": items, "parameters": parse_infotext(infotext)})
 
     async def progress(self, request: Request) -> Response:
@@ -176,6 +186,27 @@ class Gateway:
 async def _json(request: Request) -> Any:
     """The JSON of a request. Raises InvalidFields, Refused."""
     return bodies.parse_json(await read_body(request), request.headers.get("content-type", ""))
+
+
+_NO_PICTURE = "Invalid encoded image"  # A1111's words
+
+
+async def _check_pictures(pictures: Sequence[Any]) -> None:
+    """Raise Refused, as A1111 does, if one is no picture: no worker starts for it. Links are left to the worker."""
+
+    def check() -> None:
+        for picture in pictures:
+            if not _is_link(str(picture)):
+                open_picture(decode(str(picture)))
+
+    try:
+        await asyncio.to_thread(check)
+    except ValueError:
+        raise Refused(500, _NO_PICTURE) from None
+
+
+def _is_link(picture: str) -> bool:
+    return picture.startswith(("http://", "https://"))
 
 
 async def read_body(request: Request) -> bytes:

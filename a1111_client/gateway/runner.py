@@ -50,7 +50,7 @@ class Runner:
         if self._snapshot.is_default:
             log.warning(
                 "the endpoint's own lists are not known yet: menus show those of A1111 1.10.1 and the worker's "
-                "checkpoint, until the first job has run"
+                "checkpoint, until the first job has run (`a1111 serve --refresh` asks for them at its start)"
             )
 
     @property

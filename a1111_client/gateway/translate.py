@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 Input = dict[str, Any]
 
 _SEEDS = 2**32
+_EMPTY_PROMPT = "()"  # a job needs a prompt; A1111 reads this one as an empty one (parse_prompt_attention)
 _SIZES = ("width", "height", "hr_resize_x", "hr_resize_y", "firstphase_width", "firstphase_height")
 _HIRES = ("hr_", "firstphase_")
 _FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
@@ -69,6 +70,8 @@ def generation_input(path: str, given: Mapping[str, Any], snapshot: Snapshot, op
     for name in ("steps", "cfg_scale", "width", "height"):  # the worker's own defaults are others than A1111's
         body.setdefault(name, fields(path)[name]["default"])
     _check_init_images(path, body)
+    if not body.get("prompt", "").strip():
+        body["prompt"] = _EMPTY_PROMPT
     if not body.get("enable_hr"):
         for name in [name for name in body if name.startswith(_HIRES)]:
             del body[name]
@@ -265,6 +268,13 @@ def named_in(value: Any) -> Iterable[str]:
     elif isinstance(value, list):
         for member in value:
             yield from named_in(member)
+
+
+def changes_pictures(given: Mapping[str, Any]) -> bool:
+    """Whether an extra-…-image body asks for anything. If not, A1111 answers each picture as it came, in its size."""
+    restores = given.get("gfpgan_visibility") or given.get("codeformer_visibility")
+    has_pictures = given.get("imageList", True) != []
+    return has_pictures and bool(restores or given.get("upscaler_1", "None") not in ("", "None"))
 
 
 def upscale_input(given: Mapping[str, Any]) -> Input:

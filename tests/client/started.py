@@ -17,7 +17,7 @@ class Started:
     def __init__(self, folder: Path) -> None:
         self._log = folder / "log"
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        gateway = [sys.executable, "-m", "a1111_client", "serve", "--port", "0"]
+        gateway = [sys.executable, "-m", "a1111_client", "serve", "--refresh", "--port", "0"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sandbox", "--folder", str(folder / "sandbox"), "--worker", "--", *gateway],

@@ -39,6 +39,20 @@ def api(started: Started) -> Any:
     return webuiapi.WebUIApi(host=url.host, port=url.port)
 
 
+def test_webuiapi_fills_its_menus_before_the_first_picture(api: Any) -> None:
+    (model,) = api.get_sd_models()
+    assert api.util_get_current_model() == model["title"]
+    assert model["title"].startswith(f"{FILE} [") and model["hash"] in model["title"]
+    assert "Euler a" in api.util_get_sampler_names()
+    assert "Karras" in [entry["label"] for entry in api.get_schedulers()]
+    assert api.get_upscalers()[0]["name"] == "None"
+    assert {"txt2img", "img2img"} == set(api.get_scripts())
+    for ask in (api.get_cmd_flags, api.get_face_restorers, api.get_realesrgan_models, api.get_prompt_styles):
+        assert ask() is not None
+    for ask in (api.get_embeddings, api.get_hypernetworks, api.get_sd_vae, api.get_memory, api.refresh_checkpoints):
+        ask()
+
+
 def test_webuiapi_draws_a_picture(api: Any) -> None:
     result = api.txt2img(prompt="a lighthouse", negative_prompt="fog", cfg_scale=6, sampler_name="Euler a", **SMALL)
 
@@ -100,22 +114,6 @@ def test_webuiapi_uses_a_lora_by_its_tag(api: Any) -> None:
 
     assert "detail_tweaker_xl" in names
     assert "Lora hashes" in result.info["infotexts"][0]
-
-
-def test_webuiapi_fills_its_menus(api: Any) -> None:
-    api.txt2img(prompt="so that the worker has told its lists", **SMALL)
-
-    (model,) = api.get_sd_models()
-    assert api.util_get_current_model() == model["title"]
-    assert model["title"].startswith(f"{FILE} [") and model["hash"] in model["title"]
-    assert "Euler a" in api.util_get_sampler_names()
-    assert "Karras" in [entry["label"] for entry in api.get_schedulers()]
-    assert api.get_upscalers()[0]["name"] == "None"
-    assert {"txt2img", "img2img"} == set(api.get_scripts())
-    for ask in (api.get_cmd_flags, api.get_face_restorers, api.get_realesrgan_models, api.get_prompt_styles):
-        assert ask() is not None
-    for ask in (api.get_embeddings, api.get_hypernetworks, api.get_sd_vae, api.get_memory, api.refresh_checkpoints):
-        ask()
 
 
 def test_webuiapi_sets_options(api: Any, started: Started) -> None:

@@ -95,12 +95,32 @@ def test_upscaled_pictures_have_the_form_of_a1111s_answers(fresh: Desk) -> None:
     fresh.worker.work = lambda taken: {"images": [PNG, PNG], "html_info": "<p>Lanczos</p>", "worker": {}}
 
     single = fresh.post("extra-single-image", {"image": PNG, "upscaling_resize": "2.0", "upscaler_1": "Lanczos"}).json()
-    batch = fresh.post("extra-batch-images", {"imageList": [{"data": PNG, "name": "a.png"}] * 2}).json()
+    several = {"imageList": [{"data": PNG, "name": "a.png"}] * 2, "upscaler_1": "Lanczos"}
+    batch = fresh.post("extra-batch-images", several).json()
 
     assert single == {"html_info": "<p>Lanczos</p>", "image": PNG}
     assert batch == {"html_info": "<p>Lanczos</p>", "images": [PNG, PNG]}
     assert fresh.worker.inputs[0]["task"] == "upscale"
     assert fresh.worker.inputs[0]["upscaling_resize"] == 2.0
+
+
+# What A1111 1.10.1 answered without doing anything to a picture.
+WITHOUT_WORK = [
+    *("extras/batch_bad", "extras/batch_empty", "extras/batch_missing", "extras/batch_noname", "extras/batch_strings"),
+    *("extras/default_no_image", "extras/garbage", "extras/null_upscaler", "img2img/err_mask_garbage"),
+]
+
+
+def test_what_a1111_answers_without_work_starts_no_worker(asleep: Desk) -> None:
+    for name in WITHOUT_WORK:
+        exchange = json.loads((DATA / "webui-1.10.1" / f"{name}.json").read_text(encoding="utf-8"))
+        asked, recorded = exchange["request"], exchange["response"]
+        answer = asleep.http.post(asked["path"], json=asked["body"])
+        assert (answer.status_code, answer.json()) == (recorded["status"], recorded["body"]), name
+    for more in ({}, {"upscaling_resize": 4}, {"upscaler_1": "None"}):
+        as_it_came = asleep.post("extra-single-image", {"image": f"data:image/png;base64,{PNG}", **more}).json()
+        assert as_it_came == {"html_info": "<p></p>", "image": PNG}
+    assert asleep.queue.jobs == {}
 
 
 def test_links_into_a_bucket_are_fetched(fresh: Desk) -> None:
@@ -219,6 +239,7 @@ def test_the_rest_of_the_port_is_as_clients_expect_it(awake: Desk) -> None:
 
     assert awake.http.get("/queue/status").status_code == 200
     assert awake.http.head("/").status_code == 200
+    assert not re.search(r'(src|href)="[a-z]*:?//', awake.http.get("/docs").text)
     for path in ("/config", "/sdapi/v1/sd-modules", "/sdapi/v1/version", "/controlnet/model_list"):
         assert (awake.http.get(path).status_code, awake.http.get(path).json()) == (404, not_found)
     assert awake.http.post("/login", data={"username": "x"}).json() == not_found

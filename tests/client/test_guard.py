@@ -75,13 +75,19 @@ def test_a_link_on_another_page_may_lead_to_the_page(open_desk: Desk) -> None:
 
 
 def test_a_named_page_has_its_preflight_without_credentials_and_sees_errors_too(open_desk: Desk) -> None:
-    asked = {"Origin": LITE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = {
+        "Origin": LITE,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+        "Access-Control-Request-Private-Network": "true",
+    }
 
     preflight = open_desk.http.options("/sdapi/v1/txt2img", headers=asked)
     failed = open_desk.post("txt2img", {"steps": "x"}, headers={"Origin": LITE})
     foreign = open_desk.http.options("/sdapi/v1/txt2img", headers={**asked, "Origin": "https://evil.example.com"})
 
     assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, LITE)
+    assert preflight.headers["access-control-allow-private-network"] == "true"
     assert (failed.status_code, failed.headers["access-control-allow-origin"]) == (422, LITE)
     assert foreign.status_code == 403
     assert "access-control-allow-origin" not in foreign.headers

@@ -44,7 +44,8 @@ READ = [
     ({"tiling": "on"}, {"tiling": True}),
     ({"restore_faces": 0}, {}),
     ({"batch_size": None, "steps": None, "seed": None, "denoising_strength": None, "styles": None}, {}),
-    # sizes and seeds that A1111 takes
+    # prompts, sizes and seeds that A1111 takes
+    ({"prompt": " "}, {"prompt": "()"}),
     ({"width": 515, "height": "770"}, {"width": 512, "height": 768}),
     ({"seed": 2**63 - 1}, {"seed": 2**32 - 1}),
     # unknown fields, and what somebody's password is in
