@@ -103,7 +103,7 @@ async def upscale(worker: Worker, request: UpscaleRequest, context: JobContext) 
 
 
 async def png_info(worker: Worker, request: PngInfoRequest, context: JobContext) -> dict[str, Any]:
-    """What a picture's file says of how it was made."""
+    """What a picture's file says about how it was made."""
     return await worker.jobs.run(context, worker.png_info_query.answer, request)
 
 
@@ -202,7 +202,7 @@ class Worker:
         log.info("ready for jobs")
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
-        """What RunPod calls. Returns an answer for every job; a cancelled job alone has none."""
+        """What RunPod calls. Returns an answer for every job but a cancelled one."""
         with logs.of_job(str(job.get("id"))):
             try:
                 if self.broken is not None:
@@ -221,9 +221,9 @@ class Worker:
                 log.info("the job was cancelled")
                 raise
             except Exception:
-                log.exception("the job met a bug of ours")
+                log.exception("the job failed because of a bug in this worker")
                 self.health_query.count(Internal.code)
-                return Internal("the worker failed; its log tells why under the job's id").answer()
+                return Internal("the worker failed; its log says why, under the job's id").answer()
 
     @contextlib.asynccontextmanager
     async def open_job(self, job: dict[str, Any]) -> AsyncIterator[JobContext]:
@@ -429,8 +429,8 @@ def _build_and_boot(config: Config, deadline: Deadline) -> Worker:
         log.error("the worker cannot start: %s: %s%s", error.code, error.message, hint)
         worker.broken = WebUINotReady(f"this worker could not start: {error.code}: {error.message}", hint=error.hint)
     except Exception:
-        log.exception("the worker met a bug of ours while it started")
-        worker.broken = WebUINotReady("this worker could not start; its log tells why")
+        log.exception("the worker cannot start because of a bug in it")
+        worker.broken = WebUINotReady("this worker could not start; its log says why")
     if worker.broken is not None:
         worker.health.set_state("broken")
     return worker

@@ -58,7 +58,7 @@ __all__ = ["CheckpointSpec", "HeldModels", "ModelManager", "main", "open_manager
 
 
 def own_checkpoint_ref(config: Config) -> ModelRef:
-    """The reference of the worker's own checkpoint. ConfigError if CHECKPOINT_URL is none."""
+    """The reference of the worker's own checkpoint. ConfigError if CHECKPOINT_URL names no model."""
     try:
         return parse_reference(config.checkpoint_url, kind=ModelKind.CHECKPOINT, allowed_hosts=config.model_hosts)
     except BadReference as error:
@@ -66,7 +66,7 @@ def own_checkpoint_ref(config: Config) -> ModelRef:
 
 
 def checkpoint_refs(config: Config) -> tuple[tuple[str, ModelRef], ...]:
-    """The checkpoints of CHECKPOINTS that a job may name, each with its reference. ConfigError if one is none."""
+    """The checkpoints of CHECKPOINTS that a job may name, with their references. ConfigError if one names no model."""
     refs: list[tuple[str, ModelRef]] = []
     for entry in config.checkpoints:
         try:
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, parents=[shared])
 
     command("list", "what is there, since when, how often used")
-    fetch = command("fetch", "have models in the cache, proven")
+    fetch = command("fetch", "have models in the cache, verified")
     fetch.add_argument("references", nargs="+", metavar="REFERENCE")
     fetch.add_argument("--kind", choices=[kind.value for kind in ModelKind], default="lora", help="default: lora")
     prefetch = command(
@@ -191,15 +191,20 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoint, catalog, all (both; the default), or a REFERENCE of a LoRA",
     )
     prefetch.add_argument(
-        "--models-dir", type=Path, metavar="DIR", help="into this folder, complete: for a1111 volume upload DIR VOLUME"
+        "--models-dir",
+        type=Path,
+        metavar="DIR",
+        help="into this folder, all of them, so that `a1111 volume upload DIR VOLUME` can send it",
     )
     verify = command("verify", "read every model and compare it with what is known of it")
     verify.add_argument("--repair", action="store_true", help="fetch damaged ones again, remove those without a source")
     evict = command("evict", "remove the least recently used models, never one in use, never the checkpoint")
-    evict.add_argument("--to-gb", type=_gigabytes, required=True, metavar="N", help="what may stay, in 10⁹ bytes")
+    evict.add_argument(
+        "--to-gb", type=_gigabytes, required=True, metavar="N", help="what the models may take afterwards, in 10⁹ bytes"
+    )
     remove = command("remove", "remove models by name, unless one is in use")
     remove.add_argument("names", nargs="+", metavar="NAME")
-    command("paths", "where everything lies")
+    command("paths", "where the models and the other files are")
     return parser
 
 
@@ -262,7 +267,7 @@ class _Command:
         return self._hold_and_print(*self._parse(self._options.references, ModelKind(self._options.kind)))
 
     def _parse(self, words: Iterable[str], kind: ModelKind) -> tuple[dict[ModelRef, str], dict[str, str]]:
-        """The references with the words that they were, and the words that are none with what is wrong with them."""
+        """Each reference with the word that named it, and each other word with what is wrong with it."""
         refs: dict[ModelRef, str] = {}
         bad: dict[str, str] = {}
         for text in words:

@@ -2,7 +2,7 @@
 
 They are the SDK's own arguments (runpod 1.12, serverless/__init__.py), which the SDK reads itself when the worker is
 ready. Reading them here too spares a caller a boot that ends with "Expecting value" or "address already in use". What
-this module does not know is the SDK's business.
+this module does not know is left to the SDK.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_test_file(path: Path) -> None:
 def check_api_address(host: str, port: int) -> None:
     """Raise BadArguments if the local API cannot listen there. It listens at every address that the host has.
 
-    Whether an address is free is found out as asyncio does it when it starts a server (base_events.py, create_server).
+    It tries what asyncio does when it starts a server (base_events.py, create_server).
     """
     failures: list[int | None] = []
     try:

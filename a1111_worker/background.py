@@ -41,7 +41,7 @@ class BackgroundCall(Generic[T]):
         return cast(T, value)
 
     def abandon(self, dispose: Callable[[T], None]) -> None:
-        """Nobody waits for the call any more: `dispose` gets what the function returns, or has returned."""
+        """Wait no longer for the call. `dispose` gets what the function returns, now or later."""
         with self._changed:
             self._dispose = dispose
             outcome = self._outcome

@@ -49,7 +49,7 @@ def lora_of_version(version_id: int) -> KnownLora | None:
 
 
 def lora_named(name: str) -> KnownLora | None:
-    """The catalog's LoRA that a bare name means: its title or its file's stem, in any case, also with a hash behind."""
+    """The catalog's LoRA that a bare name means: its title or its file's stem, in any case, also if a hash follows."""
     name = name.strip().removesuffix(".safetensors")
     stem, _ = split_hash(name) or (name, "")
     return _BY_NAME.get(name.casefold()) or _BY_NAME.get(stem.casefold())

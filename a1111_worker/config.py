@@ -167,7 +167,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """Read every setting; an unset or empty one has its default. Raises ConfigError, with a line a bad value."""
+        """Read every setting; an unset or empty one has its default. ConfigError has a line for each bad value."""
         environment = Environment(environ)
         config = environment.read(cls)
 
@@ -250,8 +250,8 @@ def find_misspelt_settings(names: Iterable[str]) -> dict[str, list[str]]:
     """The variables among `names` that look like settings and are none, each with the settings that it may mean.
 
     A name looks like a setting if it begins with one of our prefixes, or is nearly the name of a setting. It may mean
-    the settings that have all of its words, else the one that resembles it most. Names that a log line cannot show as
-    they are count as other programs'.
+    the settings that have all of its words, else the one that resembles it most. A name that
+    a log line cannot show unchanged counts as another program's.
     """
     known = (*(setting.name for setting in SETTINGS), *START_SH_SETTINGS)
     found = {}

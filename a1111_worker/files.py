@@ -93,7 +93,7 @@ def look(path: Path) -> os.stat_result | None:
 def names_in(folder: Path, listdir: Callable[[Path], list[str]] = os.listdir) -> list[str]:
     """The names in a folder; none if there is no such folder. Raises VolumeFailed if it cannot be listed."""
     try:
-        return listdir(folder)  # thirty thousand names, not as many Path objects
+        return listdir(folder)  # names alone: a folder may have 30,000 files, and Path objects take longer
     except OSError as error:
         if volume_state(error) is VolumeState.GONE:
             return []

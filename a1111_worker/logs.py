@@ -27,12 +27,12 @@ def of_job(job_id: str) -> Iterator[None]:
 
 
 def configure(level: str, log_format: str) -> None:
-    """Send our lines to stderr: `text`, or `json` with one object a line, as RunPod groups them by `requestId`."""
+    """Send our lines to stderr: `text`, or `json` with one object per line, as RunPod groups them by `requestId`."""
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     handler.addFilter(add_job_id)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # whoever gives up after its retries logs that
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # the code that gives up after the retries logs that itself
     for name in ("worker", "a1111_worker", "model_manager"):
         logging.getLogger(name).setLevel(level)
 

@@ -373,9 +373,9 @@ def test_the_next_jobs_checkpoint_is_fetched_and_read_ahead_while_another_job_ge
         async def scene() -> list[Any]:
             first = asyncio.create_task(it.worker.handle(job("a")))
             await asyncio.to_thread(wait_until, it.generations, "the generation")
-            second = asyncio.create_task(it.worker.handle(job("b", checkpoint="Other XL")))
+            tasks = [first, asyncio.create_task(it.worker.handle(job("b")))]  # its checkpoint is in memory already
+            tasks.append(asyncio.create_task(it.worker.handle(job("c", checkpoint="Other XL"))))
             await asyncio.to_thread(wait_until, read, "the reading")
-            tasks = [first, second]
             is_running = not first.done()
             for task in tasks:
                 task.cancel()

@@ -174,7 +174,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
-    reason = "the gateway failed; its log tells why"
+    reason = "the gateway failed; its log says why"
     return JSONResponse(Failed(500, type(error).__name__, reason, reason).body, status_code=500)
 
 

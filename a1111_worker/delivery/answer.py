@@ -25,7 +25,7 @@ LINK_BYTES = 2_000  # one link, signed or not, rounded up: a key has at most 102
 
 @dataclass(frozen=True)
 class Delivered:
-    """How the images left: as base64 in `images`, or as links."""
+    """How the images are delivered: as base64 in `images`, or as links."""
 
     images: Sequence[str] = ()
     format: ImageFormat = ImageFormat.PNG

@@ -83,7 +83,7 @@ class Bucket:
             except Exception as error:  # botocore's, of what it reads from the environment and from files
                 raise DeliveryFailed(
                     f"the client for the bucket cannot be built ({type(error).__name__})",
-                    hint="the operator: the worker's log, and AWS_… variables",
+                    hint="the operator must read the worker's log, and check the variables AWS_…",
                 ) from error
 
     def close(self) -> None:
@@ -340,21 +340,24 @@ def _delivery_failed(error: Exception) -> DeliveryFailed:
 
     if not isinstance(error, ClientError):
         return DeliveryFailed(
-            f"the bucket cannot be reached ({_error_code(error)})", hint="try again; the operator: BUCKET_ENDPOINT_URL"
+            f"the bucket cannot be reached ({_error_code(error)})",
+            hint="try again; if it fails again, the operator must check BUCKET_ENDPOINT_URL",
         )
     code, status = _error_code(error), _error_status(error)
     if code == "NoSuchBucket" or status == 404:
         return DeliveryFailed(
-            f"there is no such bucket ({code})", hint="the operator: BUCKET_NAME, BUCKET_ENDPOINT_URL"
+            f"there is no such bucket ({code})", hint="the operator must check BUCKET_NAME and BUCKET_ENDPOINT_URL"
         )
     if status in (401, 403):
         return DeliveryFailed(
             f"the bucket refused the worker's key ({code})",
-            hint="the operator: BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY, and what that key may do",
+            hint="the operator must check BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY, and what that key may do",
         )
     if status < 500:
-        return DeliveryFailed(f"the bucket refused the pictures ({status} {code})", hint="the operator: BUCKET_REGION")
-    return DeliveryFailed(f"the bucket failed again and again ({status} {code})", hint="try again")
+        return DeliveryFailed(
+            f"the bucket refused the pictures ({status} {code})", hint="the operator must check BUCKET_REGION"
+        )
+    return DeliveryFailed(f"the bucket failed at every try ({status} {code})", hint="try again")
 
 
 def _error_status(error: Any) -> int:

@@ -1,4 +1,4 @@
-"""How a job's images leave: converted as the job asks for it, in the answer or as links into a bucket."""
+"""How a job's images are delivered: converted as the job asks, in the answer or as links into a bucket."""
 
 from __future__ import annotations
 

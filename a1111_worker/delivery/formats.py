@@ -3,7 +3,7 @@
 The infotext (prompt, seed, all settings) is stored where A1111 itself stores it and looks for it (1.9.3 and 1.10.1,
 modules/images.py, read_info_from_image): in a PNG's text chunk `parameters`, else in EXIF's UserComment, as UTF-16.
 
-Pillow is imported when an image is decoded. An image that leaves unchanged costs nothing.
+Pillow is imported when an image is decoded. An image that does not change is not decoded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def convert(png: str, options: OutputOptions) -> Converted:
         struct.error,
         zlib.error,
     ) as error:  # Pillow's, of bad files
-        raise GenerationFailed(f"the WebUI sent a picture that cannot be made a {options.format.value}") from error
+        raise GenerationFailed(
+            f"the WebUI sent a picture that cannot be converted to {options.format.value}"
+        ) from error
 
 
 def is_unchanged(options: OutputOptions) -> bool:

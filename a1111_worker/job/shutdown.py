@@ -16,8 +16,8 @@ from a1111_worker.context import Deadline
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 2.0
-"""What a short policy keeps back for an answer's way: a last look at the WebUI's progress (0.8 s at most), the SDK's
-pause of 0.1 s (runpod 1.12, rp_scale.py), and a request to RunPod."""
+"""What a job with a short policy keeps for sending its answer: a last look at the WebUI's progress (0.8 s at most), the
+SDK's pause of 0.1 s (runpod 1.12, rp_scale.py), and a request to RunPod."""
 
 
 class Shutdown:

@@ -27,7 +27,7 @@ from a1111_worker.webui_names import split_hash
 
 log = logging.getLogger(__name__)
 
-_LOCAL_ONLY = "the models folder cannot be written: this model is kept by one worker alone"
+_LOCAL_ONLY = "the models folder cannot be written: only this worker has this model"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CheckpointSpec:
     sha256: str | None = None
 
     def accepts(self, record: ModelRecord) -> bool:
-        """Whether a file under the checkpoint's name counts as it: yes, unless something is known to the contrary."""
+        """Whether a file under the checkpoint's name is taken for it: yes, unless something known contradicts that."""
         if self.sha256 is not None:
             return record.sha256 == self.sha256
         return None in (record.version_id, self.ref.version_id) or record.version_id == self.ref.version_id
@@ -133,7 +133,7 @@ class ModelCache:
                 files = directory.index().files_named(ref.name)
                 if len(files) > 1:
                     raise ModelNotFound(f"{ref.label} may be any of {', '.join(files[:5])}", hint="write it exactly")
-                if files:  # the first directory that has the name counts: one name never means two models
+                if files:  # only the first directory that has the name: one name never means two models
                     yield directory, files[0]
                     return
         if ref.is_bare_name:
@@ -290,7 +290,7 @@ class ModelCache:
         self._release(self._directory_of(model), model.file)
 
     def _hold(self, directory: CacheDirectory, model: Model, deadline: Deadline) -> bool:
-        """Keep a model, and show it to the WebUI. False if it is gone by now; then it is not held either."""
+        """Keep a model, and show it to the WebUI. False if it is gone by now; then it is not kept."""
         if directory.is_writable:
             self._holds.hold(directory.holds, model.file, deadline)
         try:
@@ -481,7 +481,7 @@ class ModelCache:
 
 
 def _file_under_name(directory: CacheDirectory, file: str) -> str | None:
-    """What has a name, a model or not. If the volume takes `A` and `a` for the same, it may be spelled differently."""
+    """The file of this name, a model or not. If the volume ignores case, it may be spelled differently."""
     try:
         directory.path(file).lstat()
     except OSError as error:

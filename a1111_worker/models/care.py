@@ -1,4 +1,4 @@
-"""The care of the cache, for the command line: what is damaged is found and replaced, models are removed by hand."""
+"""What the command line does with the cache: it finds and replaces damaged models, and removes models."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def _fetch_again(manager: ModelManager, entry: Entry, known: ModelRecord | None,
             return "; removed"
     except (ModelError, InvalidRequest) as error:
         removed = "" if entry.path.exists() else "removed, and "
-        return f"; {removed}not to be had again: {error.message}"
+        return f"; {removed}it cannot be fetched again: {error.message}"
     return REPLACED
 
 
 def remove(cache: ModelCache, name: str) -> list[Entry]:
-    """Remove models by their file name or stem, of either kind. Raises ModelNotFound, or ModelError if in use."""
+    """Remove models of any kind by their file name or stem. Raises ModelNotFound, or ModelError if in use."""
     stem = name.removesuffix(SUFFIX)
     chosen = [entry for entry in cache.list_entries() if entry.file == f"{stem}{SUFFIX}"]
     if not chosen:

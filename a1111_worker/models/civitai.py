@@ -116,7 +116,7 @@ class CivitAI:
             any_file = urlencode(ANY_MODEL_FILE)
             if remote.file_id is not None or query == any_file:
                 raise
-            log.warning("CivitAI: perhaps %s has no file of %s: any model file of it is asked for", label, query)
+            log.warning("CivitAI: perhaps %s has no file of %s, so any of its model files is requested", label, query)
             return self._get(f"{path}?{any_file}", label, deadline, self._read_link)
 
     def close(self) -> None:

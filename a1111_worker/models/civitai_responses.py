@@ -109,7 +109,7 @@ POLICY: Mapping[Refusal, RefusalRule] = {
     ),
     Refusal.NOT_JSON: RefusalRule(
         DownloadFailed,
-        "CivitAI's answer for {model} is something else than was asked for",
+        "CivitAI's answer for {model} is not what was asked for",
         _LATER,
         try_other_origins=True,
         retries=2,
@@ -124,7 +124,7 @@ POLICY: Mapping[Refusal, RefusalRule] = {
     # A private address, http, a circle of redirects, or a host that is not in the list.
     Refusal.REDIRECT_REFUSED: RefusalRule(
         DownloadFailed,
-        "CivitAI sent the download of {model} to where this worker may not fetch: {detail}",
+        "CivitAI redirected the download of {model} to a place that this worker may not use: {detail}",
         "if CivitAI has a new storage host, add it to STORAGE_HOSTS",
     ),
     Refusal.OTHER: RefusalRule(DownloadFailed, "CivitAI's answer for {model} is not understood ({detail})"),

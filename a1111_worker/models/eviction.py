@@ -52,8 +52,8 @@ class Room:
 class Eviction:
     """What is removed, in this order, and why.
 
-    `short` is the bytes that would still be missing: then nothing is removed at all. `is_in_use`: none would be missing
-    if others released what they use.
+    `short` is how many bytes would still be missing: then nothing is removed at all. `is_in_use`: there would be enough
+    room if others released what they use.
     """
 
     remove: tuple[Entry, ...]

@@ -69,7 +69,7 @@ class Holds:
                 self._drop_user(path, hold)
 
     def hold(self, folder: Path, file: str, deadline: Deadline) -> None:
-        """Keep a model from being evicted. Look whether it is (still) there only after this."""
+        """Keep a model from being evicted. Only after this, look whether it is (still) there."""
         path = self._path(folder, file)
         while not self._add_user(path):
             pass  # another thread has just released it for the last time

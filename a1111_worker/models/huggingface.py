@@ -6,8 +6,8 @@ For a large file (LFS, Xet) X-Linked-Etag is the SHA-256. A small one may be ser
 without a SHA-256. A refusal has X-Error-Code (huggingface_hub 0.36, utils/_http.py).
 
 This is the only place that sends the token: as a header, to the hub's own origin, for the repositories of `HubAccess`
-alone. Whatever the hub does not show (a private repository, a gated one, or one that does not exist) ends as one and
-the same error, so that nobody can find out which private repositories there are.
+alone. A private repository, a gated one and one that does not exist all end in the same error, so that nobody can find
+out which private repositories there are.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class HuggingFace:
             log.info("Hugging Face: the link leads to %s", self._policy.check(response.link))
         except OriginRefused as error:
             raise DownloadFailed(
-                f"Hugging Face sent the download of {quoted(str(remote.hub), 300)} to where this worker may not fetch: "
-                f"{error}",
+                f"Hugging Face redirected the download of {quoted(str(remote.hub), 300)} to a place that this worker "
+                f"may not use: {error}",
                 hint="if Hugging Face has a new storage host, add it to STORAGE_HOSTS",
             ) from error
         if remote.restricted and not response.is_storage:

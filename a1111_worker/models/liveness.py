@@ -57,7 +57,7 @@ class LivenessMonitor:
         return len(self._seen)
 
     def is_dead(self, path: Path) -> bool:
-        """Whether a file was seen unchanged for `stale_after` seconds. The first look never finds that."""
+        """Whether a file was seen unchanged for `stale_after` seconds. That takes two looks at least."""
         return self.dead_state(path) is not None
 
     def dead_state(self, path: Path) -> FileState | None:

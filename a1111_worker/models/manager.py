@@ -487,7 +487,7 @@ class ModelManager:
                 for directory in self.cache.directories.writable():
                     directory.sweep(PARTIAL_FILE_SECONDS)
         except VolumeFailed as error:
-            log.warning("looking after the cache: %s", error.message)
+            log.warning("the cache could not be tidied up: %s", error.message)
 
 
 @dataclass(frozen=True)

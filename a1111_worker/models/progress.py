@@ -13,7 +13,7 @@ from a1111_worker.domain import Progress, Stage
 
 @dataclass(frozen=True)
 class FileProgress:
-    """How far one file is, in bytes. `fetched_by` is who fetches it, if that is somebody else."""
+    """How far one file is, in bytes. `fetched_by` is the other worker that fetches it, if one does."""
 
     name: str
     done: int = 0

@@ -9,7 +9,7 @@
          "source_stem": "add-detail-xl"}
     detail_tweaker_xl.safetensors.uses      one byte a use, appended; its time is the last use
 
-A sidecar is knowledge, never the truth. It is not believed if it makes no sense, is no regular file, has more than 1
+A sidecar may be wrong. It is not believed if it makes no sense, is no regular file, has more than 1
 MB, or has another schema or another size than the file. Then the file is read once, as if there were no sidecar.
 `version_id` is set only if the file's bytes are verified to be that version's. `null` means that somebody put the file
 there by hand (or that CivitAI could not be asked), whatever its name claims. The time of such a file is compared too,

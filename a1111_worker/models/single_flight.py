@@ -1,4 +1,4 @@
-"""One fetch of a file at a time in this process. The other jobs that need the file wait, and share the outcome."""
+"""One fetch of a file at a time in this process. Other jobs that need the file wait, and share the result."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CacheSpace:
     def reserve(
         self, requests: Sequence[RoomRequest], limit: int | None, own: frozenset[Path] = frozenset()
     ) -> Iterator[None]:
-        """Have room for all that these downloads will be, besides what this worker's other downloads will be.
+        """Have room for these downloads, beside the room that this worker's other downloads need.
 
         It is settled for all of them at once: if they do not fit together, nothing is evicted. What is reserved already
         needs no more room. It stays reserved until the block ends. `own` are files that must stay for the same job.
@@ -155,7 +155,9 @@ class RoomWait:
 
 
 def _no_room(what: str, plan: Eviction) -> VolumeFull:
-    message = f"there is no room for {what}: {plan.why}, and {plan.short / 1e9:.2f} GB too little can be freed"
+    message = (
+        f"there is no room for {what}: {plan.why}; evicting all that may go leaves {plan.short / 1e9:.2f} GB too few"
+    )
     if plan.is_in_use:
         return RoomInUse(f"{message} while other jobs use their models", hint="try again, or enlarge the volume")
     return VolumeFull(message, hint="enlarge the volume or MODEL_CACHE_LIMIT_GB, or ask for fewer models at once")

@@ -348,7 +348,7 @@ class CacheDirectory:
                 _unlink(path)
 
     def _time(self) -> float | None:
-        """What time it is on the volume, or None if that cannot be found out. It needs no room on the volume."""
+        """The time by the volume's clock, or None if that cannot be found out. It needs no room on the volume."""
         try:
             os.utime(self.partial_files)
             return self.partial_files.stat().st_mtime

@@ -86,8 +86,12 @@ def decode_mask(data: bytes, size: PictureSize | None, *, is_rounded: bool) -> P
 
 
 def first_of_several(pictures: Mapping[str, PreparedPicture]) -> list[str]:
-    """The warnings about pictures of which the others are not used."""
-    return [f"of {path}, only the first picture is used" for path, one in pictures.items() if one.is_first_of_several]
+    """A warning for each file with several pictures: only the first one is used."""
+    return [
+        f"{path} has several pictures, and only the first one is used"
+        for path, one in pictures.items()
+        if one.is_first_of_several
+    ]
 
 
 @contextlib.contextmanager

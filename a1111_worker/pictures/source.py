@@ -26,7 +26,7 @@ NO_PICTURE = f"is no picture: {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are re
 
 
 class BadPicture(Exception):
-    """A picture that cannot be used. The message says what it is or does: "is no picture …"; it repeats no content."""
+    """A picture that cannot be used. The message says what is wrong: "is no picture …"; it repeats no content."""
 
 
 def parse_picture(text: str, policy: EgressPolicy | None) -> PictureSource:

@@ -21,7 +21,8 @@ def check_size(answer: Mapping[str, Any], context: JobContext) -> None:
     limit = size_limit(context.job_id)
     if serialised_size(answer) > limit:
         raise ResultTooLarge(
-            f"the answer is larger than {limit / MB:.0f} MB", hint="/runsync takes 20 MB; or ask for less"
+            f"the answer is larger than {limit / MB:.0f} MB",
+            hint="send the job to /runsync, which takes 20 MB, or ask for less",
         )
 
 

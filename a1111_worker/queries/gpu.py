@@ -1,6 +1,6 @@
 """What nvidia-smi says of the GPU: its name and its memory.
 
-A1111's own `GET /memory` knows no name, and what it calls free is torch's view of its own process.
+A1111's own `GET /memory` does not tell the GPU's name, and its free memory is what torch sees in its own process.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ R = TypeVar("R", Generation, Upscaling)
 log = logging.getLogger(__name__)
 
 CHANGING_MENUS = ("sd-models", "loras", "embeddings", "sd-vae")
-"""Lists that may be other ones while the WebUI runs."""
+"""Lists that may change while the WebUI runs."""
 
 ANSWER_SECONDS = 5.0
 """For one list of the WebUI, which answers in milliseconds unless it hangs."""
@@ -126,7 +126,7 @@ class ModelsQuery:
         }
 
     def _fingerprint(self) -> str:
-        """Another text whenever the menus show something else. Nothing is asked for it, and no disk is read."""
+        """A text that changes whenever the menus change. It takes no request and no look at a disk."""
         shown = {
             "worker": __version__,
             "webui": asdict(self._readiness.lists),

@@ -117,7 +117,7 @@ def without_pictures(parameters: Any) -> Any:
 
 
 def detected_maps(body: Mapping[str, Any]) -> int:
-    """The pictures that ControlNet may add to the answer of a body: what its annotators have seen."""
+    """How many pictures ControlNet may add to the answer of a body: the maps of its annotators."""
     scripts = body.get("alwayson_scripts") or {}
     args = scripts.get(CONTROLNET, {}).get("args", ())
     return sum(1 for unit in args if unit.get("enabled") and unit.get("save_detected_map"))

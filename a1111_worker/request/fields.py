@@ -304,7 +304,7 @@ FIELDS_OF_CLIENTS: Mapping[str, Sequence[str]] = {
     ),
     "AI Render for Blender": ("image_similarity", "sampler"),
 }
-"""Fields of their own that programs with A1111's API in view send to it. It drops them without a word."""
+"""Fields of their own that clients of A1111's API send to it. A1111 drops them without a word."""
 
 
 def _refused_in_generations() -> dict[str, Field]:
@@ -313,7 +313,7 @@ def _refused_in_generations() -> dict[str, Field]:
         "sd_model": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "sd_model_checkpoint": refused_text(CHECKPOINT_REASON, is_webui_field=False),
         "infotext": refused_text("it sets other fields unseen; give each of them by its name", ""),
-        "disable_extra_networks": refused_boolean(False, "the WebUI would go on with the LoRAs of the job before"),
+        "disable_extra_networks": refused_boolean(False, "the WebUI would keep the LoRAs of the job before"),
         # 1.9.3 and 1.10.1 pass the text on as it is, and fail when they use it as an image.
         "firstpass_image": refused_text("the WebUI's API does not decode it, and fails", ""),
         "force_task_id": refused_text("the worker names its own tasks", ""),

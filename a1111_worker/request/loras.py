@@ -212,7 +212,7 @@ class _TagReader:
         self.is_full = False
 
     def read(self, tag: Tag, path: str) -> LoraRequest | None:
-        """What a tag asks for. None if that is nothing, which is a warning, or nothing that can be had: a complaint."""
+        """What a tag asks for. None if it does nothing, with a warning, or cannot be used, with a complaint."""
         if _is_dropped_by_webui(tag):
             self.warn(f"{_label(tag)} in {path} does nothing: the WebUI drops what looks like a tag")
             return None

@@ -30,7 +30,7 @@ def is_sd_upscale(body: Mapping[str, Any]) -> bool:
 
 
 def read_loopback(args: Sequence[Any], body: Mapping[str, Any]) -> ScriptPlan:
-    """Each loop is a generation. (A text from a picture, for the last argument, needs files that are downloaded.)"""
+    """Each loop is a generation. (The last argument can add a text made from the picture, but that downloads files.)"""
     _check(args, _LOOPBACK)
     return _plan(args, args[0] * body.get("n_iter", 1))
 

@@ -1,4 +1,4 @@
-"""The tables of the tasks that generate nothing: each is asked as it is, or with a few words."""
+"""The tables of the tasks that generate nothing: each takes its name alone, or a few fields."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def upscale_fields(limits: Limits) -> Mapping[str, Field]:
 
 
 def picture_list(limits: Limits) -> ValueType:
-    """Several pictures, each as text or as A1111's `{"data": …, "name": …}`. The name is used for nothing."""
+    """Several pictures, each as text or as A1111's `{"data": …, "name": …}`. The name is not used."""
     several = pictures(limits)
 
     def check(value: object) -> list[PictureSource]:

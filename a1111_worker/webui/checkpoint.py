@@ -1,4 +1,4 @@
-"""The checkpoint gets loaded: with one load wherever A1111 allows that, and checked by its hash.
+"""Loads the checkpoint: once if A1111 allows that, and checked by its hash.
 
 After a start, nothing in /options shows that a model is loaded: title and hash may come from config.json. POST /options
 does nothing if the option has that very text already. And as long as nothing is loaded, 1.9.3 loses a switch: 200 null,
@@ -31,7 +31,7 @@ NOT_LISTED = "the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does"
 def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint]) -> str | None:
     """The file that A1111 loads first, if its option holds the text `named`; None if it lists no checkpoint.
 
-    A text that is no name of a listed file means the first of the list (`select_checkpoint`): for example a title with
+    A text that names no listed file means the first of the list (`select_checkpoint`): for example a title with
     a hash that A1111 does not know any more.
     """
     chosen = next((entry for entry in listed if named in entry.names), next(iter(listed), None))
@@ -111,7 +111,7 @@ class CheckpointSwitch:
         self._run(lambda: self._webui.reload_checkpoint(timeout=self._timeout), deadline)
 
     def _switch(self, deadline: Deadline) -> None:
-        # By its name that is not there now: if the option does not change, nothing happens.
+        # By the name that the option does not hold now: if the option does not change, nothing is loaded.
         names = (self._checkpoint.shown_file, self._checkpoint.shown)
         name = names[self._webui.options().checkpoint == names[0]]
         self._run(lambda: self._webui.set_options({"sd_model_checkpoint": name}, timeout=self._timeout), deadline)

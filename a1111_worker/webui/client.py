@@ -86,7 +86,7 @@ class WebUI:
         short_timeout: float = 0.8,
         backoff: float = 0.2,
     ) -> None:
-        """`short_timeout` is for /progress and /interrupt: their caller repeats them, and must not be held up."""
+        """`short_timeout` is for /progress and /interrupt: their caller repeats them, and must not wait long."""
         self.url = url.rstrip("/")
         self._connect_timeout = connect_timeout
         self._timeout = timeout
@@ -102,7 +102,7 @@ class WebUI:
             status_forcelist=(502, 503, 504),
             allowed_methods=None,
             raise_on_status=False,
-            respect_retry_after_header=False,  # hours, or digits that urllib3 cannot convert: a job cannot wait so long
+            respect_retry_after_header=False,  # it may be hours, or no number: a job cannot wait so long
         )
         self._session.mount(f"{self.url}/", HTTPAdapter(max_retries=retry, pool_maxsize=8))
         # A generation that may be running is never requested a second time. The caller repeats the other two.
@@ -135,7 +135,7 @@ class WebUI:
         return self._get(f"/{name}", parse_menu, timeout=timeout)
 
     def last_menu(self, name: str) -> Any:
-        """What A1111 has answered last to one of MENUS, whoever asked; None if nobody has asked yet."""
+        """The last answer of A1111 to one of MENUS, whoever asked; None if nobody has asked yet."""
         return self._menus.get(f"/{name}")
 
     def samplers(self) -> tuple[Sampler, ...]:

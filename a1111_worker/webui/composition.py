@@ -174,7 +174,7 @@ def _append_trigger_words(
 
 @dataclass(frozen=True)
 class _JobLora:
-    """A LoRA of the job: the first request for it, its file (None: it could not be had), and every reference to it."""
+    """A LoRA of the job: the first request for it, its file (None: it is not available), and every reference to it."""
 
     request: LoraRequest
     model: Model | None

@@ -133,7 +133,7 @@ def resolve_units(
     elif script == ADETAILER and lists.adetailer:
         args = _resolve_adetailer(args, lists.adetailer, given, complaints)
     elif script in (CONTROLNET, ADETAILER):
-        reason = "this WebUI does not tell what the extension has, and nothing could be checked"
+        reason = "this WebUI does not list what the extension has, so nothing could be checked"
         complaints.add(f"alwayson_scripts.{shown(given)}", f"is refused: {reason}")
     else:
         return arguments
@@ -199,7 +199,7 @@ def _resolve_model(name: str, lists: ControlNetLists, path: str, complaints: _Co
 
 
 def find_model(stem: str, models: Sequence[str]) -> str | None:
-    """The entry of ControlNet's list for a model, which has a hash behind it."""
+    """The entry of ControlNet's list for a model: its stem with a hash."""
     return next((model for model in models if stem_of_model(model).casefold() == stem.strip().casefold()), None)
 
 

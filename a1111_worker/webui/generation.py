@@ -6,7 +6,7 @@ What can go wrong, and what the worker does then:
     a bare 404                       nothing about the request: wait, then try again; three tries in all
     an HTTPException                 the job fails at once: its request is wrong
     out of memory                    the job fails; the weights leave the GPU and come back. If it is the second time
-                                     within three jobs, the worker is not fit any more
+                                     within three jobs, the worker is replaced
     a failed switch has broken it    nothing was generated: restart the WebUI if start.sh owns it; three tries in all
     lost during the generation       the job fails; the next job prepares the WebUI again
     hangs: silent, or does not end   the job fails; the WebUI is killed if start.sh owns it
@@ -70,8 +70,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_TRIES = 3  # of a generation that did not even begin
-OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; a second one among them shows that the worker is not fit
+MAX_TRIES = 3  # of a generation that has not begun
+OUT_OF_MEMORY_WINDOW = 3  # jobs after an out-of-memory; with a second one among them, the worker is replaced
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Generator:
         if not started.plan.allow_blank and any(map(is_blank, _generated(generation, started.plan))):
             raise GenerationFailed(
                 "a picture came out all one colour",
-                hint='try another seed or a lower LoRA scale; "allow_blank": true lets such a picture through',
+                hint='try another seed or a lower LoRA scale; with "allow_blank": true such a picture is no error',
             )
         return generation
 
@@ -391,7 +391,7 @@ class Generator:
             pass  # the generation failed by itself, and its job is over in any case
 
     def _kill(self, request: RunningRequest[WebUIResponse], error: WebUISilent) -> WebUILost:
-        """Kill a WebUI that hangs, if start.sh owns it. If not, this worker is not fit for another job."""
+        """Kill a WebUI that hangs, if start.sh owns it. If not, this worker must be replaced."""
         request.abandon(WebUIResponse.close)
         return WebUILost(error.message, refresh_worker=not self._readiness.restart(error.message))
 
@@ -409,7 +409,7 @@ class Generator:
 
 
 def _generated(generation: Generation, plan: GenerationPlan) -> list[str]:
-    """The pictures without what ControlNet's annotators have seen, which may well be one colour."""
+    """The pictures without the maps of ControlNet's annotators, which may well be one colour."""
     images: list[str] = generation.answer["images"]
     if not detected_maps(plan.body):
         return images

@@ -124,7 +124,7 @@ class OptionsReset:
             if key in changed:
                 self._set_slowly(key, changed[key])
         self._owner.forget()
-        log.info("the WebUI has its owner's settings again: %s", ", ".join(changed) or "none was another")
+        log.info("the WebUI has its owner's settings again: %s", ", ".join(changed) or "none was different")
 
     def _set_slowly(self, key: str, value: Any) -> None:
         try:

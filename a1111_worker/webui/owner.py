@@ -71,7 +71,7 @@ class OwnersOptions:
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("the file of the WebUI's own options stays: %s", error.strerror)
+            log.warning("the file with the WebUI's own options could not be removed: %s", error.strerror)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -81,7 +81,7 @@ class OwnersOptions:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError):
-            log.warning("the file of the WebUI's own options cannot be read; what it held is lost")
+            log.warning("the file with the WebUI's own options cannot be read; they are lost")
             return {}
         entries = found.items() if isinstance(found, dict) else ()
         return {key: entry for key, entry in entries if isinstance(entry, dict) and entry.keys() == {"was", "set"}}

@@ -1,4 +1,4 @@
-"""How far a generation is, as its caller can believe it. Pure: looks at /progress go in, reports come out.
+"""How far a generation is, without what A1111 shows wrongly. Pure: answers of /progress go in, reports come out.
 
 What A1111 shows is partly of another job or of no use (measured on 1.9.3 and 1.10.1): before the first step the number
 of steps is that of the job or the pass before, and the seconds left are a hundred times those so far. An adaptive

@@ -252,7 +252,7 @@ class Readiness:
             return None
 
     def restart(self, reason: str) -> bool:
-        """Kill the WebUI, so that start.sh starts another one. False if start.sh does not own it."""
+        """Kill the WebUI, so that start.sh starts another one. False if start.sh does not own the WebUI."""
         self.invalidate()
         if not self._supervisor.kill(wait=self.timings.death):
             return False

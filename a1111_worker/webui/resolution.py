@@ -62,7 +62,7 @@ class WebUILists:
 
 
 FindEmbeddings = Callable[[Sequence[str]], Sequence[ModelRef]]
-"""Returns the embeddings of the cache that texts name by a word of everybody's."""
+"""Returns the embeddings of the cache that texts name by a word which means them in every job."""
 
 
 def resolve(

@@ -78,5 +78,5 @@ class RunningRequest(Generic[T]):
         return self._call.result()
 
     def abandon(self, dispose: Callable[[T], None]) -> None:
-        """Nobody waits any more: `dispose` gets what `send` still returns."""
+        """Wait no longer. `dispose` gets what `send` returns, now or later."""
         self._call.abandon(dispose)

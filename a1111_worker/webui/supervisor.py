@@ -49,7 +49,7 @@ class Supervisor:
 
     @property
     def instance_id(self) -> str:
-        """Another text for each process of the WebUI; always the same if start.sh does not own it."""
+        """A text that differs for each process of the WebUI; always the same if start.sh does not own it."""
         state, _ = self._read()
         return state
 

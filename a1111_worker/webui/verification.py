@@ -203,7 +203,7 @@ def _check_checkpoint(info: Mapping[str, Any], body: Mapping[str, Any], checkpoi
 
 
 def _verify_refiner(named: Collection[str], plan: GenerationPlan) -> tuple[Model | None, list[str]]:
-    """The refiner if it has drawn, and a warning if it has not: then its time did not come (1.9.3 and 1.10.1).
+    """The refiner if it has drawn. If not, no step was left for it (1.9.3 and 1.10.1): None, and a warning.
 
     `named` is what A1111 names as the refiner.
     """
@@ -248,7 +248,7 @@ def _check_vae(info: Mapping[str, Any], plan: GenerationPlan) -> None:
         is_named = bool(texts) and all(named in text for text in texts)
     if not is_named:
         raise GenerationFailed(
-            f"the WebUI drew without the VAE {plan.vae.name}", hint="send the job again; the WebUI's log tells why"
+            f"the WebUI drew without the VAE {plan.vae.name}", hint="send the job again; the WebUI's log says why"
         )
 
 

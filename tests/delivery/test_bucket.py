@@ -206,7 +206,7 @@ def test_an_upload_that_fails_for_a_moment_is_tried_again(bucket: BucketUnderTes
 
 # what happens to every try of the second image, how many tries there are, and words of the error
 LASTING = [
-    (500, 4, "the bucket failed again and again (500 InternalError)"),
+    (500, 4, "the bucket failed at every try (500 InternalError)"),
     (503, 4, "(503 SlowDown)"),
     ("cut", 4, "cannot be reached (ConnectionClosedError)"),
     ("lost", 4, "cannot be reached"),  # the file is stored, and its answer never comes

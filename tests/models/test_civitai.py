@@ -350,12 +350,12 @@ LINK_REFUSALS: dict[str, tuple[sandbox.ServerFault, type[ModelError], str, int]]
     "500": (sandbox.SERVER_ERROR, DownloadFailed, r"CivitAI failed .*\(500\)", 4),
     "522": (sandbox.CLOUDFLARE_522, DownloadFailed, r"CivitAI failed .*\(522\)", 4),
     "408": (sandbox.json_fault(408, {}), DownloadFailed, r"CivitAI failed .*\(408\)", 4),
-    "200, a page": (sandbox.HTML_PAGE, DownloadFailed, "something else than was asked", 3),
-    "200, JSON": (sandbox.json_fault(200, {"url": "…"}), DownloadFailed, "something else than was asked", 3),
+    "200, a page": (sandbox.HTML_PAGE, DownloadFailed, "not what was asked for", 3),
+    "200, JSON": (sandbox.json_fault(200, {"url": "…"}), DownloadFailed, "not what was asked for", 3),
     "200, a page of 9 MB": (
         sandbox.ServerFault(200, b"x" * 9_000_000, {"content-type": "text/plain"}),
         DownloadFailed,
-        "something else",
+        "not what was asked for",
         3,
     ),
     "RST": (sandbox.RESET, DownloadFailed, "no connection to CivitAI", 3),
@@ -663,7 +663,7 @@ def test_a_link_to_where_nothing_may_be_fetched_is_refused(target: str, service:
     remote = client.describe(LORA, Deadline())
     service.fail(sandbox.redirect(target), times=None, on="/api/download/")
 
-    with pytest.raises(DownloadFailed, match="to where this worker may not fetch") as refused:
+    with pytest.raises(DownloadFailed, match="to a place that this worker may not use") as refused:
         client.link(remote, Deadline())
 
     assert not re.search(r"secret|Authorization|passwd|latest|/x", message_and_hint(refused.value))

@@ -141,7 +141,7 @@ def test_the_token_follows_a_rename_inside_the_hub_and_never_leaves_it(hub: Sand
         remote = client.describe(ref_of(old), Deadline())
         hub.fail(redirect(f"{elsewhere.url}/owner/repo"))
 
-        with pytest.raises(DownloadFailed, match="where this worker may not fetch"):
+        with pytest.raises(DownloadFailed, match="to a place that this worker may not use"):
             client.link(remote, Deadline())
 
     assert tokens_of(hub) == [f"Bearer {TOKEN}"] * 3

@@ -53,6 +53,15 @@ def test_a_model_in_the_cache_costs_no_request(fleet: Fleet) -> None:
     assert len(fleet.asked()) == before
 
 
+def test_a_model_in_the_cache_is_refused_if_the_job_names_another_hash(fleet: Fleet) -> None:
+    fleet.serve(77)
+    worker = fleet.start()
+    fetch(worker, lora(77))
+
+    with pytest.raises(ModelRejected, match=r"0{12}.* was asked for"):
+        fetch(worker, lora(77, sha256="0" * 64))
+
+
 def test_the_files_of_a_job_are_fetched_at_once_and_returned_in_the_order_of_its_references(fleet: Fleet) -> None:
     refs = [lora(number) for number in (5, 3, 9, 1)]
     for ref in refs:

@@ -270,4 +270,4 @@ def test_the_first_frame_of_an_animation_is_said() -> None:
 
     request = fit(init_images=[base64.b64encode(file.getvalue()).decode()])
 
-    assert request.warnings == (f"of {FIRST}, only the first picture is used",)
+    assert request.warnings == (f"{FIRST} has several pictures, and only the first one is used",)

@@ -341,7 +341,7 @@ def test_an_input_that_is_no_job_is_a_complaint(raw: object, path: str, sentence
         ),
         ({"infotext": "Model: x"}, "infotext", "sets other fields unseen"),
         # what outlives the job, breaks the verification, fills the disk, or is ours
-        ({"disable_extra_networks": True}, "disable_extra_networks", "LoRAs of the job before"),
+        ({"disable_extra_networks": True}, "disable_extra_networks", "keep the LoRAs of the job before"),
         ({"send_images": False}, "send_images", "the pictures are the answer"),
         ({"save_images": "yes"}, "save_images", "true or false"),
         ({"send_images": "yes"}, "send_images", "true or false"),

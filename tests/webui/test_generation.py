@@ -34,6 +34,20 @@ def test_a_webui_that_dies_during_a_job_costs_that_job(tmp_path: Path) -> None:
         assert "error" not in after
 
 
+def test_a_webui_whose_connection_breaks_is_prepared_again_for_the_next_job(tmp_path: Path) -> None:
+    with supervised(tmp_path) as (it, start_sh):
+        it.webui.fail_next = [WebUIFault.RESET]
+
+        lost = it.ask()
+        before = len(it.webui.asked)
+        after = it.ask()
+
+        assert lost["code"] == "WEBUI_LOST"
+        assert "error" not in after
+        assert "/sdapi/v1/options" in it.requests_since(before)
+        assert start_sh.restarted == 0
+
+
 def test_a_webui_that_hangs_in_a_job_is_killed_and_the_next_job_succeeds(tmp_path: Path) -> None:
     with supervised(tmp_path, GENERATION_TIMEOUT="0.3") as (it, start_sh):
         it.webui.fail_next = [WebUIFault.HANG]
