@@ -68,11 +68,14 @@ class LocalEndpoint:
         return self._signal != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal and self._process is not None:
-            self._process.kill()
-        else:
+        is_second, self._signal = (
+            self._was_signalled(),
+            number,
+        )  # first of all: another signal may interrupt what follows
+        if not is_second:
             log.info("the end waits for the job that runs; a second signal ends it at once")
-        self._signal = number
+        elif self._process is not None:
+            self._process.kill()
         self._end_worker()
 
     def _end_worker(self) -> None:

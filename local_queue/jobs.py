@@ -43,6 +43,7 @@ class QueueLimits:
     execution_timeout: float = 600.0  # from taken to answered, unless the job's policy has another value
     time_to_live: float = _DAY  # from submitted to forgotten, whatever the job is doing, likewise
     kept_seconds: float = 1800.0  # for which a result can be asked for
+    start_seconds: float = 0.5  # in which a worker starts a job that it took: before that, it cannot stop it
     queued_bytes: float = 512 * _MIB  # of all jobs that have not ended; above it no further job is taken
     result_bytes: float = 512 * _MIB  # of all results; above it the oldest ones are forgotten early
     run_bytes: int = 10 * _MIB  # a job's body and its answer
@@ -89,6 +90,13 @@ class QueuedJob:
         at_work = math.inf if self.taken is None else self.taken + self.execution_timeout
         return min(at_work, self.forgotten_at)
 
+    def stoppable_at(self, start_seconds: float) -> float:
+        """When its worker can stop it: the SDK passes over the id of a job that it took and has not started.
+
+        It starts jobs every 0.1 s (runpod 1.12, rp_scale.py).
+        """
+        return (self.taken or 0.0) + start_seconds
+
 
 @dataclass(frozen=True)
 class JobEvent:
@@ -119,7 +127,7 @@ class JobQueue:
         self._tell = tell
         self._changed = threading.Condition()
         self._waiting: list[QueuedJob] = []
-        self._to_stop: dict[str, list[str]] = {}  # by worker: jobs that it must still be told to stop
+        self._to_stop: dict[str, list[QueuedJob]] = {}  # by worker: jobs that it must still be told to stop
         self._starting: set[str] = set()
         self._workers: set[str] = set()
         self._dismissed: set[str] = set()
@@ -217,8 +225,11 @@ class JobQueue:
     def jobs_to_stop(self, worker: str, seconds: float, is_gone: Callable[[], bool]) -> list[str]:
         """The ids of this worker's jobs that were cancelled or timed out, each once; after `seconds` at the latest."""
         with self._changed:
-            self.wait(lambda: bool(self._to_stop.get(worker)) or worker in self._dismissed, seconds)
-            return [] if is_gone() else self._to_stop.pop(worker, [])
+            self.wait(lambda: bool(self._stoppable(worker)) or worker in self._dismissed, seconds)
+            jobs = [] if is_gone() else self._stoppable(worker)
+            for job in jobs:
+                self._to_stop[worker].remove(job)
+            return [job.id for job in jobs]
 
     def ping(self, worker: str, query: Mapping[str, str]) -> None:
         with self._changed:
@@ -307,8 +318,7 @@ class JobQueue:
                 now = time.monotonic()
                 if condition() or now >= until or self._is_closed:
                     return condition()
-                next_end = min((job.ends_at for job in self.jobs.values() if job.status not in FINAL), default=until)
-                self._changed.wait(max(0.001, min(until, next_end) - now))
+                self._changed.wait(max(0.001, min([until, *self._next_moments(now)]) - now))
 
     def wait_for_worker(self, seconds: float) -> bool:
         """Wait until a worker has asked for a job; whether one has."""
@@ -322,11 +332,22 @@ class JobQueue:
 
     # Inside. The lock is held.
 
+    def _next_moments(self, now: float) -> list[float]:
+        """When something changes by itself: a job's time is over, or its worker can stop it."""
+        ends = [job.ends_at for job in self.jobs.values() if job.status not in FINAL]
+        stops = [job.stoppable_at(self.limits.start_seconds) for jobs in self._to_stop.values() for job in jobs]
+        return ends + [moment for moment in stops if moment > now]
+
+    def _stoppable(self, worker: str) -> list[QueuedJob]:
+        """The jobs that this worker must still be told to stop, and can."""
+        now = time.monotonic()
+        return [job for job in self._to_stop.get(worker, ()) if job.stoppable_at(self.limits.start_seconds) <= now]
+
     def _end(self, job: QueuedJob, status: str, *, tell_worker: bool = True) -> None:
         if job in self._waiting:
             self._waiting.remove(job)
         elif tell_worker and job.worker:
-            self._to_stop.setdefault(job.worker, []).append(job.id)
+            self._to_stop.setdefault(job.worker, []).append(job)
         job.status, job.ended = status, time.monotonic()
         job.body, job.body_bytes = {}, 0
         self._note("ended", job)

@@ -48,14 +48,38 @@ TAKEN = Answer(200, {})
 Route = Callable[[Request, str], Answer]
 
 
-class CallerRoutes:
+class _Routes:
+    """The routes of one side of a queue, by a request's method and the first word of its path."""
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self._routes: dict[tuple[str, str], Route] = {}
+
+    @property
+    def largest_body(self) -> int:
+        """Bytes. A larger one need not be read: `too_large` is its answer."""
+        return self._queue.limits.bytes_of(sync=True)
+
+    def refuse(self, headers: Mapping[str, str]) -> Answer | None:
+        """The answer to a request that may not be made, whatever it asks; None if it may."""
+        raise NotImplementedError
+
+    def answer(self, request: Request) -> Answer:
+        if refusal := self.refuse(request.headers):
+            return refusal
+        verb, rest = _split(request.path)
+        route = self._routes.get((request.method, verb))
+        return route(request, rest) if route else NOT_FOUND
+
+
+class CallerRoutes(_Routes):
     """What the callers of an endpoint ask. `key`, if there is one, is their Bearer token."""
 
     def __init__(self, queue: JobQueue, key: str | None, allowed_hosts: Collection[str] = ()) -> None:
-        self._queue = queue
+        super().__init__(queue)
         self._authorization = f"Bearer {key}" if key else None
         self._allowed_hosts = allowed_hosts
-        self._routes: dict[tuple[str, str], Route] = {
+        self._routes = {
             ("POST", "run"): lambda request, rest: self._run(request, sync=False),
             ("POST", "runsync"): lambda request, rest: self._run(request, sync=True),
             ("GET", "status"): lambda request, job_id: _found(queue.status(job_id)),
@@ -66,13 +90,7 @@ class CallerRoutes:
             ("GET", "health"): lambda request, rest: Answer(200, queue.health()),
         }
 
-    @property
-    def largest_body(self) -> int:
-        """Bytes. A larger one need not be read: `too_large` is its answer."""
-        return self._queue.limits.bytes_of(sync=True)
-
     def refuse(self, headers: Mapping[str, str]) -> Answer | None:
-        """The answer to a request that may not be made, whatever it asks; None if it may."""
         if reason := why_refused(headers, self._allowed_hosts):
             return Answer(403, {"error": reason})
         if not has_key(headers, self._authorization):
@@ -82,13 +100,6 @@ class CallerRoutes:
     def too_large(self, path: str) -> Answer:
         verb, _ = _split(path)
         return _too_large(self._queue.limits.bytes_of(sync=verb == "runsync"))
-
-    def answer(self, request: Request) -> Answer:
-        if refusal := self.refuse(request.headers):
-            return refusal
-        verb, rest = _split(request.path)
-        route = self._routes.get((request.method, verb))
-        return route(request, rest) if route else NOT_FOUND
 
     def _run(self, request: Request, *, sync: bool) -> Answer:
         limit = self._queue.limits.bytes_of(sync=sync)
@@ -112,15 +123,15 @@ class CallerRoutes:
         return _found(self._queue.status(job.id))
 
 
-class WorkerRoutes:
+class WorkerRoutes(_Routes):
     """What the SDK of a worker asks. `key` is its whole Authorization header, as the SDK sends it."""
 
     def __init__(self, queue: JobQueue, key: str, *, long_poll: float) -> None:
         """`long_poll`: seconds for which a request for jobs, or for jobs to stop, is held open."""
-        self._queue = queue
+        super().__init__(queue)
         self._key = key
         self._long_poll = long_poll
-        self._routes: dict[tuple[str, str], Route] = {
+        self._routes = {
             ("GET", "job-take"): self._take_one,
             ("GET", "job-take-batch"): self._take_batch,
             ("GET", "job-stop"): self._stop,
@@ -129,18 +140,12 @@ class WorkerRoutes:
             ("GET", "ping"): self._ping,
         }
 
-    @property
-    def largest_body(self) -> int:
-        """Bytes. A larger one need not be read: `too_large` is its answer."""
-        return self._queue.limits.bytes_of(sync=True)
-
     def has(self, path: str) -> bool:
         """Whether the path is one of a worker."""
         verb, _ = _split(path)
         return any(verb == name for _, name in self._routes)
 
     def refuse(self, headers: Mapping[str, str]) -> Answer | None:
-        """The answer to a request without the worker's key; None if it has the key."""
         return None if has_key(headers, self._key) else Answer(401, {"error": "unauthorized"})
 
     def too_large(self, path: str) -> Answer:
@@ -148,13 +153,6 @@ class WorkerRoutes:
         if job := self._job(_split(path)[1]):
             self._queue.refuse(job, f"above {self.largest_body} bytes")
         return _too_large(self.largest_body)
-
-    def answer(self, request: Request) -> Answer:
-        if refusal := self.refuse(request.headers):
-            return refusal
-        verb, rest = _split(request.path)
-        route = self._routes.get((request.method, verb))
-        return route(request, rest) if route else NOT_FOUND
 
     def _take_one(self, request: Request, worker: str) -> Answer:
         jobs = self._queue.take(worker, 1, self._long_poll, request.is_gone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -57,6 +58,10 @@ class WorkerProcess:
         """Start it. OSError if it cannot be started."""
         self._home = tempfile.TemporaryDirectory(prefix="local-queue-")
         environment = dict(environment)
+        if setpriv := shutil.which("setpriv"):  # of util-linux
+            # If the queue is killed, the SDK would ask it for ever: thousands of times a second, each with a line in
+            # the log (1.12).
+            command = [setpriv, "--pdeathsig", "TERM", *command]
         # With this file the SDK sends the key in it, RunPod's own, and not RUNPOD_AI_API_KEY (1.12, http_client.py).
         if (Path(environment.get("HOME") or "~").expanduser() / ".runpod" / "config.toml").exists():
             environment["HOME"] = self._home.name

@@ -53,6 +53,7 @@ class SandboxRunPod(FaultyServer):
 
     port: InitVar[int] = 0
     long_poll: float = 1.0  # seconds for which a worker's request for jobs or for stopped jobs is held open
+    start_seconds: float = 0.5  # in which a worker starts a job that it took; only then it is told to stop it
     execution_timeout: float = 600.0  # seconds, unless the job's policy has another value (in milliseconds)
     run_limit: int = 10 * _MIB  # bytes of a body of an asynchronous job
     sync_limit: int = 20 * _MIB  # the same of a synchronous job
@@ -74,6 +75,7 @@ class SandboxRunPod(FaultyServer):
         limits = QueueLimits(
             execution_timeout=self.execution_timeout,
             kept_seconds=math.inf,
+            start_seconds=self.start_seconds,
             queued_bytes=math.inf,
             result_bytes=math.inf,
             run_bytes=self.run_limit,

@@ -35,6 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 """The recorded answers of real servers."""
 
+ECHO_WORKER = ROOT / "tests" / "echo_worker.py"
+"""A program: the real SDK with a handler that answers a job with its input."""
+
 CHECKPOINT, DETAIL, HAND = 1590699, 135867, 294259
 """CivitAI's version ids of the models that a World serves."""
 

@@ -64,6 +64,20 @@ def test_a_job_is_forgotten_when_its_ttl_is_over_and_its_worker_is_told_to_stop(
     assert stopped == [job.id]
 
 
+@pytest.mark.parametrize(("start_seconds", "is_told"), [(0.0, True), (3600.0, False)])
+def test_a_worker_is_told_to_stop_a_job_when_it_has_had_the_time_to_start_it(
+    start_seconds: float, is_told: bool
+) -> None:
+    queue = JobQueue(QueueLimits(start_seconds=start_seconds))
+    job = queue.submit({"input": 1}, 0)
+    take(queue)
+    queue.cancel(job.id)
+
+    told = [queue.jobs_to_stop("w", 0.0, lambda: False) for _ in range(2)]
+
+    assert told == [[job.id] if is_told else [], []]
+
+
 @pytest.mark.parametrize(
     "policy", ["soon", {"executionTimeout": "60"}, {"executionTimeout": 0}, {"ttl": True}, {"ttl": float("nan")}]
 )

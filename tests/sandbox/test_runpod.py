@@ -16,6 +16,7 @@ import requests
 
 from sandbox.runpod import CANCELLED, COMPLETED, FAILED, IN_PROGRESS, IN_QUEUE, TIMED_OUT, SandboxRunPod
 from sandbox.storage import ServerFault
+from tests.support import ECHO_WORKER
 
 
 class PlainWorker:
@@ -58,7 +59,7 @@ class PlainWorker:
 
 @pytest.fixture
 def runpod() -> Iterator[SandboxRunPod]:
-    with SandboxRunPod(long_poll=0.02, run_limit=1000, sync_limit=2000) as server:
+    with SandboxRunPod(start_seconds=0.0, long_poll=0.02, run_limit=1000, sync_limit=2000) as server:
         yield server
 
 
@@ -347,30 +348,11 @@ def test_the_environment_of_a_worker_inherits_nothing_else(runpod: SandboxRunPod
 
 # The real SDK
 
-HANDLER = """
-import asyncio, runpod
-
-async def handler(job):
-    given = job["input"]
-    if "progress" in given:
-        runpod.serverless.progress_update(job, given["progress"])
-    if "wait" in given:
-        try:
-            await asyncio.sleep(given["wait"])
-        except asyncio.CancelledError:
-            print("cancelled", flush=True)
-            raise
-    return given.get("answer", {"echo": given})
-
-runpod.serverless.start({"handler": handler})
-"""
-
 
 @contextmanager
 def sdk_worker(runpod: SandboxRunPod, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    (folder / "echo.py").write_text(HANDLER)
     process = subprocess.Popen(
-        [sys.executable, "echo.py"],
+        [sys.executable, ECHO_WORKER],
         cwd=folder,
         env=runpod.worker_env(),
         stdout=subprocess.PIPE,
