@@ -135,7 +135,7 @@ class Config:
 
     any_checkpoint: bool = setting("ANY_CHECKPOINT", flag, False, "a job may bring a reference to a checkpoint")
     max_checkpoint_bytes: int = setting(
-        "MAX_CHECKPOINT_GB", gigabytes, 8_000_000_000, "what the file of such a checkpoint may have", default="8"
+        "MAX_CHECKPOINT_GB", gigabytes, 8_000_000_000, "the largest file of such a checkpoint", default="8"
     )
 
     jobs_in_flight: int = setting("JOBS_IN_FLIGHT", whole(1, 16), 2, "jobs a worker holds at once; one generates")

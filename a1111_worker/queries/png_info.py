@@ -1,4 +1,4 @@
-"""What a picture's file says of how it was made, as A1111's `POST /png-info` answers it. A1111 is not asked.
+"""What a picture's file says about how it was made, as A1111's `POST /png-info` answers it. A1111 is not asked.
 
 {"info": "a cat\nNegative prompt: blurry\nSteps: 20, Sampler: Euler, Seed: 5, Size: 512x768",
  "items": {"Software": "…"},

@@ -220,7 +220,7 @@ def _workers_own_fields(limits: Limits) -> dict[str, Field]:
         "clip_skip": OVERRIDABLE_OPTIONS["CLIP_stop_at_last_layers"].value,
         "vae": text_or_object("a name, or a reference as in loras"),
         "embeddings": replace(any_list(), expected=f"a list of at most {MAX_EMBEDDINGS} embeddings"),
-        "include": list_of(one_of("models"), 1, "keys of the answer: models"),
+        "include": list_of(one_of("models"), 1, "key of the answer: models"),
         "output": output_options(has_bucket=limits.has_bucket),
         "allow_blank": boolean(),
         "preview": boolean(),
