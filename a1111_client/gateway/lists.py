@@ -26,8 +26,11 @@ def sd_models(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def loras(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """What `<lora:NAME:1>` may name: what the WebUI and the cache have, and the catalog, fetched on demand."""
-    found = {str(entry["name"]): dict(entry) for entry in snapshot.webui("loras") if "name" in entry}
+    """What `<lora:NAME:1>` may name: what the WebUI and the cache have, and the catalog, fetched on demand.
+
+    The alias is the name: some clients write the alias into the prompt, and a worker knows the names alone.
+    """
+    found = {str(entry["name"]): {**entry, "alias": entry["name"]} for entry in snapshot.webui("loras")}
     for entry in [*snapshot.cached("loras"), *snapshot.catalog]:
         file = str(entry.get("file") or "")
         name = str(entry.get("tag") or PurePosixPath(file).stem)

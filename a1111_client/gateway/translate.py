@@ -157,7 +157,9 @@ def _settings(body: Input, snapshot: Snapshot, options: OptionsStore) -> Checkpo
             f"override_settings: {', '.join(sorted(refused))}: cannot be changed on this endpoint; "
             f"a job may change {', '.join(sorted(snapshot.options))}",
         )
-    settings = {name: value for name, value in settings.items() if value != snapshot.options[name]}
+    settings = {
+        name: value for name, value in settings.items() if value != snapshot.options[name] and _is_used(name, body)
+    }
     if settings:
         body["override_settings"] = settings
     return checkpoint

@@ -121,9 +121,16 @@ class ModelsQuery:
                 for lora in LORAS
             ],
             "webui": self._webui_lists(),
-            "options": {name: option.default for name, option in OVERRIDABLE_OPTIONS.items()},
+            "options": self._options(),
             "limits": _figures(self._limits),
         }
+
+    def _options(self) -> dict[str, Any]:
+        """The settings that a job may override, and what they are in a job that does not."""
+        options: dict[str, Any] = {name: option.default for name, option in OVERRIDABLE_OPTIONS.items()}
+        if restorer := self._readiness.lists.restorer:
+            options["face_restoration_model"] = restorer
+        return options
 
     def _fingerprint(self) -> str:
         """A text that changes whenever the menus change. It takes no request and no look at a disk."""

@@ -367,6 +367,11 @@ OVERRIDABLE_OPTIONS: Mapping[str, Option] = {
     "sgm_noise_multiplier": Option(False, boolean()),
     "always_discard_next_to_last_sigma": Option(False, boolean()),
     "upcast_attn": Option(False, boolean()),
+    "face_restoration_model": Option("CodeFormer", one_of("CodeFormer", "GFPGAN")),
+    "code_former_weight": Option(0.5, number(0, 1)),
+    "inpainting_mask_weight": Option(1.0, number(0, 1)),
+    "initial_noise_multiplier": Option(1.0, number(0, 1.5)),
+    "img2img_color_correction": Option(False, boolean()),
 }
 
 
@@ -375,10 +380,7 @@ INERT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "return_grid": (),
     "ddim_discretize": ("uniform",),
     "img2img_fix_steps": (False,),
-    "img2img_color_correction": (False,),
     "sd_hypernetwork": ("None",),
-    "inpainting_mask_weight": (1,),
-    "initial_noise_multiplier": (1,),
 }
 """Options that clients send, and the values that change nothing: A1111's defaults. None are listed if no value does."""
 

@@ -66,12 +66,16 @@ class OptionsReset:
         self._webui = webui
         self._owner = owner
         self._checkpoint: Model | None = None
+        self._restorer = ""  # of faces; "": A1111's own default
         self._instance_id: str | None = None
         self._others: Mapping[str, Any] = {}  # the options that are not reset, before a script
         self._script_ran = False
 
-    def begin(self, checkpoint: Model) -> None:
-        """Look at the options before anything is set. WebUINotReady if the WebUI does not answer with PNGs."""
+    def begin(self, checkpoint: Model, restorer: str) -> None:
+        """Look at the options before anything is set. WebUINotReady if the WebUI does not answer with PNGs.
+
+        `restorer` restores the faces of jobs that name none.
+        """
         options = self._webui.options()
         if not _sends_png(options):
             raise WebUINotReady(
@@ -79,9 +83,9 @@ class OptionsReset:
                 "and this worker reads PNG",
                 hint="set samples_format to png, on the WebUI's page or in its config.json, and start the worker again",
             )
-        self._checkpoint = checkpoint
+        self._checkpoint, self._restorer = checkpoint, restorer
         if self._owner:
-            self._owner.remember(options.values, {**RESET_OPTIONS, "sd_model_checkpoint": checkpoint.shown_file})
+            self._owner.remember(options.values, {**self._defaults(), "sd_model_checkpoint": checkpoint.shown_file})
 
     def expect_changes(self) -> None:
         """A script runs now. The next reset sets back what it leaves behind."""
@@ -93,7 +97,7 @@ class OptionsReset:
         `instance_id` names the WebUI's process. `timeout` is seconds: setting `sd_vae` can make the WebUI load weights.
         """
         options = self._webui.options()
-        values = {key: value for key, value in RESET_OPTIONS.items() if key in options.values}
+        values = {key: value for key, value in self._defaults().items() if key in options.values}
         if instance_id != self._instance_id or not self._script_ran:
             self._note_others(options)
         else:
@@ -108,7 +112,7 @@ class OptionsReset:
         self._note_others(options)  # what the owner changes there stays
         if self._checkpoint is None or options.checkpoint_sha256 != self._checkpoint.sha256:
             return False
-        ours = {**RESET_OPTIONS, "sd_model_checkpoint": self._checkpoint.shown_file}
+        ours = {**self._defaults(), "sd_model_checkpoint": self._checkpoint.shown_file}
         return _sends_png(options) and all(
             is_same(key, options.values.get(key, value), value) for key, value in ours.items()
         )
@@ -125,6 +129,9 @@ class OptionsReset:
                 self._set_slowly(key, changed[key])
         self._owner.forget()
         log.info("the WebUI has its owner's settings again: %s", ", ".join(changed) or "none was different")
+
+    def _defaults(self) -> Mapping[str, Any]:
+        return {**RESET_OPTIONS, "face_restoration_model": self._restorer} if self._restorer else RESET_OPTIONS
 
     def _set_slowly(self, key: str, value: Any) -> None:
         try:

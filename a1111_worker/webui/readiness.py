@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from a1111_worker.background import BackgroundCall
@@ -339,7 +339,7 @@ class Readiness:
             )
         checkpoint = self.checkpoint  # the next job may want another one meanwhile, if this one's is cancelled
         self._lists = self._read_lists(flags, instance)
-        self._options.begin(checkpoint)
+        self._options.begin(checkpoint, self._lists.restorer)
         self._step = _Step(f"loading {checkpoint.name}")
         self._ready = None
         switch = CheckpointSwitch(self._webui, checkpoint, timeout=self._ready_timeout, timings=self.timings)
@@ -350,19 +350,17 @@ class Readiness:
         if instance != self._supervisor.instance_id:
             raise WebUILost("the WebUI was restarted during its preparation")
 
-    def _choose_restorer(self, flags: WebUIFlags) -> bool:
-        """Whether faces can be restored. If only another restorer than A1111's setting has its files, it is set."""
-        usable = usable_restorers(flags)
-        restorer = self._webui.options().values.get("face_restoration_model")
-        if usable and restorer not in usable:
-            self._webui.set_options({"face_restoration_model": usable[0]})
-        return bool(usable)
+    def _choose_restorer(self, usable: Sequence[str]) -> str:
+        """The restorer of faces for jobs that name none: A1111's setting, unless only another one has its files."""
+        restorer = str(self._webui.options().values.get("face_restoration_model") or "")
+        return usable[0] if usable and restorer not in usable else restorer
 
     def _read_lists(self, flags: WebUIFlags, instance: str) -> WebUILists:
         upscalers, scripts, axes = self._webui.upscalers(), self._webui.scripts(), self._webui.script_axes()
         self._upscaler_proofs.begin(instance, [upscaler.name for upscaler in upscalers if upscaler.has_file])
         broken = self._upscaler_proofs.broken
         usable = {upscaler.name for upscaler in upscalers if upscaler.is_there and upscaler.name not in broken}
+        restorers = usable_restorers(flags) if self._is_ours else None
         return WebUILists(
             samplers=self._webui.samplers(),
             schedulers=self._webui.schedulers(),
@@ -376,8 +374,8 @@ class Readiness:
             styles={style.name: style for style in self._webui.styles()},
             vaes=("Automatic", "None", *self._webui.vaes()),
             checkpoint_names=checkpoint_names(self.own_checkpoint),
-            can_restore_faces=self._choose_restorer(flags) if self._is_ours else None,
-            face_restorers=usable_restorers(flags) if self._is_ours else None,
+            restorer=self._choose_restorer(restorers or ()),
+            face_restorers=restorers,
             extensions=read_lists(self._webui, scripts[Task.TXT2IMG], flags),
         )
 

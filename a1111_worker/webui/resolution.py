@@ -34,8 +34,8 @@ class WebUILists:
     `checkpoint_names` are the texts that name the checkpoint that is there, in lower case, its title first.
     `script_axes` are the axes of "X/Y/Z plot": a job names them by their number. `latent_upscalers` enlarge in hires
     fix alone. `missing_upscalers` are listed by the WebUI too, and their files are not there or do not work.
-    `can_restore_faces` is None if it is unknown, because somebody else runs the WebUI; so is `face_restorers`, the
-    restorers whose files are there.
+    `face_restorers` are those whose files are there; None if that is unknown, because somebody else runs the WebUI.
+    `restorer` is the one of a job that names none.
     """
 
     samplers: Sequence[Sampler]
@@ -50,8 +50,8 @@ class WebUILists:
     img2img_script_axes: Sequence[str] = ()
     latent_upscalers: Sequence[str] = ()
     missing_upscalers: Sequence[str] = ()
-    can_restore_faces: bool | None = None
     face_restorers: Sequence[str] | None = None
+    restorer: str = ""
     extensions: ExtensionLists = NO_EXTENSIONS
 
     def of_task(self, task: Task) -> WebUILists:
@@ -115,7 +115,7 @@ def _warnings(request: GenerationRequest, body: Body, lists: WebUILists) -> Iter
         dropped.append(f"override_settings.{CHECKPOINT_OPTION}")
     if dropped:
         yield f"dropped, because it cannot change the pictures: {quoted_list(dropped, most=50)}"
-    if body.get("restore_faces") and lists.can_restore_faces is None:
+    if body.get("restore_faces") and lists.face_restorers is None:
         yield "nothing shows whether restore_faces did anything: that needs files in the WebUI's folders"
 
 
@@ -201,9 +201,15 @@ def _resolve_script_upscaler(body: Body, lists: WebUILists) -> Body:
 
 
 def _check_faces(body: Body, lists: WebUILists) -> Body:
-    if body.get("restore_faces") and lists.can_restore_faces is False:
-        reason = "the files for it are not there, and A1111 would silently leave every face as it is"
-        raise InvalidRequest([Complaint("restore_faces", f"is refused: {reason}")])
+    if not body.get("restore_faces") or lists.face_restorers is None:
+        return {}
+    silently = "and A1111 would silently leave every face as it is"
+    if not lists.face_restorers:
+        raise InvalidRequest([Complaint("restore_faces", f"is refused: the files for it are not there, {silently}")])
+    named = body.get("override_settings", {}).get("face_restoration_model", lists.face_restorers[0])
+    if named not in lists.face_restorers:
+        reason = f"the files of {named} are not there, {silently}; there is {quoted_list(lists.face_restorers)}"
+        raise InvalidRequest([Complaint("override_settings.face_restoration_model", f"is refused: {reason}")])
     return {}
 
 

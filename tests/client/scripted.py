@@ -45,8 +45,16 @@ def models_answer(**changes: Any) -> dict[str, Any]:
         ],
         "cached": {"loras": [{"name": "Fog", "file": "fog_1.safetensors", "tag": "fog_1"}], "vaes": [{"file": "v.pt"}]},
         "catalog": [{"name": "Detail", "version_id": 1, "scale": 1.0, "file": "detail.safetensors"}],
-        "webui": {"prompt-styles": [{"name": "noir", "prompt": "noir", "negative_prompt": ""}]},
-        "options": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic", "eta_noise_seed_delta": 0},
+        "webui": {
+            "prompt-styles": [{"name": "noir", "prompt": "noir", "negative_prompt": ""}],
+            "loras": [{"name": "mist_2", "alias": "my-mist", "path": "mist_2.safetensors", "metadata": {}}],
+        },
+        "options": {
+            "CLIP_stop_at_last_layers": 1,
+            "sd_vae": "Automatic",
+            "eta_noise_seed_delta": 0,
+            "face_restoration_model": "CodeFormer",
+        },
         "limits": {"max_steps": 150},
         **changes,
     }

@@ -213,7 +213,8 @@ def test_before_the_first_answer_a_default_list_is_shown(tmp_path: Path, caplog:
 
 def test_lists_name_what_the_snapshot_has(awake: Desk) -> None:
     assert [entry["title"] for entry in awake.get("sd-models").json()] == [TITLE, f"garden.safetensors [{'cd' * 5}]"]
-    assert [entry["name"] for entry in awake.get("loras").json()] == ["fog_1", "detail"]
+    loras = awake.get("loras").json()
+    assert [entry["name"] for entry in loras] == [entry["alias"] for entry in loras] == ["mist_2", "fog_1", "detail"]
     assert awake.get("prompt-styles").json()[0]["name"] == "noir"
     assert awake.get("sd-vae").json() == [{"model_name": "v.pt", "filename": "v.pt"}]
     options = awake.get("options").json()

@@ -84,7 +84,12 @@ READ = [
     ({"override_settings": {"CLIP_stop_at_last_layers": "2"}}, {"override_settings": {"CLIP_stop_at_last_layers": 2}}),
     ({"override_settings": {"ddim_discretize": "uniform", "img2img_fix_steps": False, "sd_hypernetwork": "None"}}, {}),
     ({"override_settings": {"nobody": 1, "grid_format": "jpg", "samples_save": True}}, {}),
-    ({"override_settings": {"face_restoration_model": "GFPGAN"}}, {}),  # no face is restored
+    ({"override_settings": {"face_restoration_model": "GFPGAN", "inpainting_mask_weight": 0.5}}, {}),  # neither is used
+    ({"override_settings": {"face_restoration_model": "CodeFormer"}, "restore_faces": 1}, {"restore_faces": True}),
+    (
+        {"override_settings": {"face_restoration_model": "GFPGAN"}, "restore_faces": True},
+        {"restore_faces": True, "override_settings": {"face_restoration_model": "GFPGAN"}},
+    ),
     ({"override_settings": {"samples_format": "jpg"}}, {"output": {"format": "jpeg"}}),
     # always-on scripts
     ({"alwayson_scripts": {}}, {}),
@@ -106,7 +111,7 @@ REFUSED = [
     ({"script_name": "nope"}, 422, "Script 'nope' not found"),
     ({"override_settings": {"sd_model_checkpoint": "cellar"}}, 404, "there is no checkpoint 'cellar'"),
     ({"override_settings": {"sd_unet": "x", "rho": 2}}, 422, "override_settings: rho, sd_unet: cannot be changed"),
-    ({"override_settings": {"face_restoration_model": "GFPGAN"}, "restore_faces": True}, 422, "cannot be changed"),
+    ({"override_settings": {"code_former_weight": 0.1}, "restore_faces": True}, 422, "cannot be changed"),
     ({"override_settings": {"samples_format": "avif"}}, 422, "samples_format: must be one of"),
 ]
 

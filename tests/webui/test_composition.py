@@ -147,16 +147,16 @@ def test_an_upscaler_without_its_file_is_refused_and_those_that_are_there_are_na
     assert complaint.message.endswith("these are there: 'Latent', 'Lanczos', 'R-ESRGAN 4x+'")
 
 
-@pytest.mark.parametrize(("able", "warnings"), [(True, 0), (None, 1)])
-def test_faces_that_may_not_be_restored_are_a_warning(able: bool | None, warnings: int) -> None:
-    request = resolve(parse(restore_faces=True), lists(can_restore_faces=able))
+@pytest.mark.parametrize(("able", "warnings"), [(("GFPGAN",), 0), (None, 1)])
+def test_faces_that_may_not_be_restored_are_a_warning(able: tuple[str, ...] | None, warnings: int) -> None:
+    request = resolve(parse(restore_faces=True), lists(face_restorers=able))
 
     assert len(request.warnings) == warnings
 
 
 def test_faces_that_cannot_be_restored_are_refused_with_everything_else() -> None:
     with pytest.raises(InvalidRequest) as raised:
-        resolve(parse(restore_faces=True, sampler_name="Eulerr"), lists(can_restore_faces=False))
+        resolve(parse(restore_faces=True, sampler_name="Eulerr"), lists(face_restorers=()))
 
     assert [complaint.path for complaint in raised.value.complaints] == ["sampler_name", "restore_faces"]
 

@@ -210,7 +210,7 @@ def test_what_a_script_names_is_checked_like_the_fields_of_the_body(
         {"prompt": "a cat", **hires, **script},
         styles=styles,
         missing_upscalers=("LDSR",),
-        can_restore_faces=False,
+        face_restorers=(),
     )
 
     assert found[0] == path
@@ -218,7 +218,8 @@ def test_what_a_script_names_is_checked_like_the_fields_of_the_body(
 
 
 def test_what_is_there_is_passed_on() -> None:
-    there: WebUILists = lists(script_axes=AXES, styles={"plain": Style("plain", "film grain")}, can_restore_faces=True)
+    styles = {"plain": Style("plain", "film grain")}
+    there: WebUILists = lists(script_axes=AXES, styles=styles, face_restorers=("CodeFormer",))
     held = HeldModels()
 
     for script in (plot("Hires upscaler", ["Lanczos"]), plot("Styles", ["plain"]), plot("Face restore", "true,false")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,26 @@ def test_our_own_webui_uses_the_restorer_that_has_its_files(tmp_path: Path) -> N
         answer = it.ask(restore_faces=True)
 
         assert "Face restoration: GFPGAN" in answer["info"]
+
+
+def test_a_job_may_name_the_restorer_of_its_faces(tmp_path: Path) -> None:
+    add(tmp_path / "webui-models", "GFPGAN/GFPGANv1.4.pth", *FILES)
+    by_name: dict[str, Any] = {"override_settings": {"face_restoration_model": "GFPGAN"}}
+    with supervised(tmp_path) as (it, _):
+        infos = [it.ask(restore_faces=True, **more)["info"] for more in ({}, by_name, {})]
+
+    assert ["Face restoration: GFPGAN" in info for info in infos] == [False, True, False]
+
+
+def test_a_restorer_without_its_files_is_refused_by_name(tmp_path: Path) -> None:
+    add(tmp_path / "webui-models", "GFPGAN/GFPGANv1.4.pth", *FILES[1:])
+    with supervised(tmp_path) as (it, _):
+        refused = it.ask(restore_faces=True, override_settings={"face_restoration_model": "CodeFormer"})
+        unused = it.ask(override_settings={"face_restoration_model": "CodeFormer"})
+
+    assert "face_restoration_model: is refused: the files of CodeFormer are not there" in refused["error"]
+    assert "there is 'GFPGAN'" in refused["error"]
+    assert "error" not in unused
 
 
 def test_somebody_elses_webui_restores_faces_with_a_warning(tmp_path: Path) -> None:
