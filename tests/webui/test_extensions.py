@@ -205,7 +205,7 @@ def test_a_webui_that_does_not_tell_what_an_extension_has_gets_no_units(tmp_path
         answer = old.ask(**controlnet(UNIT))
         plain = old.ask()
 
-    assert "this WebUI does not tell what the extension has" in answer["error"]
+    assert "this WebUI does not list what the extension has" in answer["error"]
     assert "error" not in plain
 
 
