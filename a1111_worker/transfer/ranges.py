@@ -19,7 +19,7 @@ class Tuning:
     min_range_bytes: int = 4 * MiB  # a connection is opened for so many missing bytes, not for fewer
     max_range_bytes: int = 64 * MiB  # of one request
     min_steal_bytes: int = 256 * 1024  # of a range that is requested already, no smaller part is requested again
-    buffer_bytes: int = MiB  # of each connection: bytes are written when so many have come
+    buffer_bytes: int = 512 * 1024  # of each connection: bytes are written when so many have come
     remember_bytes: int = 16 * MiB  # how many bytes a crash may cost, beside those in the buffers
     remember_seconds: float = 1.0
     max_file_bytes: int = 64 * 1024 * MiB
