@@ -144,6 +144,18 @@ def test_fewer_pictures_than_asked_for_are_no_success(shared: World) -> None:
     assert ask(shared)["code"] == "GENERATION_FAILED"
 
 
+def test_a_picture_of_one_colour_may_stay_one_and_another_may_not_become_one(shared: World) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (128, 96), "red").save(file, "PNG")
+    red = base64.b64encode(file.getvalue()).decode()
+    nothing = {"mask": half_mask(128, 96), "inpaint_full_res": False}
+
+    shared.webui.fail_next = [WebUIFault.BLACK] * 2
+    answers = [ask(shared, init_images=[init], **nothing) for init in (red, picture())]
+
+    assert [answer.get("code") for answer in answers] == [None, "GENERATION_FAILED"]
+
+
 def test_a_picture_behind_an_allowed_url_is_fetched(shared: World, host: PictureHost) -> None:
     answer = ask(shared, init_images=[f"{host.url}/a.png?signature=secret"])
 

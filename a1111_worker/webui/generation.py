@@ -225,7 +225,7 @@ class Generator:
         except (WebUILost, CheckpointNotLoaded):
             self._readiness.invalidate()
             raise
-        if not started.plan.allow_blank and any(map(is_blank, _generated(generation, started.plan))):
+        if _came_out_blank(generation, started.plan):
             raise GenerationFailed(
                 "a picture came out all one colour",
                 hint='try another seed or a lower LoRA scale; with "allow_blank": true such a picture is no error',
@@ -406,6 +406,13 @@ class Generator:
             context.deadline.check()
             raise WebUILost("the WebUI's answer did not come to its end")
         return reading.result()
+
+
+def _came_out_blank(generation: Generation, plan: GenerationPlan) -> bool:
+    """Whether a picture is all one colour that should not be. One that was drawn from such a picture may be."""
+    if plan.allow_blank or not any(map(is_blank, _generated(generation, plan))):
+        return False
+    return not any(map(is_blank, plan.body.get("init_images", ())))
 
 
 def _generated(generation: Generation, plan: GenerationPlan) -> list[str]:
