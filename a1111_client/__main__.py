@@ -1,5 +1,5 @@
 """`python -m a1111_client` is the command `a1111`."""
 
-from a1111_client.cli import app
+from a1111_client.cli import main
 
-app(prog_name="a1111")
+main()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ class BatchJob:
 def read_jobs(text: str) -> list[BatchJob]:
     """The jobs of a file. Raises EndpointError with all lines that are none."""
     jobs, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold the other ends of lines of `splitlines`
         if not line.strip():
             continue
         try:
@@ -57,7 +58,7 @@ def read_jobs(text: str) -> list[BatchJob]:
         else:
             problems.append(f"line {number}")
     if problems:
-        raise EndpointError("INVALID_REQUEST", f"{', '.join(problems[:20])}: must be a JSON object, a job's input")
+        raise EndpointError("BAD_OPTION", f"{', '.join(problems[:20])}: must be a JSON object, a job's input")
     return jobs
 
 
@@ -74,13 +75,22 @@ def left_to_do(jobs: Sequence[BatchJob], results: str) -> list[BatchJob]:
 
 
 def _read_results(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             result = json.loads(line)
         except ValueError:
             continue  # the last line of a batch that was killed
         if isinstance(result, dict):
             yield result
+
+
+def end_last_line(results: Path) -> None:
+    """Let the next result begin a line of its own, also if a batch was killed as it wrote one. Raises OSError."""
+    with results.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
 
 
 class Batch:

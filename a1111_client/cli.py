@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import io
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +13,8 @@ import typer
 
 from a1111_client import __version__, commands, manage
 from a1111_client.credentials import data_folder, key_file, save_key
-from a1111_client.errors import EndpointError
 from a1111_client.infotext import NotAPicture, parse_infotext, read_infotext
-from a1111_client.terminal import WRONG_OPTIONS, EndpointId, Url, fail, fail_with, the_endpoint
+from a1111_client.terminal import WRONG_OPTIONS, EndpointId, Url, errors, fail, print_json, the_endpoint
 
 app = typer.Typer(
     name="a1111",
@@ -25,6 +25,19 @@ app = typer.Typer(
 )
 commands.add_to(app)
 manage.add_to(app)
+
+
+def main() -> None:
+    """The command, in a process of its own."""
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal, a script that ends: what was begun is cancelled or removed
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
+    logging.basicConfig(format="a1111: %(message)s")
+    logging.getLogger("a1111_client").setLevel(logging.INFO)
+    app(prog_name="a1111")
 
 
 def _show_version(shown: bool) -> None:
@@ -51,12 +64,15 @@ def info(
     try:
         text, _ = read_infotext(file.read_bytes())
     except OSError as error:
-        fail(f"{file}: {error.strerror}")
+        fail(f"{file}: {error.strerror}", status=WRONG_OPTIONS)
     except NotAPicture as error:
-        fail(f"{file}: {error}")
+        fail(f"{file}: {error}", status=WRONG_OPTIONS)
     if not text:
         fail(f"{file}: carries no settings of A1111")
-    print(json.dumps(parse_infotext(text), ensure_ascii=False, indent=2) if as_json else text)
+    if as_json:
+        print_json(parse_infotext(text))
+    else:
+        print(text)
 
 
 @app.command()
@@ -64,9 +80,8 @@ def login() -> None:
     """Keep RunPod's API key in a file that only you can read. RUNPOD_API_KEY, if it is set, wins over it."""
     key = typer.prompt("RunPod's API key", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline()
     try:
-        save_key(key, key_file())
-    except EndpointError as error:
-        fail_with(error)
+        with errors():
+            save_key(key, key_file())
     except OSError as error:
         fail(f"{key_file()}: {error.strerror}")
     print(f"kept in {key_file()}")
@@ -104,7 +119,7 @@ def serve(
     from a1111_client.gateway import guard, runner, server  # FastAPI takes half a second, which others need not wait
     from a1111_client.snapshot import SnapshotStore
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("httpx", "httpcore", "uvicorn", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from a1111_client.batch import Batch, left_to_do, read_jobs
+from a1111_client.batch import Batch, end_last_line, left_to_do, read_jobs
 from a1111_client.credentials import data_folder
 from a1111_client.endpoint import Endpoint
 from a1111_client.errors import EndpointError
-from a1111_client.pictures import contact_sheet, fetch_all, read_base64, save, stems
+from a1111_client.pictures import contact_sheet, fetch_all, make_folder, read_base64, save, stems
 from a1111_client.snapshot import Snapshot, SnapshotStore
 from a1111_client.terminal import (
     FAILED,
-    WRONG_OPTIONS,
     AsJson,
     Bars,
     EndpointId,
     Url,
-    fail,
-    fail_with,
+    errors,
     follow,
     print_json,
+    print_table,
     run,
+    status_of,
     the_endpoint,
 )
 
@@ -74,32 +73,30 @@ def draw(
     ] = "",
 ) -> None:
     """Draw pictures. Files are named by their seeds, and carry the settings. Ctrl-C cancels the job."""
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative or None,
-        "loras": [parse_lora(text) for text in lora or ()] or None,
-        "steps": steps,
-        "width": width,
-        "height": height,
-        "cfg_scale": cfg,
-        "sampler_name": sampler or None,
-        "seed": seed,
-        "checkpoint": checkpoint or None,
-        "n_iter": n if n > 1 else None,
-        "denoising_strength": strength,
-        **dict(_parse_field(text) for text in field or ()),
-    }
-    try:
+    with errors(as_json=json_to == "-"):
+        given: dict[str, Any] = {
+            "prompt": prompt,
+            "negative_prompt": negative or None,
+            "loras": [parse_lora(text) for text in lora or ()] or None,
+            "steps": steps,
+            "width": width,
+            "height": height,
+            "cfg_scale": cfg,
+            "sampler_name": sampler or None,
+            "seed": seed,
+            "checkpoint": checkpoint or None,
+            "n_iter": n if n > 1 else None,
+            "denoising_strength": strength,
+            **dict(_parse_field(text) for text in field or ()),
+        }
         if init is not None:
             given |= {"task": "img2img", "init_images": [read_base64(init)]}
         if mask is not None:
             if init is None:
-                fail("--mask needs --init", status=WRONG_OPTIONS)
+                raise EndpointError("BAD_OPTION", "--mask needs --init")
             given["mask"] = read_base64(mask)
-    except EndpointError as error:
-        fail_with(error, status=WRONG_OPTIONS)
-    given = {name: value for name, value in given.items() if value is not None}
-    _draw(the_endpoint(endpoint, url), given, out, sheet=sheet, json_to=json_to)
+        given = {name: value for name, value in given.items() if value is not None}
+        _draw(the_endpoint(endpoint, url), given, out, sheet=sheet, json_to=json_to)
 
 
 def upscale(
@@ -114,13 +111,12 @@ def upscale(
     ] = "",
 ) -> None:
     """Make pictures larger. The new files are named after the old ones."""
-    try:
-        pictures = [{"data": read_base64(file), "name": file.name} for file in files]
-    except EndpointError as error:
-        fail_with(error, status=WRONG_OPTIONS)
-    given = {"task": "upscale", "imageList": pictures, "upscaling_resize": by, "upscaler_1": upscaler}
-    names = [f"{file.stem}-x{by:g}" for file in files]
-    _draw(the_endpoint(endpoint, url), given, out, names=names, json_to=json_to)
+    with errors(as_json=json_to == "-"):
+        # The WebUI wants a name; one that is no Unicode cannot be sent.
+        pictures = [{"data": read_base64(file), "name": file.name.encode(errors="replace").decode()} for file in files]
+        given = {"task": "upscale", "imageList": pictures, "upscaling_resize": by, "upscaler_1": upscaler}
+        names = [f"{file.stem}-x{by:g}" for file in files]
+        _draw(the_endpoint(endpoint, url), given, out, names=names, json_to=json_to)
 
 
 def _draw(
@@ -132,14 +128,15 @@ def _draw(
     sheet: bool = False,
     json_to: str = "",
 ) -> None:
-    """Run a job and write its pictures. `names` are their stems; without them, their seeds are."""
+    """Run a job and write its pictures, under these `names` or their seeds. Raises EndpointError."""
     from a1111_client.gateway.errors import ApiError
     from a1111_client.gateway.sizes import fit
 
     try:
         fitting = fit(dict(given))
     except ApiError as error:
-        fail(str(error.body["detail"]))
+        raise EndpointError("REQUEST_TOO_LARGE", str(error.body["detail"])) from None
+    make_folder(out)
 
     async def work() -> tuple[dict[str, Any], list[bytes]]:
         async with endpoint:
@@ -149,23 +146,23 @@ def _draw(
                 return answer, await fetch_all(endpoint, answer)
 
     answer, pictures = run(work(), as_json=json_to == "-")
-    try:
-        files = save(out, pictures, names if names and len(names) == len(pictures) else stems(answer, len(pictures)))
-        if sheet and pictures:
-            files += save(out, [contact_sheet(pictures)], ["sheet"])
-    except OSError as error:
-        fail(f"{out}: {error.strerror}")
+    files = save(out, pictures, names if names and len(names) == len(pictures) else stems(answer, len(pictures)))
+    if sheet and pictures:
+        files += save(out, [contact_sheet(pictures)], ["sheet"])
     told = {**{key: value for key, value in answer.items() if key != "images"}, "files": [str(file) for file in files]}
     if json_to == "-":
         print_json(told)
     else:
-        if json_to:
-            Path(json_to).write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         for file in files:
             sys.stdout.write(f"{file}\n")
     worker = answer.get("worker")
     for warning in worker.get("warnings", ()) if isinstance(worker, dict) else ():
         sys.stderr.write(f"a1111: {warning}\n")
+    if json_to not in ("", "-"):
+        try:
+            Path(json_to).write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise EndpointError("NOT_SAVED", f"--json {json_to}: {error.strerror}") from None
 
 
 def batch(
@@ -176,14 +173,17 @@ def batch(
     out: Out = _HERE,
 ) -> None:
     """Run many jobs. Started again, it goes on with those that have no pictures yet."""
-    results = jobs.with_suffix(".results.jsonl")
-    try:
-        everything = read_jobs(jobs.read_text(encoding="utf-8"))
-        left = left_to_do(everything, results.read_text(encoding="utf-8") if results.exists() else "")
-    except EndpointError as error:
-        fail_with(error, status=WRONG_OPTIONS)
-    except OSError as error:
-        fail(f"{jobs}: {error.strerror}", status=WRONG_OPTIONS)
+    results = jobs.parent / f"{jobs.stem}.results.jsonl"
+    with errors():
+        try:
+            everything = read_jobs(jobs.read_text(encoding="utf-8-sig"))
+            end_last_line(results)
+            left = left_to_do(everything, results.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EndpointError("BAD_OPTION", f"{error.filename}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise EndpointError("BAD_OPTION", f"{jobs}: is not UTF-8 ({error.reason})") from None
+        make_folder(out)
     chosen = the_endpoint(endpoint, url)
 
     async def work() -> int:
@@ -226,7 +226,7 @@ def models(
     for kind, name in (("sampler", "samplers"), ("scheduler", "schedulers"), ("upscaler", "upscalers")):
         for entry in snapshot.webui(name):
             table.add_row(kind, str(entry.get("label") or entry.get("name")), "", "")
-    Console().print(table)
+    print_table(table)
 
 
 def ask_for_lists(endpoint: Endpoint, store: SnapshotStore, *, as_json: bool = False) -> Snapshot:
@@ -240,7 +240,9 @@ def prefetch(
     references: Annotated[list[str], typer.Argument(help="CivitAI URLs, AIRs, version ids or names.")],
     endpoint: EndpointId = "",
     url: Url = "",
-    kind: Annotated[str, typer.Option(help="loras, embeddings, vaes or checkpoints.")] = "loras",
+    kind: Annotated[
+        str, typer.Option(help="loras, embeddings, vaes, checkpoints or controlnet_models.", metavar="KIND")
+    ] = "loras",
     as_json: AsJson = False,
 ) -> None:
     """Have models in the endpoint's cache before a job needs them."""
@@ -280,25 +282,38 @@ def health(
         return
     table = Table("", "", box=None, show_header=False)
     for name, value in found.items():
-        shown = ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
+        parts = [f"{key} {_shown(part)}" for key, part in value.items()] if isinstance(value, dict) else [_shown(value)]
+        table.add_row(name, ", ".join(parts))
+    print_table(table)
+
+
+def _shown(value: Any) -> str:
+    """A number that is large enough to be bytes, in gigabytes."""
+    return f"{value / 1e9:.1f} GB" if isinstance(value, int) and value >= 10_000_000 else str(value)
 
 
 def cancel(
     job: Annotated[list[str], typer.Argument(help="Ids of jobs.")], endpoint: EndpointId = "", url: Url = ""
 ) -> None:
     """Cancel jobs by their ids."""
+    with errors():
+        if wrong := [job_id for job_id in job if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", job_id)]:
+            raise EndpointError("BAD_OPTION", f"no id of a job: {', '.join(map(repr, wrong))}")
     chosen = the_endpoint(endpoint, url)
 
-    async def work() -> None:
+    async def work() -> int:
+        status = 0
         async with chosen:
-            for job_id in job:
-                if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", job_id):
-                    raise EndpointError("JOB_LOST", f"{job_id!r} is no id of a job")
-                sys.stdout.write(f"{job_id} {await chosen.cancel(job_id)}\n")
+            for job_id in job:  # each of them costs money, also if another one cannot be cancelled
+                try:
+                    sys.stdout.write(f"{job_id} {await chosen.cancel(job_id)}\n")
+                except EndpointError as error:
+                    sys.stderr.write(f"a1111: {job_id}: {error}\n")
+                    status = max(status, status_of(error))
+        return status
 
-    run(work())
+    if status := run(work()):
+        raise typer.Exit(status)
 
 
 def _ask(endpoint: Endpoint, given: Mapping[str, Any], *, as_json: bool) -> dict[str, Any]:
@@ -338,7 +353,7 @@ def _parse_field(text: str) -> tuple[str, Any]:
     """A field of a job: `tiling=true`, `hr_upscaler=Latent`. What is no JSON is a text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        fail(f"--field {text}: must be NAME=JSON", status=WRONG_OPTIONS)
+        raise EndpointError("BAD_OPTION", f"--field {text}: must be NAME=JSON")
     try:
         return name, json.loads(value)
     except ValueError:

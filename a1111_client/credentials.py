@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ def save_key(key: str, file: Path) -> None:
     """Keep RunPod's key, readable by its owner alone. Raises EndpointError if it cannot be one, OSError."""
     key = key.strip()
     if not _KEY.fullmatch(key):
-        raise EndpointError("ENDPOINT_REFUSED", "that is no key: one word of 8 to 512 characters")
+        raise EndpointError("BAD_OPTION", "that is no key: one word of 8 to 512 characters")
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = file.with_suffix(".new")
     part.unlink(missing_ok=True)
@@ -44,13 +45,13 @@ def save_key(key: str, file: Path) -> None:
 
 
 def runpod_key(environ: Mapping[str, str], file: Path) -> str:
-    """RunPod's key; "" if there is none."""
-    if key := environ.get("RUNPOD_API_KEY", "").strip():
-        return key
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+    """RunPod's key. Raises EndpointError if there is none."""
+    key = environ.get("RUNPOD_API_KEY", "").strip()
+    with contextlib.suppress(OSError):
+        key = key or file.read_text(encoding="utf-8").strip()
+    if not key:
+        raise EndpointError("NO_KEY", "there is no key for RunPod", hint="set RUNPOD_API_KEY, or use `a1111 login`")
+    return key
 
 
 def open_endpoint(
@@ -76,9 +77,4 @@ def open_endpoint(
         raise EndpointError(
             "NO_ENDPOINT", "--endpoint takes the id that RunPod's console shows, such as abc123def456gh"
         )
-    key = runpod_key(environ, file)
-    if not key:
-        raise EndpointError(
-            "ENDPOINT_REFUSED", "there is no key for RunPod", hint="set RUNPOD_API_KEY, or use `a1111 login`"
-        )
-    return Endpoint(runpod_url(endpoint_id), key, timings=timings)
+    return Endpoint(runpod_url(endpoint_id), runpod_key(environ, file), timings=timings)

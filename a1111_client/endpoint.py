@@ -189,15 +189,21 @@ class Endpoint:
         await self.close()
 
     async def close(self) -> None:
-        """End the connections, after the jobs that were left have been cancelled."""
+        """End the connections, after the jobs that were left have been cancelled; if that takes long, without it."""
         if self._cleaning:
-            await asyncio.wait(self._cleaning, timeout=self.timings.pause_most)
+            _, late = await asyncio.wait(self._cleaning, timeout=self.timings.pause_most)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self._http.aclose()
         await self._downloads.aclose()
 
     @contextlib.asynccontextmanager
     async def job(self, given: Mapping[str, Any], **more: Any) -> AsyncIterator[Job]:
-        """A job with this input. `more` are keys beside it, as policy. It is cancelled if the block ends before it."""
+        """A job with this input. `more` are keys beside it, as policy.
+
+        It is cancelled if the block ends before it; `close` waits for that.
+        """
         is_wanted = True
         sending = asyncio.ensure_future(self._send(given, more, lambda: is_wanted))
         try:
@@ -212,7 +218,7 @@ class Endpoint:
         finally:
             self._open_jobs -= 1
             if not job.state.is_final:
-                await asyncio.shield(self._clean(self._cancel_quietly(job.id)))
+                self._clean(self._cancel_quietly(job.id))
 
     async def cancel(self, job_id: str) -> str:
         """Cancel a job; its status afterwards. Raises EndpointError."""
@@ -272,7 +278,11 @@ class Endpoint:
 
     async def _send(self, given: Mapping[str, Any], more: Mapping[str, Any], is_wanted: Callable[[], bool]) -> str:
         """Queue a job; its id."""
-        body = json.dumps({"input": given, **more}, allow_nan=False, ensure_ascii=False).encode()
+        try:
+            body = json.dumps({"input": given, **more}, allow_nan=False, ensure_ascii=False).encode()
+        except ValueError:
+            message = "the job has a number or a letter that JSON has not: NaN, Infinity, or half of a surrogate pair"
+            raise EndpointError("INVALID_REQUEST", message) from None
         if len(body) > MAX_BODY:
             raise EndpointError(
                 "REQUEST_TOO_LARGE",
@@ -337,6 +347,9 @@ class Endpoint:
             await self.cancel(job_id)
         except EndpointError as error:
             log.warning("job %s could not be cancelled: %s", job_id, error)
+        except asyncio.CancelledError:
+            log.warning("job %s could not be cancelled: no answer yet", job_id)
+            raise
         else:
             log.info("job %s is cancelled", job_id)
 
@@ -384,9 +397,8 @@ def _read_json(url: str, response: httpx.Response) -> dict[str, Any]:
     """The object that an endpoint answered. Raises EndpointError for a refusal and for anything else."""
     status, host = response.status_code, urlsplit(url).netloc
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise EndpointError(
-            "ENDPOINT_REFUSED", f"{host} does not take the key", hint="set RUNPOD_API_KEY, or use `a1111 login`"
-        )
+        own = "set RUNPOD_API_KEY, or use `a1111 login`" if url.startswith(RUNPOD) else "set LOCAL_API_KEY"
+        raise EndpointError("ENDPOINT_REFUSED", f"{host} does not take the key", hint=own)
     try:
         answer = response.json()
     except ValueError:

@@ -3,18 +3,20 @@
 Codes of the worker pass through unchanged (MODEL_NOT_FOUND, OUT_OF_MEMORY, …). These are added here:
 
     NO_ENDPOINT            nobody said which endpoint to use
+    NO_KEY                 there is no key for RunPod, or for a volume
+    BAD_OPTION             an option or a file makes no sense; nothing was asked or sent
     ENDPOINT_UNREACHABLE   no answer, or only errors of the platform
-    ENDPOINT_REFUSED       the key is wrong or missing
+    ENDPOINT_REFUSED       the key is wrong
     ENDPOINT_NOT_FOUND     there is no endpoint of that name
     REQUEST_TOO_LARGE      more than RunPod takes, and nothing in it can be made smaller
     JOB_LOST               RunPod does not know the job, or has no result of it
     JOB_CANCELLED          somebody cancelled it
     JOB_TIMED_OUT          RunPod's own limit ended it, or its worker died
     JOB_FAILED             it failed, and the reason has no code
+    NOT_SAVED              a file could not be written here
 
 and by the commands that manage what is on RunPod (manage.py):
 
-    BAD_OPTION             an option makes no sense; nothing was asked or sent
     NOT_CONFIRMED          nobody could be asked, and there was no --yes
     CANNOT_DEPLOY          what is wanted cannot be created: every reason
     RUNPOD_REFUSED         RunPod refused a request; the sentence is its own

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import platformdirs
 import typer
@@ -23,6 +23,7 @@ from a1111_client.credentials import APP, key_file, runpod_key
 from a1111_client.endpoint import RUNPOD, Endpoint
 from a1111_client.errors import EndpointError
 from a1111_client.runpod_api import RUNPOD_API, RunPodApi
+from a1111_client.terminal import AsJson, errors, print_json
 
 HEALTH_SECONDS = deploy.INIT_TIMEOUT + 300
 """For how long the first worker may start, and wait for a GPU."""
@@ -31,7 +32,6 @@ endpoints = typer.Typer(help="Show, change and delete endpoints on RunPod.", no_
 volumes = typer.Typer(help="Fill network volumes of RunPod.", no_args_is_help=True)
 
 EndpointId = Annotated[str, typer.Argument(envvar="RUNPOD_ENDPOINT_ID", help="The endpoint's id.", metavar="ID")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Gpu = Annotated[str, typer.Option(help="Pools of GPUs, in order of preference.", metavar="POOL,…")]
 Workers = Annotated[str, typer.Option(help="The fewest and the most workers.", metavar="MIN:MAX")]
@@ -66,7 +66,7 @@ def deploy_endpoint(
     yes: Yes = False,
 ) -> None:
     """Create an endpoint on RunPod from the worker's image: checked first, shown with its price, and asked for."""
-    with _errors():
+    with errors():
         wanted = deploy.Deployment(
             image,
             name,
@@ -119,11 +119,11 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show an endpoint, or all of them."""
-    with _errors(), _api() as api:
+    with errors(), _api() as api:
         found = [api.endpoint(endpoint_id)] if endpoint_id else api.endpoints()
     found = [deploy.shown(endpoint) for endpoint in found]
     if as_json:
-        print(json.dumps(found[0] if endpoint_id else found, ensure_ascii=False, indent=2))
+        print_json(found[0] if endpoint_id else found)
         return
     for endpoint in found:
         print("\n".join(_lines_of(endpoint, with_details=bool(endpoint_id))))
@@ -132,10 +132,10 @@ def show(
 @endpoints.command()
 def workers(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
     """Show an endpoint's workers: their state, GPU, place and age."""
-    with _errors(), _api() as api:
+    with errors(), _api() as api:
         found = api.workers(endpoint_id)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
         return
     for worker in found["workers"]:
         minutes = (worker.get("uptimeSeconds") or 0) // 60
@@ -153,7 +153,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with the lines that come.")] = False,
 ) -> None:
     """Show the log of an endpoint's workers."""
-    with _errors(), _api() as api:
+    with errors(), _api() as api:
         ids = [worker] if worker else [str(found["id"]) for found in api.workers(endpoint_id)["workers"]]
         if not ids:
             _say("no worker runs, and a log is kept with its worker; RunPod's console has the older ones")
@@ -180,7 +180,7 @@ def update(
     yes: Yes = False,
 ) -> None:
     """Change an endpoint. Its workers are replaced, each after its job."""
-    with _errors(), _api() as api:
+    with errors(), _api() as api:
         changes = deploy.Changes(
             image,
             _words(gpu),
@@ -205,7 +205,7 @@ def update(
 @endpoints.command()
 def delete(endpoint_id: EndpointId, yes: Yes = False) -> None:
     """Delete an endpoint, with the jobs that wait for it. Its network volume stays."""
-    with _errors(), _api() as api:
+    with errors(), _api() as api:
         current = api.endpoint(endpoint_id)
         print("\n".join(_lines_of(current, with_details=False)))
         _confirm("Delete it?", yes)
@@ -232,12 +232,12 @@ def upload_folder(
     s3_url: Annotated[str, typer.Option(help="Another address of the volume's S3 API.", metavar="URL")] = "",
 ) -> None:
     """Copy a folder of models to a network volume, without a worker. An interrupted upload goes on where it stopped."""
-    with _errors(), contextlib.ExitStack() as stack:
+    with errors(), contextlib.ExitStack() as stack:
         files = volume.find_files(folder)
         keys = [os.environ.get(f"RUNPOD_S3_{name}", "").strip() for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")]
         if not all(keys):
             raise EndpointError(
-                "ENDPOINT_REFUSED",
+                "NO_KEY",
                 "there is no key for the volume: set RUNPOD_S3_ACCESS_KEY_ID and RUNPOD_S3_SECRET_ACCESS_KEY",
                 hint="RunPod's console makes one: Settings, S3 API Keys",
             )
@@ -349,12 +349,7 @@ def _api() -> Iterator[RunPodApi]:
 
 
 def _key() -> str:
-    key = runpod_key(os.environ, key_file())
-    if not key:
-        raise EndpointError(
-            "ENDPOINT_REFUSED", "there is no key for RunPod", hint="set RUNPOD_API_KEY, or use `a1111 login`"
-        )
-    return key
+    return runpod_key(os.environ, key_file())
 
 
 def _jobs_url() -> str:
@@ -377,17 +372,3 @@ def _confirm(question: str, yes: bool) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """End the command with an error's code, sentence and hint."""
-    try:
-        yield
-    except EndpointError as error:
-        _fail(error)
-
-
-def _fail(error: EndpointError) -> NoReturn:
-    _say(f"a1111: {error.code}: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))
-    raise typer.Exit(1)

@@ -7,6 +7,7 @@ import base64
 import binascii
 import io
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,20 @@ def seeds_of(answer: Mapping[str, Any]) -> list[int | None]:
 
 
 def save(folder: Path, pictures: Sequence[bytes], stems: Sequence[str]) -> list[Path]:
-    """Write each picture under its stem, and never over another file: `42.png`, `42-2.png`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_write_new(folder, stem, _suffix(data), data) for stem, data in zip(stems, pictures, strict=True)]
+    """Write each picture under its stem, and never over another file: `42.png`, `42-2.png`. Raises EndpointError."""
+    try:
+        return [_write_new(folder, stem, _suffix(data), data) for stem, data in zip(stems, pictures, strict=True)]
+    except OSError as error:
+        raise EndpointError("NOT_SAVED", f"{folder}: {error.strerror}") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Have a folder for pictures before anything is drawn. Raises EndpointError if none can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EndpointError("BAD_OPTION", f"--out {folder}: {error.strerror}") from None
 
 
 def stems(answer: Mapping[str, Any], count: int) -> list[str]:
@@ -87,9 +99,9 @@ def read_base64(path: Path) -> str:
         data = path.read_bytes()
         open_picture(data)
     except OSError as error:
-        raise EndpointError("INVALID_REQUEST", f"{path}: {error.strerror}") from None
+        raise EndpointError("BAD_OPTION", f"{path}: {error.strerror}") from None
     except NotAPicture as error:
-        raise EndpointError("INVALID_REQUEST", f"{path}: {error}") from None
+        raise EndpointError("BAD_OPTION", f"{path}: {error}") from None
     return base64.b64encode(data).decode()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from a1111_client.credentials import key_file, open_endpoint
 from a1111_client.endpoint import Endpoint, Job, JobState
@@ -24,6 +26,10 @@ WRONG_OPTIONS = 2
 TRY_AGAIN = 3
 """The exit status of a failure that the same command may not meet later: a lost connection, a dead worker."""
 
+STOPPED = 130
+_NOTHING_SENT = ("BAD_OPTION", "NO_ENDPOINT", "NO_KEY", "NOT_CONFIRMED")
+"""The codes of what is wrong before anything is sent."""
+
 EndpointId = Annotated[
     str, typer.Option("--endpoint", envvar="RUNPOD_ENDPOINT_ID", help="The endpoint's id on RunPod.", metavar="ID")
 ]
@@ -35,32 +41,51 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 def the_endpoint(endpoint_id: str, url: str) -> Endpoint:
     """The endpoint that the options name. Ends the command if there is none."""
-    try:
+    with errors():
         return open_endpoint(endpoint_id, url, os.environ, key_file())
-    except EndpointError as error:
-        fail_with(error, status=WRONG_OPTIONS)
 
 
 def run(work: Coroutine[Any, Any, T], *, as_json: bool = False) -> T:
-    """Do the work. A failure ends the command with its code, and Ctrl-C with 130, after the jobs were cancelled."""
-    try:
+    """Do the work. If it is left early, its jobs are cancelled first, and the log says so."""
+    with errors(as_json=as_json):
         return asyncio.run(work)
+
+
+@contextlib.contextmanager
+def errors(*, as_json: bool = False) -> Iterator[None]:
+    """End the command if the block fails: with an error's code, sentence and hint, or after Ctrl-C."""
+    try:
+        yield
     except EndpointError as error:
         fail_with(error, as_json=as_json)
     except KeyboardInterrupt:
-        fail("stopped; its jobs are cancelled", status=130)
+        fail("stopped", status=STOPPED)
 
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def fail_with(error: EndpointError, *, as_json: bool = False, status: int | None = None) -> NoReturn:
+def print_table(table: Table) -> None:
+    """Print a table, every name as it is and whole: in a terminal over several lines, elsewhere on one."""
+    for column in table.columns:
+        column.overflow = "fold"
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+
+
+def fail_with(error: EndpointError, *, as_json: bool = False) -> NoReturn:
     """End with the code, the sentence and the hint."""
     if as_json:
         print_json(error.as_json())
-    lines = [f"{error.code}: {error.message}", *(f"  {error.hint}" for _ in [1] if error.hint)]
-    fail("\n".join(lines), status=status or (TRY_AGAIN if error.retryable else FAILED))
+    fail(f"{error}" + (f"\n  {error.hint}" if error.hint else ""), status=status_of(error))
+
+
+def status_of(error: EndpointError) -> int:
+    """The exit status of a command that failed so."""
+    if error.code in _NOTHING_SENT:
+        return WRONG_OPTIONS
+    return TRY_AGAIN if error.retryable else FAILED
 
 
 def fail(message: str, *, status: int = FAILED) -> NoReturn:

@@ -27,7 +27,7 @@ _KEYS = ("init_images", "mask", "image", "images", "imageList", "data", "alwayso
 
 def body_size(given: Any) -> int:
     """The bytes of a job's input as JSON."""
-    return len(json.dumps(given, ensure_ascii=False).encode())
+    return len(json.dumps(given, ensure_ascii=False).encode(errors="surrogatepass"))
 
 
 def fit(given: dict[str, Any], limit: int = MAX_BODY - ROOM) -> dict[str, Any]:

@@ -44,19 +44,19 @@ def test_info_shows_what_a_picture_carries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "reason", "status"),
     [
-        (None, "No such file or directory"),
-        (b"not a picture", "the bytes are no picture"),
-        (picture("png", ""), "carries no settings of A1111"),
+        (None, "No such file or directory", 2),
+        (b"not a picture", "the bytes are no picture", 2),
+        (picture("png", ""), "carries no settings of A1111", 1),
     ],
 )
-def test_info_says_why_it_shows_nothing(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_info_says_why_it_shows_nothing(tmp_path: Path, content: bytes | None, reason: str, status: int) -> None:
     file = tmp_path / "picture.png"
     if content is not None:
         file.write_bytes(content)
 
     done = RUNNER.invoke(app, ["info", str(file)])
 
-    assert (done.exit_code, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (status, "")
     assert done.stderr == f"a1111: {file}: {reason}\n"

@@ -144,6 +144,11 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("draw", "x", "--mask", "photo.png"), "--mask needs --init"),
     (("draw", "x", "--init", "nothing.png"), "nothing.png: No such file or directory"),
     (("draw", "x", "--field", "tiling"), "must be NAME=JSON"),
+    (("draw", "x", "--out", "/dev/null/pictures"), "--out /dev/null/pictures: Not a directory"),
+    (("upscale", __file__), "the bytes are no picture"),
+    (("batch", "/"), "/: Is a directory"),
+    (("batch", "nothing.jsonl"), "nothing.jsonl: No such file or directory"),
+    (("cancel", "a-job", "../run"), "no id of a job: '../run'"),
     (("draw", "x", "--url", "ftp://x"), "--url takes an address"),
     (("draw", "x", "--url", "", "--endpoint", ""), "no endpoint is named"),
     (("draw", "x", "--url", "", "--endpoint", "../x"), "--endpoint takes the id"),
@@ -166,7 +171,8 @@ def test_runpods_key_does_not_go_to_an_endpoint_elsewhere(shell: Shell) -> None:
     assert asked.headers["authorization"] == f"Bearer {KEY}"
 
 
-def test_ctrl_c_cancels_the_job_on_runpod(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_cancels_the_job_on_runpod(tmp_path: Path, number: signal.Signals) -> None:
     with SandboxRunPod(long_poll=0.2, client_key=KEY) as queue:
         shell = Shell(tmp_path, queue, ScriptedWorker(queue))
         process = subprocess.Popen(
@@ -178,12 +184,36 @@ def test_ctrl_c_cancels_the_job_on_runpod(tmp_path: Path) -> None:
         )
         job = wait_until(lambda: next(iter(queue.jobs.values()), None), "a job")
         wait_until(lambda: [asked for asked in queue.asked if "/status/" in asked.path], "the first question")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=30)
         shell.worker.stop()
 
         assert (process.returncode, job.status) == (130, CANCELLED)
-        assert said == "a1111: stopped; its jobs are cancelled\n"
+        assert said == f"a1111: job {job.id} is cancelled\na1111: stopped\n"
+
+
+def test_a_file_that_cannot_be_written_is_said_after_the_pictures_are_saved(shell: Shell) -> None:
+    done = shell.run("draw", "x", "--out", shell.folder, "--json", "/dev/null/told.json")
+
+    assert done.exit_code == 1
+    assert done.stderr.endswith("a1111: NOT_SAVED: --json /dev/null/told.json: Not a directory\n")
+    assert [Path(line).exists() for line in done.stdout.splitlines()] == [True]
+
+
+def test_a_picture_whose_name_is_no_unicode_is_upscaled_under_its_name(shell: Shell) -> None:
+    photo = Path(os.fsdecode(bytes(shell.file("photo.png", base64.b64decode(PNG))).replace(b"photo", b"ph\xffto")))
+    (shell.folder / "photo.png").rename(photo)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "a1111_client", "upscale", photo, "--out", shell.folder],
+        cwd=ROOT,
+        env={**os.environ, **shell.environ},
+        capture_output=True,
+        timeout=60,
+    )
+
+    larger = photo.with_name(f"{photo.stem}-x2.png")
+    assert (done.stdout, larger.exists()) == (os.fsencode(larger) + b"\n", True), done.stderr
 
 
 def test_upscale_names_files_after_the_old_ones(shell: Shell) -> None:
@@ -229,6 +259,36 @@ def test_a_batch_names_every_line_that_is_no_job(shell: Shell) -> None:
     assert shell.queue.jobs == {}
 
 
+def test_a_batch_takes_what_editors_and_json_write_and_fails_only_the_line_that_cannot_be_sent(shell: Shell) -> None:
+    lines = ['\ufeff{"prompt": "one"}', '{"prompt": "two\u2028lines"}\r', '{"prompt": "x", "cfg_scale": NaN}']
+    jobs = shell.file("jobs.jsonl", "\n".join(lines))
+
+    done = shell.run("batch", jobs, "--out", shell.folder / "out")
+
+    assert (done.exit_code, done.stdout[:16]) == (1, "2 of 3 are done;")
+    assert sorted(given["prompt"] for given in shell.worker.inputs) == ["one", "two\u2028lines"]
+    results = [json.loads(line) for line in (shell.folder / "jobs.results.jsonl").read_text().split("\n")[:-1]]
+    assert sorted((result["line"], result.get("code", "")) for result in results) == [
+        *((1, ""), (2, ""), (3, "INVALID_REQUEST"))
+    ]
+
+
+def test_a_batch_that_is_no_text_is_refused(shell: Shell) -> None:
+    done = shell.run("batch", shell.file("jobs.jsonl", b'{"prompt": "\xff"}'))
+
+    assert (done.exit_code, "is not UTF-8" in done.stderr) == (2, True)
+
+
+def test_the_result_after_a_torn_one_is_not_lost(shell: Shell) -> None:
+    jobs = shell.file("jobs.jsonl", '{"prompt": "one"}')
+    shell.file("jobs.results.jsonl", '{"line": 1, "job": "3f')
+
+    runs = [shell.run("batch", jobs, "--out", shell.folder / "out") for _ in range(2)]
+
+    assert [done.exit_code for done in runs] == [0, 0]
+    assert len(shell.worker.inputs) == 1
+
+
 def test_two_equal_lines_are_two_jobs_and_a_torn_result_is_none() -> None:
     jobs = read_jobs('{"prompt": "x"}\n{"prompt": "x"}')
     result = json.dumps({"job": jobs[0].key, "files": ["x.png"]})
@@ -236,12 +296,23 @@ def test_two_equal_lines_are_two_jobs_and_a_torn_result_is_none() -> None:
     assert [job.line for job in left_to_do(jobs, f"{result}\n{result[:20]}")] == [2]
 
 
+LONG: dict[str, Any] = {
+    "name": "Fog [bold] :smile:",
+    "version_id": 1,
+    "scale": 1.0,
+    "file": f"{'long_' * 20}.safetensors",
+}
+
+
 def test_models_asks_once_and_then_shows_what_it_knows(shell: Shell) -> None:
     shell.worker.work = lambda taken: {"models": models_answer(), "worker": {}}
 
     first, second = shell.run("models"), shell.run("models", "--json")
-    shell.run("models", "--refresh")
+    shell.worker.work = lambda taken: {"models": models_answer(catalog=[LONG]), "worker": {}}
+    shell.environ["COLUMNS"] = "40"
+    piped = shell.run("models", "--refresh")
 
+    assert LONG["name"] in piped.stdout and LONG["file"] in piped.stdout  # whole, for grep and cut
     assert "house.safetensors" in first.stdout and "fog_1.safetensors" in first.stdout
     assert json.loads(second.stdout) == models_answer()
     assert [given["task"] for given in shell.worker.inputs] == ["models", "models"]
@@ -272,23 +343,23 @@ def test_health_asks_runpod_and_only_if_told_a_worker(shell: Shell) -> None:
     assert [given["task"] for given in shell.worker.inputs] == ["health"]
 
 
-def test_cancel_ends_a_job_by_its_id(tmp_path: Path) -> None:
+def test_cancel_ends_each_job_that_is_there(tmp_path: Path) -> None:
     with SandboxRunPod(long_poll=0.2, client_key=KEY) as queue:
         shell = Shell(tmp_path, queue, ScriptedWorker(queue))
         job_id = queue.submit({})
 
-        done, unknown = shell.run("cancel", job_id), shell.run("cancel", "../run")
+        done = shell.run("cancel", "gone", job_id)
         shell.worker.stop()
 
-    assert done.stdout == f"{job_id} CANCELLED\n"
-    assert (unknown.exit_code, "is no id of a job" in unknown.stderr) == (1, True)
+    assert (done.exit_code, done.stdout) == (1, f"{job_id} CANCELLED\n")
+    assert done.stderr.startswith("a1111: gone: JOB_LOST: ")
 
 
 def test_login_keeps_the_key_for_its_owner_alone_and_does_not_show_it(shell: Shell) -> None:
     done, bad = shell.run("login", input="  rpa_MY-KEY-123\n"), shell.run("login", input="two words\n")
 
     (file,) = (shell.folder / "config").rglob("runpod-key")
-    assert (done.exit_code, bad.exit_code) == (0, 1)
+    assert (done.exit_code, bad.exit_code) == (0, 2)
     assert file.read_text() == "rpa_MY-KEY-123\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert "rpa_MY-KEY" not in done.output and "two words" not in bad.output

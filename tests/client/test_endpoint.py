@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,22 @@ def test_a_job_that_is_left_is_cancelled(queue: SandboxRunPod) -> None:
     assert [job.status for job in queue.jobs.values()] == [CANCELLED]
 
 
+def test_an_endpoint_that_does_not_answer_a_cancel_is_left_and_the_log_says_so(
+    queue: SandboxRunPod, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        endpoint = Endpoint(f"{queue.url}/v2/{queue.endpoint}", KEY, timings=replace(QUICK, patience=3600))
+        async with endpoint, endpoint.job({}):
+            pass
+
+    for _ in range(50):
+        queue.fail(json_fault(503, {}), on="/cancel")
+    asyncio.run(run())
+
+    (job_id,) = queue.jobs
+    assert f"job {job_id} could not be cancelled: no answer yet" in caplog.text
+
+
 def test_a_job_whose_caller_left_while_it_was_sent_is_cancelled_too(queue: SandboxRunPod) -> None:
     async def run() -> None:
         async with endpoint_of(queue) as endpoint:
@@ -161,11 +178,20 @@ def test_a_wrong_key_is_told_at_once_and_not_shown(queue: SandboxRunPod) -> None
 
     assert caught.value.code == "ENDPOINT_REFUSED"
     assert "rpa_wrong" not in json.dumps(caught.value.as_json())
+    assert caught.value.hint == "set LOCAL_API_KEY"  # it is not RunPod that refuses
 
 
 def test_more_than_runpod_takes_is_not_sent(queue: SandboxRunPod) -> None:
     with pytest.raises(EndpointError, match="REQUEST_TOO_LARGE"):
         asyncio.run(use(queue, {"prompt": "x" * MAX_BODY}))
+
+    assert queue.asked == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), "half of a pair: \ud83d"])
+def test_what_json_does_not_have_is_not_sent(queue: SandboxRunPod, value: object) -> None:
+    with pytest.raises(EndpointError, match="INVALID_REQUEST"):
+        asyncio.run(use(queue, {"prompt": value}))
 
     assert queue.asked == []
 

@@ -128,7 +128,7 @@ def test_deploy_creates_nothing_if_it_cannot_be(account: Account) -> None:
 def test_a_bad_option_is_said_before_runpod_is_asked(account: Account, words: tuple[str, str]) -> None:
     result = account.run(*DEPLOY, *words, "--yes")
 
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "BAD_OPTION" in result.output and "abc-def" not in result.output
     assert account.platform.asked == []
 
@@ -136,7 +136,7 @@ def test_a_bad_option_is_said_before_runpod_is_asked(account: Account, words: tu
 def test_without_a_terminal_and_without_yes_nothing_is_created(account: Account) -> None:
     result = account.run(*DEPLOY)
 
-    assert result.exit_code == 1 and "use --yes" in result.output
+    assert result.exit_code == 2 and "use --yes" in result.output
     assert account.platform.changes() == []
 
 
@@ -176,7 +176,7 @@ def test_a_wrong_key_is_said_and_not_shown(account: Account) -> None:
 def test_without_a_key_nothing_is_asked(account: Account) -> None:
     result = account.run("endpoint", "show", RUNPOD_API_KEY="")
 
-    assert result.exit_code == 1 and "a1111 login" in result.output
+    assert result.exit_code == 2 and "a1111 login" in result.output
     assert account.platform.asked == []
 
 
@@ -215,7 +215,7 @@ def test_workers_and_logs_are_shown(deployed: Account) -> None:
         "1 running, 1 idle",
     ]
     assert [line.split("  ")[-1] for line in logs.output.splitlines()] == ["ready for jobs", "two"]
-    assert follow.exit_code == 1 and "--worker w1 or w2" in follow.output
+    assert follow.exit_code == 2 and "--worker w1 or w2" in follow.output
 
 
 def test_an_endpoint_without_workers_has_no_log(deployed: Account) -> None:
@@ -240,7 +240,7 @@ def test_delete_asks_and_keeps_the_volume(deployed: Account) -> None:
     refused = deployed.run("endpoint", "delete", "ep1")
     deleted = deployed.run("endpoint", "delete", "ep1", "--yes")
 
-    assert refused.exit_code == 1 and "use --yes" in refused.output
+    assert refused.exit_code == 2 and "use --yes" in refused.output
     assert deleted.exit_code == 0 and "its volume vol1 is kept, and costs money" in deleted.output
     assert deployed.platform.endpoints == {} and list(deployed.platform.volumes) == ["vol1"]
 

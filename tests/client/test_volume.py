@@ -358,7 +358,7 @@ def test_without_replace_nothing_is_overwritten_and_nothing_sent(it: Upload) -> 
 
     assert refused.exit_code == 1
     assert f"{ALL[2]}: is there, and is another file" in refused.output and "--replace overwrites" in refused.output
-    assert unasked.exit_code == 1 and "No worker may run meanwhile" in unasked.output
+    assert unasked.exit_code == 2 and "No worker may run meanwhile" in unasked.output
     assert it.s3.keys(it.bucket) == [ALL[2]] and it.stored(ALL[2]) == b"THE LORA"
 
     replaced = run(it, "--replace", "--yes")
@@ -372,8 +372,8 @@ def test_without_a_key_or_an_s3_api_nothing_is_asked(it: Upload) -> None:
     words = ["volume", "upload", str(it.folder), it.bucket, "--datacenter", "US-TX-3"]
     no_api = CliRunner().invoke(app, words, env=KEYS)
 
-    assert no_key.exit_code == 1 and "RUNPOD_S3_ACCESS_KEY_ID" in no_key.output
-    assert no_api.exit_code == 1 and "volumes in US-TX-3 have no S3 API" in no_api.output
+    assert no_key.exit_code == 2 and "RUNPOD_S3_ACCESS_KEY_ID" in no_key.output
+    assert no_api.exit_code == 2 and "volumes in US-TX-3 have no S3 API" in no_api.output
     assert it.proxy.asked == []
 
 
