@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_constant_negative_prompt_is_proven_by_the_job_that_had_it_before(shar
 
     assert "TI hashes" not in json.loads(second["info"])["extra_generation_params"]  # A1111 did not read it again
     assert [answer["worker"]["embeddings"][0]["loaded"] for answer in (first, second)] == [True, True]
+
+
+def test_a_prompt_that_was_never_proven_is_not_proven_by_its_repetition(tmp_path: Path) -> None:
+    with world(tmp_path) as it:
+        path = sdxl_embedding(tmp_path / "EasyNegative.safetensors", 1)
+        it.civitai.add(EASY, path, name="Easy Negative XL", base_model="SDXL 1.0", model_type="TextualInversion")
+        named: dict[str, Any] = {"negative_prompt": "easynegative", "embeddings": [{"version_id": EASY}]}
+        it.ask(prompt="one", **named)
+        it.stop()
+        it.boot()  # another worker: A1111 still has the negative prompt in memory, and this worker has seen no proof
+
+        answers = [it.ask(prompt=prompt, **named) for prompt in ("two", "three")]
+
+    assert [answer["worker"]["embeddings"][0]["loaded"] for answer in answers] == [False, False]
 
 
 def test_the_plain_name_of_a_fetched_embedding_is_a_word_in_other_jobs(shared: World) -> None:

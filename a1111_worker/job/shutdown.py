@@ -28,7 +28,7 @@ class Shutdown:
     """
 
     def __init__(self, grace: float) -> None:
-        self._delay = max(grace / 2, grace - 3.0)
+        self._delay = cancel_delay(grace)
         self._running: set[Deadline] = set()
         self._is_over = False
         self._is_listening = False
@@ -65,6 +65,11 @@ class Shutdown:
             log.warning("the shutdown's grace is nearly over: running jobs are cancelled")
         for deadline in list(self._running):
             deadline.cancel()
+
+
+def cancel_delay(grace: float) -> float:
+    """Seconds from TERM until running jobs are cancelled: 3 s, or half of a short grace, are left for their answers."""
+    return max(grace / 2, grace - 3.0)
 
 
 def job_seconds(job: Mapping[str, Any], job_timeout: float, *, interrupt_patience: float) -> float:

@@ -90,6 +90,7 @@ def test_the_measured_size_is_the_size_the_sdk_will_post(images: list[str]) -> N
 
 
 SMALL, LARGE = 1000, RUN_LIMIT
+NEARLY = RUN_LIMIT - serialised_size(inline(generation(images=[""]))) - 50  # with what the SDK adds it is too large
 TOO_LARGE = None
 
 # what the job asks for, whether it is raw, characters of its image, whether there is a bucket; the mode
@@ -97,6 +98,7 @@ MODES = [
     (AUTO, False, SMALL, False, INLINE),
     (AUTO, False, SMALL, True, INLINE),  # a bucket is for what does not fit
     (AUTO, False, LARGE, True, BUCKET),
+    (AUTO, False, NEARLY, True, BUCKET),
     (AUTO, False, LARGE, False, TOO_LARGE),
     (INLINE, False, SMALL, True, INLINE),
     (INLINE, False, LARGE, True, TOO_LARGE),  # the job asks for that

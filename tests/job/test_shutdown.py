@@ -12,7 +12,7 @@ import pytest
 
 from a1111_worker.context import Deadline
 from a1111_worker.errors import JobCancelled
-from a1111_worker.job.shutdown import ANSWER_SECONDS, Shutdown, job_seconds
+from a1111_worker.job.shutdown import ANSWER_SECONDS, Shutdown, cancel_delay, job_seconds
 
 
 def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -56,6 +56,11 @@ def test_a_shutdown_calls_the_signal_handler_that_was_there_before() -> None:
         run(scene)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("grace", "seconds"), [(0.0, 0.0), (4.0, 2.0), (6.0, 3.0), (8.0, 5.0), (60.0, 57.0)])
+def test_a_job_that_is_cancelled_has_time_to_answer_within_the_grace(grace: float, seconds: float) -> None:
+    assert cancel_delay(grace) == seconds
 
 
 # the job, and the seconds it has of 570, if an interrupted generation is waited for 1 s

@@ -78,6 +78,18 @@ def test_while_a_request_is_in_flight_only_the_newest_progress_waits(platform: P
     assert platform.percents() == [1, 49]
 
 
+def test_progress_is_sent_once(platform: Platform) -> None:
+    status = page(platform).job_status("job-1")
+
+    status.report(at(1))
+    assert platform.arrived.acquire(timeout=10)
+    was_sent_again = platform.arrived.acquire(timeout=0.1)
+    status.close()
+
+    assert not was_sent_again
+    assert platform.percents() == [1]
+
+
 def test_closing_waits_for_the_request_in_flight_and_drops_what_was_not_sent(platform: Platform) -> None:
     platform.open.clear()
     status = page(platform).job_status("job-1")

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from a1111_worker.context import JobContext
-from a1111_worker.domain import ModelRef, Progress
-from a1111_worker.errors import VolumeFull
+from a1111_worker.domain import ModelKind, ModelRef, Progress
+from a1111_worker.errors import RoomInUse, VolumeFull
 from a1111_worker.models import care
+from a1111_worker.models.space import CacheSpace, RoomRequest
 from tests.disks import small_disk
 from tests.fleet import Fleet, fetch, lora, soon, timings
 from tests.support import wait_until
@@ -105,6 +106,20 @@ def test_files_that_are_fetched_at_once_keep_the_limit_together(fleet: Fleet, li
 
     assert failures == (set() if fits else {VolumeFull})
     assert size == (4 * MB if fits else 2 * MB)
+
+
+def test_room_stays_reserved_until_the_last_job_that_needs_it_ends(fleet: Fleet) -> None:
+    cache = fleet.start(checkpoint=None).cache
+    space, loras = CacheSpace(cache), cache.directories.for_new(ModelKind.LORA)
+    shared, other = (RoomRequest(key, key, loras, 2 * MB) for key in ("shared", "other"))
+
+    with space.reserve([shared], 3 * MB):
+        with space.reserve([shared], 3 * MB):
+            pass  # another job needs the same file, and ends first
+        with pytest.raises(RoomInUse), space.reserve([other], 3 * MB):
+            pass
+    with space.reserve([other], 3 * MB):
+        pass
 
 
 def test_files_that_can_never_fit_together_evict_nothing(fleet: Fleet) -> None:

@@ -232,6 +232,15 @@ def test_a_file_in_another_form_is_left_out(tmp_path: Path, content: bytes) -> N
     assert owners.to_put_back({"a": 1}) == {"a": 2}
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+def test_a_file_of_another_user_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    OwnersOptions(path).remember({"a": 2}, {"a": 1})
+    os.chown(path, 12345, -1)
+
+    assert OwnersOptions(path).to_put_back({"a": 1}) == {}
+
+
 def test_without_a_place_for_the_file_the_worker_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     owners = OwnersOptions(tmp_path / "file" / "options.json")

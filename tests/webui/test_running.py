@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -128,6 +129,22 @@ def test_a_webui_that_answers_nothing_while_it_works_hangs(server: GeneratingWeb
 
     with pytest.raises(WebUISilent, match="it answers nothing while it generates"):
         generate(silence=0.2).wait(Deadline(20))
+
+
+def test_one_failed_look_at_a_long_generation_is_no_hang(server: GeneratingWebUI, generate: Generate) -> None:
+    request, began = generate(silence=1.0), time.monotonic()
+
+    def on_progress(_: WebUIProgress) -> None:
+        server.is_silent = time.monotonic() - began > 1.1  # by now it has worked for longer than it may be silent
+
+    def end(exchange: Exchange) -> bool:
+        if server.is_silent and exchange.asked.path.endswith("/progress"):
+            server.ended.set()
+        return False
+
+    server.before.append(end)
+
+    assert request.wait(Deadline(20), on_progress)
 
 
 def test_an_interrupt_is_repeated_until_the_generation_ends(server: GeneratingWebUI, generate: Generate) -> None:
