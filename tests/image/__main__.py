@@ -2,9 +2,9 @@
 
     python -m tests.image [ARGUMENTS OF docker build]
 
-It needs a Docker engine with BuildKit. Without one it does nothing, and prints that. Everything else comes from this
-checkout, the distribution's archive and PyPI. BASE_IMAGE in the environment names another base image. It prints
-measurements.
+It needs a Docker engine with BuildKit, and port 8000 of this machine. Without an engine it does nothing, and prints
+that. Everything else comes from this checkout, the distribution's archive and PyPI. BASE_IMAGE in the environment names
+another base image. It prints measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ CHECKOUT = Path(__file__).parent.parent.parent
 SENT = re.findall(r"(?m)^!(.+)$", (CHECKOUT / ".dockerignore").read_text(encoding="utf-8"))
 BUILD_FILES = ("Dockerfile", ".dockerignore", *SENT)
 TAG = "a1111-worker:image-test"
+KEY = "the-callers-key"
 TIMEOUT = 120.0  # seconds for anything that a container has to do
 REPOSITORIES = {
     "WEBUI": "AUTOMATIC1111/stable-diffusion-webui",
@@ -267,37 +267,34 @@ def check_a_webui_that_is_killed_for_good(sandbox: Sandbox) -> None:
 
 @contextlib.contextmanager
 def container(sandbox: Sandbox, *options: str, tag: str = TAG, **environment: str) -> Iterator[tuple[str, str]]:
-    """A ready container of the image: its name, and the address of the SDK's API."""
-    port = free_port()
+    """A ready container of the image, as an operator runs it off RunPod: its name, and its local endpoint's address."""
     settings = sandbox.environment()
     for variable in ("MODELS_DIR", "MODEL_SOURCES", "WEBUI_MODELS_DIR"):
         settings.pop(variable)
-    settings |= {"ALLOW_CPU": "1", "WEBUI_URL": f"http://127.0.0.1:{free_port()}", **environment}
-    api = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
+    settings |= {"ALLOW_CPU": "1", "LOCAL_API_KEY": KEY, "WEBUI_URL": f"http://127.0.0.1:{free_port()}", **environment}
     began = time.monotonic()
-    with running(tag, settings, options=options, arguments=api) as name:
-        url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(f"{url}/docs"), f"{name} to be ready", seconds=TIMEOUT)
+    with running(tag, settings, options=options) as name:
+        url = "http://127.0.0.1:8000"  # the container has the host's network
+        wait_until(lambda: has_worker(url), f"{name} to be ready", seconds=TIMEOUT)
         log(f"docker run to ready: {time.monotonic() - began:.1f} s")
         wait_until(lambda: health_of(name) == "healthy", f"{name} to be healthy", seconds=TIMEOUT)
         yield name, url
 
 
 @contextlib.contextmanager
-def running(
-    tag: str, environment: Mapping[str, str], *, options: Sequence[str] = (), arguments: Sequence[str] = ()
-) -> Iterator[str]:
+def running(tag: str, environment: Mapping[str, str], *, options: Sequence[str] = ()) -> Iterator[str]:
     """A container, by its name. It is removed at the end; if a check fails, its last lines are printed."""
     name = f"a1111-worker-image-test-{os.getpid()}"
     variables = [word for item in environment.items() for word in ("--env", "=".join(item))]
     health = ["--health-interval", "1s", "--health-start-period", "60s", "--health-retries", "2"]
-    output("docker", "run", "--detach", "--name", name, "--network", "host", *health, *options, *variables, tag,
-           *arguments)  # fmt: skip
+    output("docker", "run", "--detach", "--name", name, "--network", "host", *health, *options, *variables, tag)
     try:
         yield name
     except BaseException:
         log(output("docker", "logs", "--tail", "60", name))
         raise
+    else:
+        expect(KEY not in output("docker", "logs", name), "the callers' key is in the log")
     finally:
         output("docker", "rm", "--force", name)
 
@@ -310,16 +307,17 @@ def health_of(name: str) -> str:
     return output("docker", "inspect", name, "--format", "{{.State.Health.Status}}")
 
 
-def answers(url: str) -> bool:
+def has_worker(api: str) -> bool:
+    """Whether the local endpoint answers, and its worker asks for jobs."""
     try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except (urllib.error.URLError, OSError):
+        return bool(ask(f"{api}/health")["workers"]["ready"])
+    except OSError:
         return False
-    return True
 
 
-def ask(url: str, body: Any) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def ask(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return json.load(answer)
 
