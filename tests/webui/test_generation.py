@@ -87,6 +87,18 @@ def test_a_job_whose_time_is_up_leaves_a_generation_that_does_not_end_to_the_nex
         assert start_sh.restarted == 1
 
 
+def test_a_generation_that_never_ends_in_somebody_elses_webui_asks_for_another_worker(tmp_path: Path) -> None:
+    with world(tmp_path, JOB_TIMEOUT="1") as it:
+        it.worker.readiness.timings = replace(QUICK, interrupt_patience=0.05, interrupt_grace=0.5)
+        it.webui.fail_next = [WebUIFault.HANG]
+
+        ended, after = it.ask(), it.ask()
+        it.webui.release()
+
+        assert ended["code"] == "JOB_TIMEOUT"
+        assert (after["code"], after["refresh_worker"]) == ("WEBUI_LOST", True)
+
+
 def test_a_webui_that_falls_silent_in_a_job_is_killed(tmp_path: Path) -> None:
     with supervised(tmp_path) as (it, start_sh):
         it.worker.readiness.timings = replace(QUICK, silence=0.2)
