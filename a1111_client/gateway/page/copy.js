@@ -37,7 +37,7 @@ import time
 import httpx
 
 job = ${pythonLiteral({ input: withoutPictures(input) })}
-headers = {"Authorization": "Bearer " + os.environ.get("${keyName()}", "")}
+headers = {"Authorization": "Bearer " + os.environ.get("${keyName()}", "none")}
 with httpx.Client(base_url="${endpointUrl()}/", headers=headers) as endpoint:
     answer = endpoint.post("run", json=job).raise_for_status().json()
     while answer["status"] in ("IN_QUEUE", "IN_PROGRESS"):
