@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 from a1111_client import __version__, commands, manage
 from a1111_client.credentials import data_folder, key_file, save_key
 from a1111_client.infotext import NotAPicture, parse_infotext, read_infotext
-from a1111_client.terminal import WRONG_OPTIONS, EndpointId, Url, errors, fail, print_json, the_endpoint
+from a1111_client.terminal import STOPPED, WRONG_OPTIONS, EndpointId, Url, errors, fail, print_json, the_endpoint
 
 app = typer.Typer(
     name="a1111",
@@ -37,7 +38,13 @@ def main() -> None:
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
     logging.basicConfig(format="a1111: %(message)s")
     logging.getLogger("a1111_client").setLevel(logging.INFO)
-    app(prog_name="a1111")
+    try:
+        app(prog_name="a1111")
+    except SystemExit as error:
+        if error.code == STOPPED:
+            sys.stdout.flush()
+            os._exit(STOPPED)  # Python would wait for its threads, and one may send a part of a file for minutes
+        raise
 
 
 def _show_version(shown: bool) -> None:

@@ -237,13 +237,17 @@ class Volume:
             tell(file, len(body))
 
         tell(file, sum(size_of(number) for number in parts))
-        with ThreadPoolExecutor(self._at_once) as threads:
-            try:
-                for done in [threads.submit(send, number) for number in range(1, count + 1) if number not in parts]:
-                    done.result()
-            except BaseException:  # Ctrl-C too: what was sent stays, and the next run goes on with it
-                stopping.set()
-                raise
+        threads = ThreadPoolExecutor(self._at_once)
+        try:
+            for done in [threads.submit(send, number) for number in range(1, count + 1) if number not in parts]:
+                done.result()
+        except BaseException as error:
+            stopping.set()
+            # What was sent stays, and the next run goes on with it. Ctrl-C does not wait for the parts on their way:
+            # on a slow line that takes minutes.
+            threads.shutdown(wait=not isinstance(error, KeyboardInterrupt))
+            raise
+        threads.shutdown()
 
     def _complete(self, file: LocalFile, key: str, upload_id: str, parts: dict[int, str]) -> None:
         """Have the parts put together. If RunPod's proxy gives up on the answer meanwhile, look for the file."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -348,6 +349,26 @@ def test_the_command_sends_a_folder_and_says_what_it_did(it: Upload) -> None:
     assert second.output.splitlines() == [f"{key}: is there" for key in (ALL[0], ALL[2], ALL[1], ALL[3])] + [
         "0 of 4 files sent, 0.00 GB"
     ]
+
+
+def test_ctrl_c_does_not_wait_for_the_parts_on_their_way(it: Upload) -> None:
+    with (it.folder / "checkpoints" / "large.safetensors").open("wb") as file:
+        file.truncate(65 * MIB)
+    it.proxy.faults.append(S3Fault("hold", on="large", times=2))
+    words = ["volume", "upload", str(it.folder), it.bucket, "--datacenter", "EU-RO-1", "--s3-url", it.proxy.url]
+    environ = {"PATH": os.environ["PATH"], **KEYS, "XDG_CACHE_HOME": str(it.states)}
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "a1111_client", *words], cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert it.proxy.holding.wait(60)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+    assert (process.returncode, said) == (130, "a1111: stopped\n")
 
 
 def test_without_replace_nothing_is_overwritten_and_nothing_sent(it: Upload) -> None:
