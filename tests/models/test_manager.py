@@ -136,7 +136,7 @@ def test_a_model_that_was_evicted_while_its_worker_was_paused_is_held_again(flee
         again = paused.hold_again(held, JobContext(soon()))
         files = [model.file for model in again.models.values()]
         links = [path.name for path in (fleet.folder / "container1/webui/Lora").iterdir() if path.exists()]
-        answers = evict(other)
+        answers = evict(fleet.start())
 
     assert files == [f"{name}_77.safetensors", "Model-78_78.safetensors"]
     assert fleet.civitai.resolves == {77: 2, 78: 2}
