@@ -50,7 +50,9 @@ class Case:
 NO_SHA = {"OPENSSL_ia32cap": ":~0x20000000"}  # OpenSSL does not see them (OPENSSL_ia32cap(3))
 
 WITHOUT: dict[str, dict[str, Any]] = {
-    "stealing": {"min_steal_bytes": 1 << 60},
+    "taking over from a connection that is far behind": {"far_behind": 1e99},
+    "dividing the last ranges": {"min_steal_bytes": 1 << 60},
+    "both": {"far_behind": 1e99, "min_steal_bytes": 1 << 60},
     "16 connections: 8": {"connections": 8},
     "growing and shrinking requests: all of 16 MiB": {"min_range_bytes": 16 * MiB, "max_range_bytes": 16 * MiB},
     "growing and shrinking requests: all of 64 MiB": {"min_range_bytes": 64 * MiB, "max_range_bytes": 64 * MiB},
@@ -67,13 +69,13 @@ def cases(scale: float) -> list[Case]:
 
     line = {**_NETWORK, "line": 320 * MB}
     return [
-        Case("a checkpoint, 20 MB/s a connection, 50 ms latency", (mb(1600),), without="stealing|8$|requests"),
-        Case("… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, "stealing"),
-        Case("… a reset every 200 MB", (mb(1600),), {**_NETWORK, "reset_every": 200 * MB}, "stealing"),
+        Case("a checkpoint, 20 MB/s a connection, 50 ms latency", (mb(1600),), without="dividing|8$|requests"),
+        Case("… one connection of eight at 0.5 MB/s", (mb(1600),), {**_NETWORK, "slow_rate": 0.5 * MB}, "tak|both|div"),
+        Case("… a reset every 200 MB", (mb(1600),), {**_NETWORK, "reset_every": 200 * MB}, "dividing"),
         Case("… without instructions for SHA-256", (mb(1600),), without="requests", settings=NO_SHA),
-        Case("… not throttled", (mb(1600),), {}, "stealing|8$"),
-        Case("a LoRA of 30 MB", (30 * MB,), without="stealing|small"),
-        Case("a LoRA of 215 MB", (215 * MB,), without="stealing|small"),
+        Case("… not throttled", (mb(1600),), {}, "dividing|8$"),
+        Case("a LoRA of 30 MB", (30 * MB,), without="dividing|small"),
+        Case("a LoRA of 215 MB", (215 * MB,), without="dividing|small"),
         Case(
             "two checkpoints, a line of 320 MB/s, the GPU waits for one",
             (mb(800),) * 2,
@@ -81,7 +83,7 @@ def cases(scale: float) -> list[Case]:
             "the",
             is_first_next=True,
         ),
-        Case("nine LoRAs of 215 MB, a line of 320 MB/s", (mb(215),) * 9, line, "the budget"),
+        Case("nine LoRAs of 215 MB, a line of 320 MB/s", (mb(215),) * 9, line, "the budget|dividing"),
     ]
 
 

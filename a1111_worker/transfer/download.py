@@ -195,7 +195,7 @@ class Download:
         """A part of a range that is requested already. While others are not, only of one that is far behind."""
         pool, tuning = self._pool, self._tuning
         idle_speed = max(pool.speed, tuning.min_speed)
-        theft = plan_theft(pool.paces(now), idle_speed, tuning.min_steal_bytes, ranges.unclaimed > 0)
+        theft = plan_theft(pool.paces(now), idle_speed, tuning, ranges.unclaimed > 0)
         if theft is None:
             return None
         stolen = ranges.steal(*theft)

@@ -19,6 +19,7 @@ class Tuning:
     min_range_bytes: int = 4 * MiB  # a connection is opened for so many missing bytes, not for fewer
     max_range_bytes: int = 64 * MiB  # of one request
     min_steal_bytes: int = 256 * 1024  # of a range that is requested already, no smaller part is requested again
+    far_behind: float = 8.0  # times as slow as an idle connection: it loses all of its range
     buffer_bytes: int = 512 * 1024  # of each connection: bytes are written when so many have come
     remember_bytes: int = 16 * MiB  # how many bytes a crash may cost, beside those in the buffers
     remember_seconds: float = 1.0
@@ -147,7 +148,6 @@ def range_size(done: int, unclaimed: int, connections: int, tuning: Tuning) -> i
 
 
 _GAIN_SECONDS = 0.2  # what a theft must bring at least: the bytes on their way to the victim come twice
-_FAR_BEHIND = 8  # times as slow as the idle connection
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Pace:
 
 
 def plan_theft(
-    paces: Sequence[Pace], idle_speed: float, least: int, only_far_behind: bool = False
+    paces: Sequence[Pace], idle_speed: float, tuning: Tuning, only_far_behind: bool = False
 ) -> tuple[ByteRange, int] | None:
     """Which of the requested ranges an idle connection should take bytes from, and how many. None: it is not worth it.
 
@@ -170,11 +170,11 @@ def plan_theft(
     if not paces:
         return None
     last = max(paces, key=lambda pace: pace.byte_range.left / max(pace.speed, 1.0))
-    is_far_behind = last.speed * _FAR_BEHIND < idle_speed
+    is_far_behind = last.speed * tuning.far_behind < idle_speed
     if only_far_behind and not is_far_behind:
         return None
     left = last.byte_range.left
     count = left if is_far_behind else int(left * idle_speed / (idle_speed + last.speed))
     seconds = _GAIN_SECONDS + 2 * last.answer_seconds + count / idle_speed
-    is_worth_it = (is_far_behind or count >= least) and left / max(last.speed, 1.0) > seconds
+    is_worth_it = (is_far_behind or count >= tuning.min_steal_bytes) and left / max(last.speed, 1.0) > seconds
     return (last.byte_range, count) if is_worth_it else None

@@ -155,9 +155,11 @@ FAST, EQUAL, SLOW, STILL = ByteRange(0, 4000), ByteRange(4000, 8000), ByteRange(
 def test_what_an_idle_connection_takes_from_another(
     paces: list[Pace], least: int, expected: tuple[ByteRange, int] | None
 ) -> None:
-    assert plan_theft(paces, 1000.0, least) == expected
+    assert plan_theft(paces, 1000.0, Tuning(min_steal_bytes=least)) == expected
 
 
 def test_while_other_bytes_are_missing_they_are_taken_only_of_a_range_that_is_far_behind() -> None:
-    assert plan_theft([Pace(SLOW, 130.0, 0.1)], 1000.0, 1, only_far_behind=True) is None
-    assert plan_theft([Pace(SLOW, 120.0, 0.1)], 1000.0, 1, only_far_behind=True) == (SLOW, 1000)
+    tuning = Tuning(min_steal_bytes=1, far_behind=8)
+
+    assert plan_theft([Pace(SLOW, 130.0, 0.1)], 1000.0, tuning, only_far_behind=True) is None
+    assert plan_theft([Pace(SLOW, 120.0, 0.1)], 1000.0, tuning, only_far_behind=True) == (SLOW, 1000)
