@@ -68,10 +68,8 @@ class LocalEndpoint:
         return self._signal != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_second, self._signal = (
-            self._was_signalled(),
-            number,
-        )  # first of all: another signal may interrupt what follows
+        # Noted first of all: another signal may interrupt what follows.
+        is_second, self._signal = self._was_signalled(), number
         if not is_second:
             log.info("the end waits for the job that runs; a second signal ends it at once")
         elif self._process is not None:

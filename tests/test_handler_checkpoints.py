@@ -125,17 +125,18 @@ def test_an_unknown_checkpoint_is_refused_with_those_that_are_there(tmp_path: Pa
     }
 
 
-def test_the_loaded_checkpoint_is_not_evicted_until_another_one_is_loaded(tmp_path: Path) -> None:
-    def evict(it: World) -> bool:
-        cache = it.worker.models.cache
-        (entry,) = [entry for entry in cache.list_entries() if entry.file == "Other_XL_77.safetensors"]
-        return cache.evict(entry, "a test")
+def evict_other(it: World) -> bool:
+    cache = it.worker.models.cache
+    (entry,) = [entry for entry in cache.list_entries() if entry.file == "Other_XL_77.safetensors"]
+    return cache.evict(entry, "a test")
 
+
+def test_the_loaded_checkpoint_is_not_evicted_until_another_one_is_loaded(tmp_path: Path) -> None:
     with several(tmp_path) as it:
         it.ask(checkpoint="Other XL")
-        while_loaded = evict(it)
+        while_loaded = evict_other(it)
         it.ask()
-        afterwards = evict(it)
+        afterwards = evict_other(it)
         again = it.ask(checkpoint="Other XL")
 
     assert (while_loaded, afterwards) == (False, True)
@@ -279,16 +280,11 @@ def test_a_second_checkpoint_that_cannot_be_used_is_refused_before_the_gpu_is_as
 
 
 def test_all_checkpoints_of_a_job_are_kept_until_others_are_loaded(tmp_path: Path) -> None:
-    def evict(it: World) -> bool:
-        cache = it.worker.models.cache
-        (entry,) = [entry for entry in cache.list_entries() if entry.file == "Other_XL_77.safetensors"]
-        return cache.evict(entry, "a test")
-
     with several(tmp_path) as it:
         it.ask(**OTHER_AS_REFINER)
-        while_loaded = evict(it)
+        while_loaded = evict_other(it)
         it.ask()
-        afterwards = evict(it)
+        afterwards = evict_other(it)
 
     assert (while_loaded, afterwards) == (False, True)
 

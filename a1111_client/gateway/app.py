@@ -44,6 +44,7 @@ def create_app(runner: Runner, access: Access) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         await page_jobs.close()
+        await gateway.close()
         await runner.endpoint.close()
 
     # FastAPI's own /docs loads scripts from another host.

@@ -85,55 +85,39 @@ class OpenJob:
         step, image = _STEP.search(detail), _IMAGE.search(detail)
         eta = told.get("eta_s")
         preview = told.get("preview")
-        return _progress(
-            progress=self._shown,
-            eta=float(eta) if isinstance(eta, (int, float)) else 0.0,
-            job=f"Batch {image[1]} out of {image[2]}" if image else f"scripts_{self.name}",
-            job_count=int(image[2]) if image else self.images,
-            job_timestamp=self.started,
-            job_no=int(image[1]) - 1 if image else 0,
-            sampling_step=int(step[1]) if step else 0,
-            sampling_steps=int(step[2]) if step else self.steps,
-            picture=preview if with_picture and isinstance(preview, str) else None,
-            text=self.describe(),
-        )
+        return {
+            "progress": self._shown,
+            "eta_relative": float(eta) if isinstance(eta, (int, float)) else 0.0,
+            "state": {
+                **_IDLE_STATE,
+                "job": f"Batch {image[1]} out of {image[2]}" if image else f"scripts_{self.name}",
+                "job_count": int(image[2]) if image else self.images,
+                "job_timestamp": self.started,
+                "job_no": int(image[1]) - 1 if image else 0,
+                "sampling_step": int(step[1]) if step else 0,
+                "sampling_steps": int(step[2]) if step else self.steps,
+            },
+            "current_image": preview if with_picture and isinstance(preview, str) else None,
+            "textinfo": self.describe(),
+        }
+
+
+_IDLE_STATE = {
+    "skipped": False,
+    "interrupted": False,
+    "stopping_generation": False,
+    "job": "",
+    "job_count": 0,
+    "job_timestamp": "0",
+    "job_no": 0,
+    "sampling_step": 0,
+    "sampling_steps": 0,
+}
 
 
 def idle_progress() -> dict[str, Any]:
     """A1111's answer if nothing runs: exactly 0.0 and no job, which clients wait for."""
-    return _progress()
-
-
-def _progress(
-    *,
-    progress: float = 0.0,
-    eta: float = 0.0,
-    job: str = "",
-    job_count: int = 0,
-    job_timestamp: str = "0",
-    job_no: int = 0,
-    sampling_step: int = 0,
-    sampling_steps: int = 0,
-    picture: str | None = None,
-    text: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "progress": progress,
-        "eta_relative": eta,
-        "state": {
-            "skipped": False,
-            "interrupted": False,
-            "stopping_generation": False,
-            "job": job,
-            "job_count": job_count,
-            "job_timestamp": job_timestamp,
-            "job_no": job_no,
-            "sampling_step": sampling_step,
-            "sampling_steps": sampling_steps,
-        },
-        "current_image": picture,
-        "textinfo": text,
-    }
+    return {"progress": 0.0, "eta_relative": 0.0, "state": _IDLE_STATE, "current_image": None, "textinfo": None}
 
 
 class OpenJobs:

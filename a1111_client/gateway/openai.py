@@ -262,7 +262,7 @@ class ImagesApi:
                 work = self._gateway.runner.run(
                     opened, lambda snapshot: order.input(path, given, self._gateway, snapshot)
                 )
-                answer = await self._gateway.run(request, opened, work)
+                answer = await self._gateway.run(opened, work, request)
             return JSONResponse(
                 {**_about(order), "data": [self._datum(request, order, text) for text in answer["images"]]}
             )

@@ -13,7 +13,7 @@ and a telephone that sleeps closes them. A user sees the jobs of that user alone
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +28,9 @@ from a1111_client.gateway.errors import ApiError, InvalidFields, Refused
 from a1111_client.gateway.jobs import Client, OpenJob
 from a1111_client.gateway.requests import Gateway, read_body
 from a1111_client.gateway.runner import Interrupted
+from a1111_client.gateway.sizes import body_size
+
+log = logging.getLogger(__name__)
 
 _TASKS = ("txt2img", "img2img", "upscale")
 _MOST_KEPT = 256_000_000
@@ -160,13 +163,9 @@ class PageJobs:
         """Have the job done, and keep what became of it."""
         opened = job.opened
         with self._gateway.jobs.open(opened):
-            working = asyncio.ensure_future(self._gateway.runner.run(opened, lambda _snapshot: job.given))
-            interrupted = asyncio.ensure_future(opened.interrupted.wait())
+            work = self._gateway.runner.run(opened, lambda _snapshot: job.given)
             try:
-                await asyncio.wait([working, interrupted], return_when=asyncio.FIRST_COMPLETED)
-                if not working.done():
-                    raise Interrupted
-                answer = working.result()
+                answer = await self._gateway.run(opened, work)
                 job.answer = {name: answer[name] for name in ("images", "info", "worker") if name in answer}
                 job.state = "done"
             except Interrupted:
@@ -175,12 +174,10 @@ class PageJobs:
                 job.state, job.error = "failed", error.as_json()
             except ApiError as error:
                 job.state, job.error = "failed", {"message": str(error.body.get("detail"))}
-            finally:
-                interrupted.cancel()
-                if not working.done():
-                    working.cancel()
-                    await asyncio.wait([working])  # it tells RunPod
-        job.size = len(json.dumps(job.given)) + len(json.dumps(job.answer))
+            except Exception:
+                log.exception("job %s of the page failed because of a bug in the gateway", job.id)
+                job.state, job.error = "failed", {"message": "the gateway failed; its log says why"}
+        job.size = body_size([job.given, job.answer])
         for old in too_many(self._jobs.values(), _MOST_KEPT):
             del self._jobs[old.id]
 

@@ -53,29 +53,37 @@ class Gateway:
         address = request.client.host if request.client else ""
         return Client(proven, address, headers.get("user-agent", ""))
 
-    async def run(self, request: Request, opened: OpenJob, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """What the work returns. An interrupt ends it, and a client that hangs up.
+    async def close(self) -> None:
+        """Wait for the work that was left: it tells RunPod that its jobs are cancelled."""
+        if self._left:
+            await asyncio.wait(self._left)
+
+    async def run(
+        self, opened: OpenJob, work: Awaitable[dict[str, Any]], request: Request | None = None
+    ) -> dict[str, Any]:
+        """What the work returns. An interrupt ends it, and the client of the request, if there is one, that hangs up.
 
         Raises EndpointError, ApiError, Interrupted.
         """
         working = asyncio.ensure_future(work)
-        interrupted = asyncio.ensure_future(opened.interrupted.wait())
-        gone = asyncio.ensure_future(_until_gone(request))
+        ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(opened.interrupted.wait())]
+        if request is not None:
+            ends.append(asyncio.ensure_future(_until_gone(request)))
         try:
-            await asyncio.wait([working, interrupted, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([working, *ends], return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
-            if not interrupted.done():
+            if not opened.interrupted.is_set():
                 self._hung_up[opened.client] = time.monotonic()
-            reason = "it was interrupted" if interrupted.done() else "its client hung up"
+            reason = "it was interrupted" if opened.interrupted.is_set() else "its client hung up"
             log.info("%s ends after %s: %s", opened.name, opened.waited(), reason)
             raise Interrupted
         except EndpointError as error:
             log.warning("%s failed: %s", opened.name, error)
             raise
         finally:
-            interrupted.cancel()
-            gone.cancel()
+            for end in ends:
+                end.cancel()
             if not working.done():
                 working.cancel()  # which cancels the job at RunPod; nobody waits for that
                 self._left.add(working)
@@ -99,7 +107,7 @@ class Gateway:
 
                 work = self.runner.run(opened, make_input)
                 try:
-                    answer = await self.run(request, opened, work)
+                    answer = await self.run(opened, work, request)
                 except Interrupted:
                     answer = {"images": [], "info": json.dumps(_empty_info(name, given))}
             shown = {
@@ -137,7 +145,7 @@ class Gateway:
         with self.jobs.open(opened):
             work = self.runner.run(opened, lambda _snapshot: upscale_input(given))
             try:
-                return await self.run(request, opened, work)
+                return await self.run(opened, work, request)
             except Interrupted:
                 return {}
 

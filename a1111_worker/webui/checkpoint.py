@@ -25,8 +25,6 @@ from a1111_worker.webui.timings import WebUITimings
 
 log = logging.getLogger(__name__)
 
-NOT_LISTED = "the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does"
-
 
 def file_loaded_from_cold(named: str | None, listed: Sequence[ListedCheckpoint]) -> str | None:
     """The file that A1111 loads first, if its option holds the text `named`; None if it lists no checkpoint.
@@ -63,10 +61,17 @@ def listed_title(model: Model, listed: Sequence[ListedCheckpoint]) -> str:
     """
     entry = next((entry for entry in listed if entry.file == model.shown_file), None)
     if entry is None:
-        raise CheckpointNotLoaded(f"the WebUI does not list {model.shown_file}", hint=NOT_LISTED)
+        raise _not_listed(model)
     if entry.sha256 not in (None, model.sha256):
         raise CheckpointNotLoaded(f"the WebUI has another file than {model.name} under its name")
     return entry.title
+
+
+def _not_listed(model: Model) -> CheckpointNotLoaded:
+    return CheckpointNotLoaded(
+        f"the WebUI does not list {model.shown_file}",
+        hint="the WebUI must be started on WEBUI_MODELS_DIR, as start.sh does",
+    )
 
 
 class CheckpointSwitch:
@@ -90,10 +95,7 @@ class CheckpointSwitch:
         listed = self._webui.checkpoints()
         ours = self._find(listed)
         if ours is None:
-            raise CheckpointNotLoaded(
-                f"the WebUI does not list {self._checkpoint.shown_file}",
-                hint=NOT_LISTED,
-            )
+            raise _not_listed(self._checkpoint)
         steps: tuple[Callable[[Deadline], None], ...] = (self._reload, self._switch)
         if file_loaded_from_cold(named, listed) != ours.file:
             # The switch first: 1.10.1 loads nothing else then. 1.9.3 may lose it, and has to load another one before.

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,6 @@ from tests.support import DATA, wait_until
 
 SMALL = {"steps": 2, "width": 64, "height": 64, "seed": 42}
 FILE = "jib_mix_illustrious_realistic_v2.safetensors"
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    its = Started(tmp_path_factory.mktemp("gateway"))
-    try:
-        yield its
-    finally:
-        its.kill()
 
 
 @pytest.fixture(scope="module")

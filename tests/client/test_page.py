@@ -47,15 +47,6 @@ GIVE = """([kinds, selector, base64]) => {
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    its = Started(tmp_path_factory.mktemp("page"))
-    try:
-        yield its
-    finally:
-        its.kill()
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])

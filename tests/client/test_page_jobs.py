@@ -78,6 +78,17 @@ def test_a_failed_job_keeps_its_code_its_sentence_and_its_hint(tmp_path: Path) -
     }
 
 
+def test_an_answer_that_makes_no_sense_fails_its_job_and_no_other(tmp_path: Path) -> None:
+    with desk(tmp_path) as its:
+        its.worker.work = lambda taken: {"worker": {"delivery": {"urls": 5}}}
+        failed = ended(its, send(its).json()["id"])
+        its.worker.work = lambda taken: {"images": [PNG]}
+        drawn = ended(its, send(its).json()["id"])
+
+    assert (failed["state"], failed["error"]["message"]) == ("failed", "the gateway failed; its log says why")
+    assert drawn["state"] == "done"
+
+
 def test_an_open_job_shows_its_progress_and_is_cancelled_at_runpod(tmp_path: Path) -> None:
     told, over = threading.Event(), threading.Event()
 
